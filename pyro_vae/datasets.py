@@ -1,0 +1,437 @@
+"""Data to fit: a few named sets, and files of numbers."""
+
+import difflib
+import errno
+import gzip
+import lzma
+import math
+import re
+import tokenize
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BufferedReader
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+from urllib.error import URLError
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+__all__ = ["Dataset", "binarize", "load"]
+
+Table: TypeAlias = Tensor | pd.DataFrame
+Labels: TypeAlias = Tensor | np.ndarray
+_Read: TypeAlias = tuple[Table, Labels | None]
+
+_IDX = re.compile(r"[.-]idx\d-(ubyte|byte|short|int|float|double)$|\.idx$")
+_IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+_TORCH_DTYPES = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float128": "float64"}
+_BROKEN = (
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    lzma.LZMAError,
+    pd.errors.ParserWarning,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows to fit, with labels to look at them by.
+
+    Arguments:
+        name: What the data are called.
+        x: The rows, shape (rows, *event): a tensor in the dtype of its source, or a pandas frame
+            where rows and columns have names, which come back as coordinates of every result.
+        y: A label per row, shape (rows,): a tensor, or an array of strings.
+
+    Example:
+        >>> data = load("digits")
+        >>> data
+        Dataset('digits', x=(1797, 64) uint8, y=(1797,) int64)
+        >>> train, test = data.split(test=0.2, seed=0)
+        >>> len(train), len(test)
+        (1438, 359)
+    """
+
+    name: str
+    x: Table
+    y: Labels | None = None
+
+    def __post_init__(self) -> None:
+        if self.y is not None and len(self.y) != len(self.x):
+            raise ValueError(
+                f"Expected a label for each of the {len(self.x)} rows of {self.name}; "
+                f"got {len(self.y)} labels."
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __repr__(self) -> str:
+        x, y = _described(self.x), None if self.y is None else _described(self.y)
+        return f"Dataset({self.name!r}, x={x}, y={y})"
+
+    def split(self, test: float = 0.2, *, seed: int | None = 0) -> tuple["Dataset", "Dataset"]:
+        """Splits the rows at random into two sets, each in the order of the rows.
+
+        Arguments:
+            test: The share of the second set, or its number of rows.
+            seed: The seed of the split; `None` takes the last rows for the second set, as in the
+                published split of MNIST, `load("mnist").split(test=10_000, seed=None)`.
+
+        Raises:
+            ValueError: Where either set would have no row.
+        """
+        rows = len(self)
+        size = _test_size(test, rows)
+        order = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
+        return self._rows(np.sort(order[:-size])), self._rows(np.sort(order[-size:]))
+
+    def _rows(self, index: np.ndarray) -> "Dataset":
+        x = self.x.iloc[index] if isinstance(self.x, pd.DataFrame) else self.x[index]
+        return replace(self, x=x, y=None if self.y is None else self.y[index])
+
+
+def load(
+    name: str | PathLike[str],
+    *,
+    key: str | None = None,
+    label: str | None = None,
+    header: bool = True,
+) -> Dataset:
+    """Loads a named data set or a file of numbers.
+
+    The names are `digits` and `wine`, which scikit-learn ships, and `mnist` and `fashion-mnist`,
+    which it downloads from OpenML when they are first asked for and caches.
+
+    The files are
+
+    - `.npz` and `.npy`, never with pickled objects in them;
+    - `.csv` and `.parquet`, numeric tables that keep the names of their columns and, where the
+      file has them, of their rows (in a `.csv`, a first column that has no name);
+    - idx as MNIST is published, `train-images-idx3-ubyte`, with its labels where
+      `train-labels-idx1-ubyte` lies beside it.
+
+    `.csv` and idx may be compressed (`.gz`). Missing values are left as NaN.
+
+    Arguments:
+        name: The name, or the path of the file.
+        key: The array of an `.npz` to take; by default `x`, or `images`, or the only one.
+        label: The array of an `.npz`, or the column of a table, that holds the labels; by default
+            `y` or `labels` of an `.npz`, and no column.
+        header: Whether the first line of a `.csv` names its columns.
+
+    Raises:
+        ValueError: Where there is no such name, or the file does not hold what its ending says,
+            or what it holds are not numbers in at least one row.
+        OSError: Where the file or the network cannot be read.
+
+    Example:
+        >>> load("wine").x.columns[:2].tolist()
+        ['alcohol', 'malic_acid']
+    """
+    if isinstance(name, str) and name in _NAMED:
+        _refuse("a file", key=key, label=label)
+        return Dataset(name, *_NAMED[name]())
+    path = Path(name).expanduser()
+    return Dataset(path.name, *_reader(path)(path, _Ask(key, label, header)))
+
+
+def binarize(x: Tensor) -> Tensor:
+    r"""Draws black or white pixels with the probabilities that grey levels give.
+
+    .. math:: b_i \sim \mathrm{Bernoulli}(x_i)
+
+    As the `transform` of a fit it draws anew at each visit of a row: dynamic binarisation. The
+    draws come from torch's generator of x's device. On a GPU the host waits for nothing: levels
+    outside [0, 1] become NaN there, which the fit finds and names.
+
+    References:
+        On the quantitative analysis of deep belief networks (Salakhutdinov and Murray, 2008).
+        https://doi.org/10.1145/1390156.1390266
+
+    Arguments:
+        x: Grey levels of any shape: uint8 from 0 to 255, or floats from 0 to 1.
+
+    Raises:
+        ValueError: Where x is of another dtype, or, on the CPU, has levels outside [0, 1].
+
+    Example:
+        >>> binarize(torch.tensor([[0, 255, 0, 255]], dtype=torch.uint8))
+        tensor([[0., 1., 0., 1.]])
+    """
+    if x.dtype == torch.uint8:
+        return (torch.rand(x.shape, device=x.device) < x / 255).to(torch.get_default_dtype())
+    if not x.is_floating_point():
+        raise ValueError(f"Expected grey levels as uint8 or floats in [0, 1]; got {x.dtype}.")
+    if x.device.type == "cpu" and x.numel() and not (x.amin() >= 0 and x.amax() <= 1):
+        raise ValueError(f"Expected grey levels in [0, 1]; got {x.amin():g} to {x.amax():g}.")
+    draws = (torch.rand(x.shape, device=x.device) < x).to(x.dtype)
+    return draws if x.device.type == "cpu" else draws.where((x >= 0) & (x <= 1), torch.nan)
+
+
+def _described(values: Table | Labels) -> str:
+    if isinstance(values, pd.DataFrame):
+        return f"{values.shape} table"
+    return f"{tuple(values.shape)} {values.dtype}".replace("torch.", "")
+
+
+def _test_size(test: float, rows: int) -> int:
+    share = isinstance(test, float) and 0 < test < 1
+    size = round(test * rows) if share else test
+    if isinstance(size, bool | float) or not 0 < size < rows:
+        raise ValueError(
+            f"Expected a share in (0, 1), or a number of rows, that leaves some of {rows} rows on "
+            f"both sides of the split; got {test}."
+        )
+    return int(size)
+
+
+class _Ask(NamedTuple):
+    key: str | None
+    label: str | None
+    header: bool
+
+
+def _reader(path: Path) -> Callable[[Path, _Ask], _Read]:
+    name = path.name.lower()
+    for ending, read in _FILES.items():
+        if name.endswith(ending):
+            return read
+    if _IDX.search(name.removesuffix(".gz")):
+        return _idx
+    near = [
+        *difflib.get_close_matches(str(path).lower(), _NAMED),
+        *difflib.get_close_matches(path.suffix.lower(), _FILES),
+    ]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ValueError(
+        f"Expected one of {', '.join(_NAMED)}, or a file ending in {', '.join(_FILES)} or "
+        f"-idx3-ubyte; got {str(path)!r}{hint}."
+    )
+
+
+def _refuse(what: str, **given: str | None) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"Expected {name}= only with {what}; got {value!r}.")
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Gives a reader's words on a broken file one form; the operating system's errors pass."""
+    try:
+        yield
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"Expected {what} in {path}; got: {lines[0].rstrip('.')}.") from error
+
+
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _numbers(array: np.ndarray, where: str) -> Tensor:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"Expected numbers in {where}; got dtype {array.dtype}.")
+    dtype = _TORCH_DTYPES.get(array.dtype.name, array.dtype.newbyteorder("="))
+    return torch.from_numpy(array.astype(dtype, order="C"))
+
+
+def _rows_of(array: np.ndarray, where: str) -> Tensor:
+    if array.ndim < 2 or array.size == 0:
+        raise ValueError(
+            f"Expected an array of shape (rows, *event), no dim of it empty, in {where}; "
+            f"got shape {array.shape}."
+        )
+    return _numbers(array, where)
+
+
+def _labels_of(array: np.ndarray, where: str) -> Labels:
+    if array.ndim != 1:
+        raise ValueError(f"Expected labels of shape (rows,) in {where}; got shape {array.shape}.")
+    return array.astype(np.str_) if array.dtype.kind in "USO" else _numbers(array, where)
+
+
+def _npy(path: Path, ask: _Ask) -> _Read:
+    _refuse("an .npz or a table", key=ask.key, label=ask.label)
+    with path.open("rb") as file, _reading(path, "a NumPy array without pickled objects"):
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    return _rows_of(array, str(path)), None
+
+
+def _npz(path: Path, ask: _Ask) -> _Read:
+    what = "an archive of NumPy arrays without pickled objects"
+    with path.open("rb") as file:
+        with _reading(path, what):
+            archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
+        x, y = _members(archive.files, path, ask)
+        with _reading(path, what):
+            arrays = {name: np.asarray(archive[name]) for name in (x, y) if name is not None}
+    labels = None if y is None else _labels_of(arrays[y], f"{y} of {path}")
+    return _rows_of(arrays[x], f"{x} of {path}"), labels
+
+
+def _members(names: list[str], path: Path, ask: _Ask) -> tuple[str, str | None]:
+    for asked in (ask.key, ask.label):
+        if asked is not None and asked not in names:
+            raise ValueError(f"Expected one of {names} of {path}; got {asked!r}.")
+    left = [name for name in names if name != ask.key]
+    y = ask.label or next((name for name in ("y", "labels") if name in left), None)
+    others = [name for name in names if name != y]
+    x = ask.key or next((name for name in ("x", "images") if name in others), None)
+    if x is None and len(others) != 1:
+        raise ValueError(f"Expected key= to name one of {others} of {path}; got None.")
+    return x or others[0], y
+
+
+def _csv(path: Path, ask: _Ask) -> _Read:
+    _refuse("an .npz", key=ask.key)
+    with _open(path) as file, _reading(path, "a table"), warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        frame = pd.read_csv(
+            file, header=0 if ask.header else None, index_col=False, low_memory=False
+        )
+    if ask.header:
+        frame = _named_by_header(frame, path)
+    return _of_frame(frame, path, ask.label)
+
+
+def _named_by_header(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    names = [str(name) for name in frame.columns]
+    if names[0] == "Unnamed: 0":
+        frame, names = frame.set_index(frame.columns[0]).rename_axis(None), names[1:]
+    if names != [str(i) for i in range(len(names))] and all(map(_is_number, names)):
+        raise ValueError(
+            f"Expected the first line of {path} to name its columns, or header=False; "
+            f"got {', '.join(names[:3])}."
+        )
+    return frame
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet(path: Path, ask: _Ask) -> _Read:
+    _refuse("an .npz", key=ask.key)
+    with path.open("rb") as file, _reading(path, "a Parquet table"):
+        frame = pd.read_parquet(file, engine="pyarrow")
+    return _of_frame(frame, path, ask.label)
+
+
+def _of_frame(frame: pd.DataFrame, path: Path, label: str | None) -> _Read:
+    columns = {str(name): name for name in frame.columns}
+    if len(columns) != len(frame.columns):
+        raise ValueError(f"Expected columns of different names in {path}; got {[*columns]}.")
+    if label is not None and label not in columns:
+        raise ValueError(f"Expected one of {[*columns]} of {path}; got {label!r}.")
+    labels = None
+    if label is not None:
+        column = frame.pop(columns[label])
+        labels = _labels_of(column.to_numpy(copy=True), f"column {label!r} of {path}")
+    if frame.empty:
+        raise ValueError(f"Expected rows and columns in {path}; got a table of {frame.shape}.")
+    return _numeric(frame, path), labels
+
+
+def _numeric(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    types = pd.api.types
+    other = [
+        str(name)
+        for name, dtype in frame.dtypes.items()
+        if not types.is_numeric_dtype(dtype) or types.is_complex_dtype(dtype)
+    ]
+    if other:
+        raise ValueError(f"Expected numbers in every column of {path}; got others in {other}.")
+    return frame.astype(
+        {
+            name: np.float64 if frame[name].hasnans else frame[name].to_numpy().dtype
+            for name, dtype in frame.dtypes.items()
+            if not isinstance(dtype, np.dtype)
+        }
+    )
+
+
+def _idx(path: Path, ask: _Ask) -> _Read:
+    _refuse("an .npz or a table", key=ask.key, label=ask.label)
+    beside = path.with_name(re.sub(r"images([.-])idx3", r"labels\1idx1", path.name))
+    found = beside != path and beside.is_file()
+    labels = _labels_of(_idx_array(beside), str(beside)) if found else None
+    return _rows_of(_idx_array(path), str(path)), labels
+
+
+def _idx_array(path: Path) -> np.ndarray:
+    with _open(path) as file, _reading(path, "an idx array"):
+        raw = file.read()
+        if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_DTYPES or raw[3] == 0:
+            raise ValueError(f"the magic number 0x{raw[:4].hex()}")
+        start = 4 + 4 * raw[3]
+        shape = [int(size) for size in np.frombuffer(raw[4:start], ">u4")]
+        dtype = np.dtype(_IDX_DTYPES[raw[2]])
+        size = start + dtype.itemsize * math.prod(shape)
+        if len(raw) != size:
+            raise ValueError(f"{len(raw)} bytes where its header promises {size}")
+        return np.frombuffer(raw, dtype, offset=start).reshape(shape)
+
+
+def _digits() -> _Read:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y)
+
+
+def _wine() -> _Read:
+    from sklearn.datasets import load_wine
+
+    wine = load_wine(as_frame=True)
+    return wine.data, torch.from_numpy(wine.target.to_numpy(copy=True))
+
+
+def _openml(title: str) -> _Read:
+    from sklearn.datasets import fetch_openml
+
+    try:
+        x, y = fetch_openml(title, version=1, return_X_y=True, as_frame=False, parser="pandas")
+    except URLError as error:
+        raise ConnectionError(
+            f"Expected {title} in scikit-learn's cache or OpenML within reach; got {error}."
+        ) from error
+    return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y.astype(np.uint8))
+
+
+_NAMED: dict[str, Callable[[], _Read]] = {
+    "digits": _digits,
+    "wine": _wine,
+    "mnist": partial(_openml, "mnist_784"),
+    "fashion-mnist": partial(_openml, "Fashion-MNIST"),
+}
+_FILES: dict[str, Callable[[Path, _Ask], _Read]] = {
+    ".npz": _npz,
+    ".npy": _npy,
+    ".csv": _csv,
+    ".csv.gz": _csv,
+    ".parquet": _parquet,
+}

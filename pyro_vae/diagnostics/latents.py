@@ -1,0 +1,109 @@
+"""Which latent dimensions a posterior uses."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..contexts import evaluating, seeded
+from ..evidence.importance_sampling import (
+    MAX_ELEMENTS,
+    Plan,
+    checked_count,
+    checked_rows,
+)
+from ..importance import log_densities
+from ..rows import Data
+
+__all__ = ["active_units"]
+
+
+def active_units(
+    program: nn.Module,
+    x: Any,
+    num_samples: int = 100,
+    *,
+    threshold: float = 0.01,
+    max_elements: int = MAX_ELEMENTS,
+    seed: int | None = None,
+) -> pd.DataFrame:
+    r"""Finds the latent dimensions whose posterior mean moves with the data.
+
+    .. math:: A_u = \mathrm{Var}_x \, \mathrm{E}_{q(z \mid x)}[z_u] > 0.01
+
+    The posterior mean is that of draws; the variance that their number adds is taken off.
+
+    References:
+        Importance weighted autoencoders (Burda et al., 2015), arXiv 1509.00519.
+
+    Arguments:
+        program: A module with methods `model(x)` and `guide(x)`.
+        x: The data, two rows or more.
+        num_samples: The number of draws a row.
+        threshold: The variance over which a unit is active.
+        max_elements: About how many elements one tensor may have.
+        seed: Starts the draws.
+
+    Returns:
+        A row a latent dimension (`z[0]`, `z[1]`, ...): `variance`, its standard error over rows
+        `se`, `within`, the mean variance of q(z | x) itself, and whether it is `active`.
+
+    Raises:
+        ValueError: Where `program` is none, there are less than two rows or draws, or the data
+            do not fit.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(3, 2, pv.likelihoods.Normal(), seed=0)
+        >>> active_units(vae, torch.randn(10, 3), seed=0).index.to_list()
+        ['z[0]', 'z[1]']
+    """
+    num_samples = checked_count("num_samples", num_samples, least=2)
+    rows = checked_rows(program, x)
+    if len(rows) < 2:
+        raise ValueError(f"Expected two rows or more; got {len(rows)}.")
+    with seeded(seed), evaluating(program):
+        plan = Plan.of(program, rows, num_samples, max_elements)
+        pieces = [
+            _moments(program, rows.select(piece), plan, num_samples) for piece in plan.pieces()
+        ]
+    tables = []
+    for site in pieces[0]:
+        means, within = (np.concatenate(parts) for parts in zip(*(p[site] for p in pieces)))
+        tables.append(_table(site, means, within, num_samples))
+    table = pd.concat(tables)
+    table["active"] = table["variance"] > threshold
+    return table
+
+
+def _moments(
+    program: nn.Module, x: Data, plan: Plan, num_samples: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    parts = [
+        log_densities(program, x, count, structure=plan.structure).values
+        for count in plan.parts(num_samples)
+    ]
+    return {
+        site: _mean_and_variance(torch.cat([part[site] for part in parts])) for site in parts[0]
+    }
+
+
+def _mean_and_variance(draws: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    draws = draws.double()
+    return draws.mean(0).cpu().numpy(), draws.var(0).cpu().numpy()
+
+
+def _table(site: str, means: np.ndarray, within: np.ndarray, num_samples: int) -> pd.DataFrame:
+    labels = [_label(site, index) for index in np.ndindex(means.shape[1:])]
+    means, within = means.reshape(len(means), -1), within.reshape(len(within), -1).mean(0)
+    squares = np.square(means - means.mean(0))
+    error = squares.std(axis=0, ddof=1) / np.sqrt(len(means))
+    variance = squares.sum(0) / (len(means) - 1) - within / num_samples
+    columns = {"variance": variance, "se": error, "within": within}
+    return pd.DataFrame(columns, index=pd.Index(labels, name="unit"))
+
+
+def _label(site: str, index: tuple[int, ...]) -> str:
+    return f"{site}[{', '.join(map(str, index))}]" if index else site

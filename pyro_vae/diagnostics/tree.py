@@ -1,0 +1,226 @@
+"""Draws of a program as ArviZ reads them."""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import xarray as xr
+from pyro import poutine
+from torch import Tensor, nn
+
+from ..contexts import evaluating, seeded
+from ..evidence.importance_sampling import (
+    MAX_ELEMENTS,
+    Plan,
+    checked_count,
+    checked_rows,
+    estimates,
+    labelled,
+    point_masses,
+)
+from ..importance import Densities, Structure, densities, log_densities
+from ..rows import Data, Rows
+
+__all__ = ["to_arviz"]
+
+Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
+
+MAX_PREDICTIVE = 100
+NOTE = (
+    "Independent draws from the guide q(z | x): R-hat and ESS say nothing of its fit; see "
+    "pareto_k in vi_stats."
+)
+
+
+def to_arviz(
+    program: nn.Module,
+    x: Any,
+    num_samples: int = 500,
+    *,
+    num_predictive: int | None = None,
+    max_elements: int = MAX_ELEMENTS,
+    seed: int | None = None,
+) -> Any:
+    """Draws what ArviZ needs to show a program, trained or not.
+
+    Each row of x is a `datum`; a site's own dims are `{site}_dim_{i}`, those of x with the names
+    of its columns. There is no `log_likelihood`: with a latent of its own for each row,
+    `arviz.loo` would take log p(x | z) for what it is not; compare models by `compare`.
+
+    Arguments:
+        program: A module with methods `model(x)` and `guide(x)`.
+        x: The data, shape (rows, *event), or a dict of such.
+        num_samples: The number of draws of the latent sites, 4 or more.
+        num_predictive: How many of these also draw data. By default as many as fit in
+            `max_elements`, 100 at most.
+        max_elements: About how many elements one tensor may have.
+        seed: Starts the draws.
+
+    Returns:
+        An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
+        (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior`,
+        `prior_predictive`, `observed_data`, `sample_stats` (log_weight, log_q, log_joint) and
+        `vi_stats` (per row, as `log_evidence` returns it, from these draws; of a guide of point
+        masses, only its `elbo`).
+
+    Raises:
+        ValueError: Where `program` is none, has latent sites that rows share, or the data or
+            sizes do not fit.
+    """
+    num_samples = checked_count("num_samples", num_samples, least=4)
+    checked_count("max_elements", max_elements, least=1)
+    rows = checked_rows(program, x)
+    with seeded(seed), evaluating(program):
+        plan = Plan.of(program, rows, num_samples, max_elements)
+        run = _Run(program, plan.structure)
+        points = point_masses(program, rows)
+        pieces = [run.observed(rows.select(piece)) for piece in plan.pieces()]
+        observed = _joined(pieces, axis=0)
+        num_predictive = _num_predictive(num_predictive, num_samples, observed, max_elements)
+        draws = _joined(
+            [run.draws(rows.select(p), plan, num_samples, num_predictive) for p in plan.pieces()],
+            axis=1,
+        )
+    groups = {name: _dataset(values, rows, sampled=True) for name, values in draws.items()}
+    groups["observed_data"] = _dataset(observed["observed_data"], rows, sampled=False)
+    log_weights = draws["sample_stats"]["log_weight"]
+    groups["vi_stats"] = _vi_stats(log_weights, rows, seed, points)
+    for dataset in groups.values():
+        dataset.attrs["inference_library"] = "pyro_vae"
+    groups["posterior"].attrs["note"] = NOTE
+    return _wrapped(groups)
+
+
+def _num_predictive(
+    asked: int | None, num_samples: int, observed: Groups, max_elements: int
+) -> int:
+    if asked is not None:
+        return min(checked_count("num_predictive", asked, least=1), num_samples)
+    elements = max(values.size for values in observed["observed_data"].values())
+    return max(1, min(num_samples, MAX_PREDICTIVE, max_elements // elements))
+
+
+class _Run:
+    """Draws from the guide, and from the model with its observed sites free."""
+
+    def __init__(self, program: Any, known: Structure) -> None:
+        self.program = program
+        self.known = known
+        self.free = poutine.uncondition(program.model)
+        self.all_sites = dataclasses.replace(
+            known, latents=known.latents + known.observed, observed=()
+        )
+
+    def draws(self, x: Data, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
+        rest = plan.parts(num_samples - num_predictive)
+        posterior = [self._posterior_predictive(x, n) for n in plan.parts(num_predictive)]
+        posterior += [log_densities(self.program, x, n, structure=self.known) for n in rest]
+        prior = [self._prior(x, n, self.all_sites) for n in plan.parts(num_predictive)]
+        prior += [self._prior(x, n, self.known) for n in rest]
+        return {
+            "posterior": _values(posterior, self.known.latents),
+            "posterior_predictive": _values(posterior, self.known.observed),
+            "prior": _values(prior, self.known.latents),
+            "prior_predictive": _values(prior, self.known.observed),
+            "sample_stats": self._stats(posterior),
+        }
+
+    def _prior(self, x: Data, count: int, known: Structure) -> Densities:
+        return densities(self.free, self.free, (x,), count, known)
+
+    def _posterior_predictive(self, x: Data, count: int) -> Densities:
+        return densities(self.program.model, self._guide_then_model, (x,), count, self.all_sites)
+
+    def _guide_then_model(self, x: Data) -> None:
+        """Samples the latent sites from the guide, then the observed ones given these."""
+        with poutine.trace() as guided:
+            self.program.guide(x)
+        with poutine.block(hide_fn=self._is_known):
+            poutine.replay(self.free, trace=guided.trace)(x)
+
+    def _is_known(self, site: Any) -> bool:
+        return site["type"] == "sample" and site["name"] not in self.known.observed
+
+    def _stats(self, parts: list[Densities]) -> dict[str, np.ndarray]:
+        log_joint = _stacked([part.log_joint for part in parts])
+        log_q = _stacked([self._log_q(part) for part in parts])
+        return {"log_weight": log_joint - log_q, "log_q": log_q, "log_joint": log_joint}
+
+    def _log_q(self, part: Densities) -> Tensor:
+        return torch.stack([part.guide[name].double() for name in self.known.latents]).sum(0)
+
+    def observed(self, x: Data) -> Groups:
+        trace = poutine.trace(self.program.model).get_trace(x)
+        values = {name: self._by_rows(trace.nodes[name]) for name in self.known.observed}
+        return {"observed_data": {name: v.cpu().numpy() for name, v in values.items()}}
+
+    def _by_rows(self, site: Any) -> Tensor:
+        value: Tensor = site["value"]
+        events = len(site["fn"].event_shape)
+        value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
+        plates = self.known.max_plate_nesting
+        value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
+        value = value.movedim(self.known.rows_dim - events, 0)
+        inner = [size for size in value.shape[1:plates] if size > 1]
+        return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
+
+
+def _values(parts: list[Densities], sites: tuple[str, ...]) -> dict[str, np.ndarray]:
+    return {
+        name: _stacked([part.values[name] for part in parts if name in part.values])
+        for name in sites
+    }
+
+
+def _stacked(parts: list[Tensor]) -> np.ndarray:
+    return torch.cat([part.cpu() for part in parts]).numpy()
+
+
+def _joined(pieces: list[Groups], axis: int) -> Groups:
+    def join(group: str, name: str) -> np.ndarray:
+        return np.concatenate([piece[group][name] for piece in pieces], axis=axis)
+
+    return {
+        group: {name: join(group, name) for name in values} for group, values in pieces[0].items()
+    }
+
+
+def _dataset(values: dict[str, np.ndarray], rows: Rows, *, sampled: bool) -> xr.Dataset:
+    leading = ("chain", "draw", "datum") if sampled else ("datum",)
+    coords: dict[str, np.ndarray] = {"datum": rows.names}
+    variables = {}
+    for name, value in values.items():
+        array = value[None] if sampled else value
+        own = _own_coords(name, array.shape[len(leading) :], rows)
+        variables[name] = ((*leading, *own), array)
+        coords |= own
+        coords |= {dim: np.arange(n) for dim, n in zip(leading[:-1], array.shape, strict=False)}
+    return xr.Dataset(variables, coords)
+
+
+def _own_coords(site: str, shape: tuple[int, ...], rows: Rows) -> dict[str, np.ndarray]:
+    field = site if site in rows.columns else "x"
+    labels = rows.columns.get(field, ())
+    if tuple(map(len, labels)) != shape or (isinstance(rows.x, dict) and field != site):
+        labels = tuple(map(np.arange, shape))
+    return {f"{site}_dim_{i}": label for i, label in enumerate(labels)}
+
+
+def _vi_stats(
+    log_weights: np.ndarray, rows: Rows, seed: int | None, points: list[str]
+) -> xr.Dataset:
+    values = estimates(log_weights)
+    if points:
+        unknown = np.full(len(rows), np.nan)
+        values = {name: v if name == "elbo" else unknown for name, v in values.items()}
+    return labelled(values, rows.names, len(log_weights), seed)
+
+
+def _wrapped(groups: dict[str, xr.Dataset]) -> Any:
+    import arviz
+
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return xr.DataTree.from_dict(groups)
+    container: Any = arviz.InferenceData
+    return container(**groups)

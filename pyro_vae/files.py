@@ -1,0 +1,192 @@
+"""Files that are whole or not there: written beside, then renamed; read without running code."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = [
+    "PathLike",
+    "new_folder",
+    "read_json",
+    "read_tensors",
+    "sha256",
+    "write_json",
+    "write_tensors",
+]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+_HEADER, _DIGEST = "pyro_vae", "sha256"
+
+
+def write_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
+    """Writes tensors and a header, readable as JSON, to one safetensors file.
+
+    Arguments:
+        path: The file, replaced in one instant once all is written.
+        tensors: What to write, by name; each is copied to the CPU.
+        header: Numbers, strings, lists and dicts of them.
+
+    Raises:
+        OSError: Where the system refuses.
+    """
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    said = json.dumps(dict(header), sort_keys=True)
+    metadata = {_HEADER: said, _DIGEST: _digest(own, said)}
+    with _replacing(Path(path)) as beside:
+        try:
+            save_file(own, beside, metadata)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path}: {error}") from error
+
+
+def read_tensors(
+    path: PathLike, *, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what :func:`write_tensors` wrote.
+
+    Arguments:
+        path: The file.
+        device: Where to put the tensors.
+
+    Raises:
+        ValueError: Where the file is not one of ours, or was altered or cut.
+        OSError: Where the system refuses.
+    """
+    with open(path, "rb"):
+        pass
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Expected {path} to be a safetensors file; got {error}.") from error
+    if _HEADER not in metadata or _DIGEST not in metadata:
+        raise ValueError(f"Expected {path} to be a file of pyro_vae; got another's.")
+    if metadata[_DIGEST] != _digest(tensors, metadata[_HEADER]):
+        raise ValueError(f"Expected {path} as it was written; got an altered file.")
+    return {name: t.to(device) for name, t in tensors.items()}, json.loads(metadata[_HEADER])
+
+
+def write_json(path: PathLike, content: Mapping[str, Any]) -> None:
+    """Writes a readable JSON file, replaced in one instant once all is written.
+
+    Arguments:
+        path: The file.
+        content: Numbers, strings, lists and dicts of them.
+    """
+    with _replacing(Path(path)) as beside:
+        beside.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Arguments:
+        path: The file.
+
+    Raises:
+        ValueError: Where it holds something else.
+        OSError: Where the system refuses.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"Expected {path} to be a JSON file; got {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected {path} to hold one JSON object; got {type(content).__name__}.")
+    return content
+
+
+def sha256(path: PathLike) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits.
+
+    Arguments:
+        path: The file.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives an empty folder beside a path to write to, which takes its name once all is written.
+
+    A folder that is replaced is moved aside first and removed last.
+
+    Arguments:
+        path: The folder to make.
+        overwrite: Whether a folder of that name may be replaced.
+
+    Raises:
+        ValueError: Where it is there already and may not be replaced.
+        OSError: Where the system refuses.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"Expected a folder that is not there yet; got {path}, which exists.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        _swap(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _swap(beside: Path, path: Path) -> None:
+    aside = None
+    if path.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / path.name
+        os.rename(path, aside)
+    os.rename(beside, path)
+    _sync(path.parent)
+    if aside is not None:
+        shutil.rmtree(aside.parent)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        yield beside
+        _sync(beside)
+        os.replace(beside, path)
+        _sync(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(tensors: Mapping[str, Tensor], said: str) -> str:
+    digest = hashlib.sha256(said.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

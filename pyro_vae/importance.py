@@ -1,0 +1,341 @@
+"""log p(x, z) and log q(z | x) of a program, per particle and per row, from Pyro's traces."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor, nn
+
+from .contexts import evaluating, seeded
+from .rows import PLATE, Data, Rows
+
+__all__ = [
+    "Densities",
+    "RowTerms",
+    "Structure",
+    "densities",
+    "log_densities",
+    "row_terms",
+    "structure",
+]
+
+_PARTICLES = "_particles"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a program is made of, as a dry run on two rows shows it.
+
+    Arguments:
+        rows_dim: The dim of the plate `"data"`, negative.
+        max_plate_nesting: The number of dims that plates take, from the right.
+        latents: The latent sites that have a value for each row.
+        global_latents: The latent sites outside the plate `"data"`.
+        observed: The observed sites.
+        event_shapes: The event shape of each site.
+        discrete: Whether each observed site has a mass function, not a density.
+        is_scaled: Whether the program itself scales the rows (by N / B, say).
+    """
+
+    rows_dim: int
+    max_plate_nesting: int
+    latents: tuple[str, ...]
+    global_latents: tuple[str, ...]
+    observed: tuple[str, ...]
+    event_shapes: dict[str, torch.Size]
+    discrete: dict[str, bool]
+    is_scaled: bool
+
+
+@dataclass(frozen=True)
+class Densities:
+    r"""Log-densities of every site of a program, per particle and row.
+
+    Arguments:
+        model: For each site of the model log p, shape (num_particles, rows), in nats.
+        guide: For each latent site log q, shape (num_particles, rows), in nats.
+        values: For each latent site its draws, shape (num_particles, rows, \*event_shape).
+    """
+
+    model: dict[str, Tensor]
+    guide: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z), shape (num_particles, rows), summed over sites in float64."""
+        return _total(self.model)
+
+    @property
+    def log_guide(self) -> Tensor:
+        """log q(z | x), shape (num_particles, rows), summed over sites in float64."""
+        return _total(self.guide)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z | x), shape (num_particles, rows), in float64."""
+        return self.log_joint - self.log_guide
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """log p(x | z), shape (num_particles, rows), summed over observed sites in float64."""
+        return _total({k: v for k, v in self.model.items() if k not in self.guide})
+
+    @property
+    def kl(self) -> Tensor:
+        """log q(z | x) - log p(z), whose mean is the KL divergence, (num_particles, rows)."""
+        return self.reconstruction - self.log_weights
+
+
+def structure(program: nn.Module, x: Data) -> Structure:
+    """Reads off a program what it is made of, by running it on two rows.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`, whose sites of each
+            row stand in a plate named `"data"`.
+        x: A tensor of shape (rows, *event), or a dict of them.
+
+    Raises:
+        ValueError: Where it is no such program: the message says what is amiss.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
+        >>> structure(vae, torch.ones(3, 4)).latents
+        ('z',)
+    """
+    for name in ("model", "guide"):
+        if not isinstance(program, nn.Module) or not callable(getattr(program, name, None)):
+            raise ValueError(
+                "Expected a program: an nn.Module with the methods model(x) and guide(x); got "
+                f"{type(program).__name__}."
+            )
+    few = Rows.of(x, like=program).select(slice(0, 2))
+    with evaluating(program), seeded(0), poutine.block():
+        guide, model = _traces(program.model, program.guide, (few,))
+    return _structure_of(model, guide)
+
+
+_inspected = structure
+
+
+def log_densities(
+    program: nn.Module, x: Data, num_particles: int, *, structure: Structure | None = None
+) -> Densities:
+    r"""Draws z from the guide and scores it under model and guide.
+
+    .. math:: z_{sn} \sim q(z \mid x_n), \qquad \log p(x_n, z_{sn}), \quad \log q(z_{sn} \mid x_n)
+
+    Scales (`poutine.scale`, a subsampling plate) are left out: they belong to an objective, not
+    to a density. Masks are kept. Numbers stay on the device.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`.
+        x: A tensor of shape (rows, *event), or a dict of them.
+        num_particles: The number of draws for each row.
+        structure: The program's structure, where it is known already.
+
+    Raises:
+        ValueError: Where the program has latent sites outside the plate `"data"`, as these have
+            no value for each row.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
+        >>> log_densities(vae, torch.ones(3, 4), 5).log_weights.shape
+        torch.Size([5, 3])
+    """
+    known = _inspected(program, x) if structure is None else structure
+    return densities(program.model, program.guide, (x,), num_particles, known)
+
+
+def densities(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    num_particles: int,
+    known: Structure,
+) -> Densities:
+    """Does the work of :func:`log_densities` for a pair of Pyro programs.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: Their arguments.
+        num_particles: The number of draws for each row.
+        known: What the two are made of.
+
+    Raises:
+        ValueError: Where there are latent sites outside the plate `"data"`.
+    """
+    if known.global_latents:
+        raise ValueError(
+            f"Expected latent sites in the plate {PLATE!r}, one value for each row; got "
+            f"{', '.join(known.global_latents)} outside it."
+        )
+    particles = pyro.plate(_PARTICLES, num_particles, dim=-known.max_plate_nesting - 1)
+    guide_trace, model_trace = _traces(particles(model), particles(guide), args)
+    per_row = _PerRow(model_trace, num_particles, known)
+    return Densities(
+        {name: per_row.log_prob(site) for name, site in _samples(model_trace)},
+        {name: per_row.log_prob(site) for name, site in _samples(guide_trace)},
+        {name: per_row.value(guide_trace.nodes[name]) for name in known.latents},
+    )
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """The two terms of the ELBO of each row, without the scales of an objective.
+
+    Arguments:
+        reconstruction: log p(x | z) of each row, shape (rows,), in nats.
+        kl: log q(z | x) - log p(z) of each row, shape (rows,), in nats.
+        global_kl: The same of the latents that all rows share, shape ().
+    """
+
+    reconstruction: Tensor
+    kl: Tensor
+    global_kl: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """The ELBO of each row but for the latents that all share, shape (rows,)."""
+        return self.reconstruction - self.kl
+
+
+def row_terms(model_trace: Trace, guide_trace: Trace, num_particles: int = 1) -> RowTerms:
+    """Reads the ELBO's terms off two traces whose log-probabilities are computed.
+
+    Arguments:
+        model_trace: The trace of the model.
+        guide_trace: The trace of the guide.
+        num_particles: How many particles stand in the traces: terms are their mean.
+    """
+    parts: dict[str, Any] = {"reconstruction": 0.0, "kl": 0.0, "global_kl": 0.0}
+    for sign, trace in ((1.0, guide_trace), (-1.0, model_trace)):
+        for _, site in _samples(trace):
+            log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+            if _is_computed(site):
+                continue
+            if not _in_rows(site):
+                parts["global_kl"] += sign * log_prob.sum() / num_particles
+            elif site["is_observed"]:
+                parts["reconstruction"] += _sum_to_rows(log_prob, site) / num_particles
+            else:
+                parts["kl"] += sign * _sum_to_rows(log_prob, site) / num_particles
+    like = next(value for value in parts.values() if isinstance(value, Tensor))
+    return RowTerms(
+        **{k: v if isinstance(v, Tensor) else like.new_zeros(()) for k, v in parts.items()}
+    )
+
+
+def _sum_to_rows(log_prob: Tensor, site: dict[str, Any]) -> Tensor:
+    dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == PLATE)
+    return log_prob.movedim(dim, 0).flatten(1).sum(1) if log_prob.ndim > 1 else log_prob
+
+
+class _PerRow:
+    """Brings what stands at a site to the dims (num_particles, rows)."""
+
+    def __init__(self, model_trace: Trace, num_particles: int, known: Structure) -> None:
+        self.particles = num_particles
+        self.nesting = known.max_plate_nesting + 1
+        self.rows_dim = known.rows_dim
+        self.rows = max(
+            frame.size
+            for _, site in _samples(model_trace)
+            for frame in site["cond_indep_stack"]
+            if frame.name == PLATE
+        )
+
+    def log_prob(self, site: dict[str, Any]) -> Tensor:
+        raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        log_prob = scale_and_mask(raw, mask=site["mask"])
+        log_prob = log_prob.reshape((1,) * (self.nesting - log_prob.ndim) + log_prob.shape)
+        inner = [d for d in range(-self.nesting + 1, 0) if d != self.rows_dim]
+        if inner:
+            log_prob = log_prob.sum(inner)
+        return log_prob.reshape(log_prob.shape[0], -1).expand(self.particles, self.rows)
+
+    def value(self, site: dict[str, Any]) -> Tensor:
+        value, events = site["value"], len(site["fn"].event_shape)
+        batch = value.shape[: value.ndim - events]
+        value = value.reshape((1,) * (self.nesting - len(batch)) + value.shape)
+        value = value.movedim(self.rows_dim - events, 1)
+        rest = value.shape[2:] if self.nesting == 2 else self._squeezed(value.shape[2:], events)
+        return value.reshape(value.shape[:2] + rest).expand(self.particles, self.rows, *rest)
+
+    @staticmethod
+    def _squeezed(shape: torch.Size, events: int) -> torch.Size:
+        plates, event = shape[: len(shape) - events], shape[len(shape) - events :]
+        return torch.Size(size for size in plates if size > 1) + event
+
+
+def _traces(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Trace, Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
+    return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+
+
+def _samples(trace: Trace) -> list[tuple[str, Any]]:
+    return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
+
+
+def _total(sites: dict[str, Tensor]) -> Tensor:
+    return sum((log_prob.double() for log_prob in sites.values()), torch.zeros(()))
+
+
+def _structure_of(model: Trace, guide: Trace) -> Structure:
+    frames = [f for trace in (model, guide) for _, s in _samples(trace) for f in _frames(s)]
+    dims = {frame.dim for frame in frames if frame.name == PLATE}
+    if len(dims) != 1:
+        raise ValueError(
+            f"Expected one plate named {PLATE!r} over the rows in model and guide; got plates "
+            f"{sorted({frame.name for frame in frames})}."
+        )
+    latent = [name for name, site in _samples(model) if not site["is_observed"]]
+    _check_match(latent, [name for name, _ in _samples(guide)])
+    sites = dict(_samples(model))
+    observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
+    return Structure(
+        rows_dim=dims.pop(),
+        max_plate_nesting=-min(frame.dim for frame in frames),
+        latents=tuple(name for name in latent if _in_rows(sites[name])),
+        global_latents=tuple(name for name in latent if not _in_rows(sites[name])),
+        observed=tuple(observed),
+        event_shapes={name: torch.Size(site["fn"].event_shape) for name, site in sites.items()},
+        discrete={name: bool(sites[name]["fn"].support.is_discrete) for name in observed},
+        is_scaled=any(not _is_one(site["scale"]) for site in sites.values()),
+    )
+
+
+def _check_match(latent: list[str], guided: list[str]) -> None:
+    if set(latent) != set(guided):
+        raise ValueError(
+            f"Expected the guide to draw the latent sites of the model, {sorted(latent)}; got "
+            f"{sorted(guided)}."
+        )
+
+
+def _frames(site: dict[str, Any]) -> list[Any]:
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+
+
+def _in_rows(site: dict[str, Any]) -> bool:
+    return any(frame.name == PLATE for frame in site["cond_indep_stack"])
+
+
+def _is_computed(site: dict[str, Any]) -> bool:
+    return bool(site["infer"].get("_deterministic", False))
+
+
+def _is_one(scale: Any) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0

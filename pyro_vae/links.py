@@ -1,0 +1,159 @@
+"""Links: from the unconstrained output of a network to a parameter, bounded away from the edge."""
+
+import difflib
+from typing import TypeAlias
+
+import pyro.distributions.constraints as constraints
+import torch
+import torch.nn.functional as F
+from pyro.distributions import transforms
+from torch import Tensor
+from torch.distributions import transform_to
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import ComposeTransform, Transform
+
+__all__ = ["Link", "SMALLEST", "link_of", "named_links"]
+
+Link: TypeAlias = str | Transform
+
+SMALLEST = 1e-6
+
+
+class _BoundedExp(Transform):
+    """exp of a value kept within +- 30, so that neither 0 nor inf can come out in float32."""
+
+    domain = constraints.real
+    codomain = constraints.positive
+    bijective = True
+    sign = +1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BoundedExp)
+
+    __hash__ = Transform.__hash__
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.clamp(-30.0, 30.0).exp()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.log()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
+class _BoundedSoftplus(Transform):
+    """softplus(x) + 1e-6."""
+
+    domain = constraints.real
+    codomain = constraints.positive
+    bijective = True
+    sign = +1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BoundedSoftplus)
+
+    __hash__ = Transform.__hash__
+
+    def _call(self, x: Tensor) -> Tensor:
+        return F.softplus(x) + SMALLEST
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        above = (y - SMALLEST).clamp_min(torch.finfo(y.dtype).tiny)
+        return above + torch.log(-torch.expm1(-above))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.logsigmoid(x)
+
+
+class _BoundedCholesky(Transform):
+    """A lower triangle whose diagonal is softplus(x) + 1e-6."""
+
+    domain = constraints.independent(constraints.real, 2)
+    codomain = constraints.lower_cholesky
+    bijective = False
+    diagonal = _BoundedSoftplus()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BoundedCholesky)
+
+    __hash__ = Transform.__hash__
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.tril(-1) + self.diagonal(x.diagonal(dim1=-2, dim2=-1)).diag_embed()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.tril(-1) + self.diagonal.inv(y.diagonal(dim1=-2, dim2=-1)).diag_embed()
+
+
+def named_links() -> dict[str, Transform]:
+    """Returns the links that have a name, as in a GLM: `"log"` says log(parameter) = output.
+
+    Example:
+        >>> sorted(named_links())
+        ['identity', 'log', 'logit', 'softplus']
+    """
+    return {
+        "identity": transforms.identity_transform,
+        "log": _BoundedExp(),
+        "logit": transforms.SigmoidTransform(),
+        "softplus": _BoundedSoftplus(),
+    }
+
+
+def link_of(constraint: Constraint, link: Link | None = None) -> Transform:
+    """Returns the map from unconstrained values to a constraint.
+
+    `transform_to` gives it, but where that would be an unbounded exp, which overflows in fresh
+    networks: positive values come from softplus(x) + 1e-6.
+
+    Arguments:
+        constraint: Where the values must lie.
+        link: The name of a link, or a transform, to use instead.
+
+    Raises:
+        ValueError: Where the name is not a link's, or nothing maps to the constraint.
+    """
+    if isinstance(link, str):
+        return _named(link)
+    if link is not None:
+        return link
+    if constraints.is_dependent(constraint):
+        return transforms.identity_transform
+    return _default(_base(constraint))
+
+
+def _named(name: str) -> Transform:
+    links = named_links()
+    if name not in links:
+        near = difflib.get_close_matches(name, links, n=1)
+        hint = f", perhaps {near[0]!r}" if near else ""
+        raise ValueError(f"Expected a link out of {sorted(links)}{hint}; got {name!r}.")
+    return links[name]
+
+
+def _base(constraint: Constraint) -> Constraint:
+    while isinstance(constraint, type(constraints.independent(constraints.real, 1))):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _default(constraint: Constraint) -> Transform:
+    if isinstance(constraint, type(constraints.greater_than(0.0)) | type(constraints.nonnegative)):
+        return _above(constraint.lower_bound)
+    if constraint in (constraints.lower_cholesky, constraints.lower_triangular):
+        return _BoundedCholesky()
+    if isinstance(constraint, type(constraints.half_open_interval(0.0, 1.0))):
+        constraint = constraints.interval(constraint.lower_bound, constraint.upper_bound)
+    try:
+        return transform_to(constraint)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"Expected a link to be named for values in {constraint}; got none."
+        ) from error
+
+
+def _above(bound: float | Tensor) -> Transform:
+    if not isinstance(bound, Tensor) and bound == 0:
+        return _BoundedSoftplus()
+    return ComposeTransform([_BoundedSoftplus(), transforms.AffineTransform(bound, 1.0)])

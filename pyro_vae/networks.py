@@ -1,0 +1,151 @@
+"""Networks: tensors in, tensors out. They know no distribution, and infer their sizes."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "Convolution", "Deconvolution"]
+
+
+class MLP(nn.Module):
+    r"""Creates a multi-layer perceptron whose last hidden layer is its output.
+
+    .. math:: h_0 = \mathrm{flatten}(x), \qquad h_l = \sigma(W_l h_{l-1} + b_l)
+
+    The number of inputs is read off the first batch. A family puts its own linear layer behind.
+
+    Arguments:
+        hidden: The numbers of units of the layers; without any the network only flattens.
+        activation: The class of the activation, built without arguments.
+
+    Raises:
+        ValueError: Where a number of units is not a positive integer.
+
+    Example:
+        >>> network = MLP(32, 16)
+        >>> network(torch.randn(5, 8, 8)).shape
+        torch.Size([5, 16])
+    """
+
+    def __init__(self, *hidden: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.hidden = _sizes("hidden units", hidden)
+        self.activation = activation
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in pairwise((0, *self.hidden)):
+            linear = nn.Linear(inputs, outputs) if inputs else nn.LazyLinear(outputs)
+            layers += [linear, activation()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (rows, *event) to (rows, units)."""
+        return self.layers(x)
+
+
+class Convolution(nn.Module):
+    """Creates a convolutional encoder of images: each layer halves height and width.
+
+    Images have shape (rows, height, width) or (rows, channels, height, width).
+
+    Arguments:
+        channels: The numbers of channels of the layers, each a 3 x 3 convolution of stride 2.
+        activation: The class of the activation, built without arguments.
+
+    Raises:
+        ValueError: Where a number of channels is not a positive integer.
+
+    Example:
+        >>> network = Convolution(16, 32)
+        >>> network(torch.randn(5, 1, 28, 28)).shape
+        torch.Size([5, 1568])
+    """
+
+    def __init__(self, *channels: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.channels = _sizes("channels", channels, at_least=1)
+        self.activation = activation
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((0, *self.channels)):
+            sizes = {"kernel_size": 3, "stride": 2, "padding": 1}
+            layers.append(
+                nn.Conv2d(inputs, outputs, **sizes) if inputs else nn.LazyConv2d(outputs, **sizes)
+            )
+            layers.append(activation())
+        self.layers = nn.Sequential(*layers, nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (rows, ..., height, width) to features (rows, units)."""
+        return self.layers(_with_channels(x))
+
+
+class Deconvolution(nn.Module):
+    """Creates a convolutional decoder to images: each layer doubles height and width.
+
+    Its features have shape (rows, channels, height, width); a family reads its parameters off
+    them pixel by pixel. The size of the image is told by the model that it is built into.
+
+    Arguments:
+        channels: The numbers of channels, from the smallest image to the largest.
+        activation: The class of the activation, built without arguments.
+
+    Raises:
+        ValueError: Where a number of channels is not a positive integer, or x is not an image.
+
+    Example:
+        >>> network = Deconvolution(32, 16)
+        >>> network.set_event_shape((1, 28, 28))
+        >>> network(torch.randn(5, 8)).shape
+        torch.Size([5, 16, 28, 28])
+    """
+
+    def __init__(self, *channels: int, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.channels = _sizes("channels", channels, at_least=1)
+        self.activation = activation
+        self.event_shape: tuple[int, ...] | None = None
+
+    def set_event_shape(self, event_shape: Sequence[int]) -> None:
+        """Builds the layers for images of a size.
+
+        Arguments:
+            event_shape: The shape of x, (..., height, width).
+        """
+        if len(event_shape) < 2:
+            raise ValueError(
+                f"Expected an event shape (..., height, width); got {tuple(event_shape)}."
+            )
+        self.event_shape = tuple(event_shape)
+        self.start = [math.ceil(size / 2 ** len(self.channels)) for size in event_shape[-2:]]
+        self.project = nn.LazyLinear(self.channels[0] * math.prod(self.start))
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((self.channels[0], *self.channels)):
+            upsample = nn.ConvTranspose2d(inputs, outputs, kernel_size=4, stride=2, padding=1)
+            layers += [self.activation(), upsample]
+        self.layers = nn.Sequential(*layers, self.activation())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Maps latents (rows, *event) to features (rows, channels, height, width)."""
+        if self.event_shape is None:
+            raise ValueError("Expected set_event_shape to be called first; got no image size.")
+        height, width = self.event_shape[-2:]
+        image = self.project(z.flatten(1)).unflatten(-1, (self.channels[0], *self.start))
+        return self.layers(image)[..., :height, :width]
+
+
+def _sizes(what: str, sizes: tuple[int, ...], *, at_least: int = 0) -> tuple[int, ...]:
+    if len(sizes) < at_least or not all(
+        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
+    ):
+        raise ValueError(f"Expected positive numbers of {what}; got {sizes}.")
+    return sizes
+
+
+def _with_channels(x: Tensor) -> Tensor:
+    if x.ndim < 3:
+        raise ValueError(
+            f"Expected images of shape (rows, ..., height, width); got {tuple(x.shape)}."
+        )
+    return x.reshape(len(x), -1, *x.shape[-2:])

@@ -1,0 +1,76 @@
+"""A prior that is a mixture of learned components."""
+
+import copy
+
+import pyro.distributions as dist
+import torch
+from torch import nn
+from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
+
+from ..families import Family, Shared
+from .prior import checked_shape
+
+__all__ = ["Mixture", "mixture_of"]
+
+
+class Mixture(nn.Module):
+    r"""Creates the prior that is a mixture of K learned components.
+
+    .. math:: p(z) = \sum_{k=1}^{K} \mathrm{softmax}(\eta)_k\, D(z;\ \theta_k)
+
+    Arguments:
+        num_components: The number of components :math:`K`.
+        event_shape: The shape of z, an int or a tuple.
+        component: The family of the components, its parameters `Shared` or fixed; normal by
+            default, independent in the latents.
+
+    Raises:
+        ValueError: Where a size is not a positive integer.
+
+    Example:
+        >>> Mixture(10, 8)().event_shape
+        torch.Size([8])
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        event_shape: int | tuple[int, ...],
+        component: Family | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(f"Expected a positive number of components; got {num_components!r}.")
+        self.num_components = num_components
+        self.event_shape = checked_shape(event_shape)
+        normal = Family(dist.Normal, loc=Shared(), scale=Shared(init=1.0))
+        self.component = copy.deepcopy(normal if component is None else component)
+        self.component.build(self.event_shape, extra=(num_components,))
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        with torch.no_grad():
+            for parameter in self.component.shared.values():
+                parameter += 0.5 * torch.randn_like(parameter)
+
+    def forward(self) -> Distribution:
+        """Returns p(z), of batch shape () and event shape (*event)."""
+        return mixture_of(self.logits, self.component())
+
+
+class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
+    """A mixture whose support is its components', so that NUTS can sample from it."""
+
+    @property
+    def support(self) -> Constraint:
+        return self.component_distribution.support
+
+
+def mixture_of(logits: torch.Tensor, components: Distribution) -> Distribution:
+    """Returns the mixture of the distributions along the last batch dim.
+
+    Arguments:
+        logits: The unnormalised log-weights, shape (K,).
+        components: Distributions of batch shape (K,).
+    """
+    weights = dist.Categorical(logits=logits)
+    return _Mixture(weights, components.expand(logits.shape))

@@ -1,0 +1,180 @@
+"""The prior of any Pyro distribution, its parameters fixed or learned."""
+
+import inspect
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from ..families import Family, Shared, Word
+
+__all__ = ["Prior", "StandardNormal", "check_prior_shape", "checked_shape", "from_distribution"]
+
+
+class Prior(Family):
+    r"""Creates a prior of any Pyro distribution, its parameters fixed or learned.
+
+    .. math:: p(z) = D(z;\ \theta_1, \theta_2, \dots)
+
+    Arguments:
+        distribution: A class of Pyro distributions.
+        event_shape: The shape of z, an int or a tuple.
+        parameters: A number or tensor where a parameter is fixed; `Shared`, or nothing, where it
+            is learned.
+
+    Raises:
+        ValueError: Where a word is on something that is not a parameter, or a count is not given.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> prior = Prior(dist.StudentT, 8, df=4.0, loc=0.0)
+        >>> prior().event_shape
+        torch.Size([8])
+    """
+
+    default = Shared
+
+    def __init__(
+        self,
+        distribution: type[Distribution],
+        event_shape: int | tuple[int, ...],
+        /,
+        **parameters: Word,
+    ) -> None:
+        super().__init__(distribution, **parameters)
+        self.build(checked_shape(event_shape))
+
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor was called with, by name."""
+        return {"distribution": self.distribution, "event_shape": self.event_shape} | self.words
+
+    def forward(self) -> Distribution:
+        """Returns p(z), of batch shape () and event shape (*event)."""
+        return super().forward(None)
+
+    def extra_repr(self) -> str:
+        """The arguments, as they were written."""
+        words = [f"{name}={_short(word)}" for name, word in self.words.items()]
+        return ", ".join([self.distribution.__name__, str(tuple(self.event_shape)), *words])
+
+
+class StandardNormal(Prior):
+    r"""Creates the standard normal prior, the default.
+
+    .. math:: p(z) = N(z;\ 0, I)
+
+    Arguments:
+        event_shape: The shape of z, an int or a tuple.
+
+    Raises:
+        ValueError: Where a size is not a positive integer.
+
+    Example:
+        >>> StandardNormal(8)().event_shape
+        torch.Size([8])
+    """
+
+    def __init__(self, event_shape: int | tuple[int, ...]) -> None:
+        super().__init__(dist.Normal, event_shape, loc=0.0, scale=1.0)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor was called with, by name."""
+        return {"event_shape": tuple(self.event_shape)}
+
+    def extra_repr(self) -> str:
+        """The arguments, as they were written."""
+        return ", ".join(map(str, self.event_shape))
+
+
+def from_distribution(distribution: Distribution) -> Prior:
+    """Takes a distribution apart into a prior of fixed parameters.
+
+    They become buffers, so that the prior moves, casts and saves with the model it is built into.
+
+    Arguments:
+        distribution: A distribution over z, of batch shape () and event shape (*event).
+
+    Raises:
+        ValueError: Where its shapes are others, or it cannot be taken apart.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from_distribution(dist.Laplace(0.0, 1.0).expand([2]).to_event(1))
+        Prior(Laplace, (2,), loc=tensor of shape (2,), scale=tensor of shape (2,))
+    """
+    check_prior_shape(distribution)
+    base = distribution
+    while isinstance(base, Independent):
+        base = base.base_dist
+    words = _fixed_words(base)
+    try:
+        prior = Prior(type(base), tuple(distribution.event_shape), **words)
+        _check_same(prior, distribution)
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"Expected a prior that can be taken apart into its parameters; got {distribution}: "
+            "give a module whose forward() returns it."
+        ) from error
+    return prior
+
+
+def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Returns an event shape as a tuple.
+
+    Arguments:
+        event_shape: An int or a tuple of ints.
+
+    Raises:
+        ValueError: Where it is empty, or a size is not a positive integer.
+    """
+    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    sizes = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+    if not shape or not sizes or isinstance(event_shape, bool):
+        raise ValueError(f"Expected an event shape of positive sizes; got {event_shape!r}.")
+    return shape
+
+
+def check_prior_shape(distribution: Distribution) -> None:
+    """Refuses a distribution that is not over one vector of latents.
+
+    Arguments:
+        distribution: A distribution over z.
+
+    Raises:
+        ValueError: Where its batch shape is not (), or its event shape is.
+    """
+    if not distribution.event_shape and not distribution.batch_shape:
+        raise ValueError(
+            "Expected a prior over vectors; got event shape (): write .expand([1]).to_event(1)."
+        )
+    if distribution.batch_shape:
+        raise ValueError(
+            f"Expected a prior of batch shape (); got {tuple(distribution.batch_shape)}: write "
+            f".to_event({len(distribution.batch_shape)})."
+        )
+
+
+def _fixed_words(base: Distribution) -> dict[str, Word]:
+    known = base.arg_constraints
+    signature = inspect.signature(type(base).__init__).parameters
+    words: dict[str, Word] = {}
+    for name in {**known, **signature}:
+        if name in ("self", "validate_args"):
+            continue
+        value = vars(base).get(name, getattr(base, name, None) if name not in known else None)
+        if isinstance(value, Tensor | int | float | str):
+            words[name] = value
+    return words
+
+
+def _check_same(prior: Prior, distribution: Distribution) -> None:
+    draw = distribution.sample()
+    ours, theirs = prior().log_prob(draw.to(prior._like.dtype)), distribution.log_prob(draw)
+    if not torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3):
+        raise ValueError(f"Expected log-density {theirs}; got {ours}.")
+
+
+def _short(word: Word) -> str:
+    return f"tensor of shape {tuple(word.shape)}" if isinstance(word, Tensor) else repr(word)

@@ -1,0 +1,625 @@
+"""fit: stochastic variational inference on a table of rows, and its history."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pandas as pd
+import pyro
+import pyro.infer
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from . import plots
+from .contexts import evaluating, local_parameters, seeded
+from .elbos import Trace_ELBO
+from .files import PathLike, read_tensors, write_tensors
+from .importance import RowTerms, structure
+from .rows import PLATE, Data, Rows
+from .svi import SVI, MakeOptimizer, optimizer_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["History", "fit"]
+
+Transform: TypeAlias = Callable[[Any], Any]
+MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in a fit, epoch by epoch.
+
+    Arguments:
+        table: Indexed by `epoch`: `elbo`, `elbo_se` (over rows), `reconstruction` and `kl` of the
+            training rows under the changing weights of the epoch, the same with `validation_` of
+            the rows held out, `kl_weight`, and `seconds`. In nats per row; never annealed.
+        best_epoch: The epoch whose weights the program has.
+        stopped: Why the fit ended: `"max_epochs"`, `"patience"` or `"interrupted"`.
+        seed: The seed of the fit.
+    """
+
+    table: pd.DataFrame
+    best_epoch: int
+    stopped: str
+    seed: int | None = None
+
+    def plot(self) -> "Figure":
+        """Draws the training curve."""
+        return plots.training(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def fit(
+    program: nn.Module,
+    x: Any,
+    *,
+    validation: float | Any | None = None,
+    elbo: pyro.infer.ELBO | None = None,
+    optimizer: MakeOptimizer = torch.optim.Adam,
+    lr: float | None = 1e-3,
+    schedule: MakeSchedule | None = None,
+    batch_size: int = 128,
+    max_epochs: int = 100,
+    patience: int | None = 20,
+    warmup: int = 0,
+    max_grad_norm: float | None = None,
+    transform: Transform | None = None,
+    device: str | torch.device = "auto",
+    seed: int | None = None,
+    progress: bool = True,
+    checkpoint: PathLike | None = None,
+    resume: bool = False,
+) -> History:
+    r"""Trains a program by stochastic variational inference.
+
+    The weights go on from where they are: a second fit continues the first. Without validation
+    nothing is held out, the fit never stops early and the last weights are kept; with it the fit
+    stops after `patience` epochs without gain, and the best weights are kept. Ctrl-C ends the
+    epoch and returns in the same way. A loss or gradient that is not finite changes no weight: the
+    fit stops with the last good ones.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`, whose sites of each
+            row stand in a plate named `"data"`: a :class:`pyro_vae.VAE`, or one's own.
+        x: The rows: a tensor, an array, a pandas frame, an xarray array, or a dict of them.
+        validation: The share of the rows to hold out, or rows to validate on.
+        elbo: The objective; `pyro_vae.elbos.Trace_ELBO()` by default. Pyro's own work too.
+        optimizer: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim`
+            optimiser. As in Pyro, its gradient is that of the objective's sum over a batch.
+        lr: The learning rate; `None` where the optimiser has it already.
+        schedule: A function of the optimiser that makes a learning-rate schedule, stepped once an
+            epoch.
+        batch_size: The rows of a minibatch; the last one of an epoch may be smaller.
+        max_epochs: The most passes over the rows.
+        patience: The epochs without gain after which to stop; `None` for never.
+        warmup: The epochs in which the weight of the KL terms climbs from 0 to 1. The history
+            tells the ELBO without it; the best weights are sought after it.
+        max_grad_norm: Where to clip the norm of the gradient of the mean over a batch.
+        transform: Applied to each minibatch on the device, `pyro_vae.datasets.binarize`, say.
+        device: Where to train; `"auto"` takes CUDA where there is one.
+        seed: The seed of everything random; torch's generators are put back after the fit. With
+            `None` they run on.
+        progress: Whether to show a progress bar, on a terminal.
+        checkpoint: A file to write the state to after each epoch.
+        resume: Whether to go on from that file, where it is there; on a CPU the weights end
+            equal, bit for bit, to those of an unbroken fit.
+
+    Raises:
+        ValueError: Where an argument or the data are refused, before anything is computed.
+        FloatingPointError: Where the loss or a gradient is not finite; it names epoch and batch.
+
+    Returns:
+        The history of the fit.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0)
+        >>> history = fit(vae, torch.ones(64, 4), max_epochs=2, seed=0, device="cpu")
+        >>> history.best_epoch, history.stopped
+        (2, 'max_epochs')
+    """
+    settings = _Settings(
+        lr=_positive("lr", lr, optional=True),
+        batch_size=_count("batch_size", batch_size),
+        max_epochs=_count("max_epochs", max_epochs),
+        patience=None if patience is None else _count("patience", patience),
+        warmup=_count("warmup", warmup, least=0),
+        max_grad_norm=_positive("max_grad_norm", max_grad_norm, optional=True),
+        seed=None if seed is None else _count("seed", seed, least=0),
+    )
+    if settings.warmup > settings.max_epochs:
+        raise ValueError(
+            f"Expected a warm-up of at most max_epochs={max_epochs}; got {warmup} epochs: the KL "
+            "terms would never have their full weight."
+        )
+    target = device_of(device)
+    path = _checkpoint_path(checkpoint, resume=resume)
+    saved = read_tensors(path) if path is not None and path.exists() else None
+    split_seed = _split_seed(seed, saved)
+    rows, held_out = _checked_rows(program, x, validation, transform, split_seed)
+    objective = Trace_ELBO() if elbo is None else elbo
+    make = _with_lr(optimizer, settings.lr)
+    program.to(target)
+    svi = SVI(program.model, program.guide, make, objective, max_grad_norm=max_grad_norm)
+    run = _Run(
+        program=program,
+        svi=svi,
+        schedule=None if schedule is None else schedule(svi.optimizer),
+        rows=_placed(rows, target),
+        held_out=None if held_out is None else _placed(held_out, target),
+        device=target,
+        transform=_identity if transform is None else transform,
+        settings=settings,
+        split_seed=split_seed,
+        path=path,
+    )
+    with seeded(seed):
+        if saved is not None:
+            run.restore(*saved)
+        return run.finish(progress=progress)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    lr: float | None
+    batch_size: int
+    max_epochs: int
+    patience: int | None
+    warmup: int
+    max_grad_norm: float | None
+    seed: int | None
+
+
+@dataclass
+class _Run:
+    """The state of a fit between two epochs, and what takes it to the next."""
+
+    program: nn.Module
+    svi: SVI
+    schedule: LRScheduler | None
+    rows: Rows
+    held_out: Rows | None
+    device: torch.device
+    transform: Transform
+    settings: _Settings
+    split_seed: int
+    path: Path | None
+    records: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None
+    best_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        few = self._batch(self.rows, slice(0, 2))
+        self.structure = structure(self.program, few)
+        self.kl_weight = torch.ones((), device=self.device)
+        self.steps = math.ceil(len(self.rows) / self.settings.batch_size)
+
+    def finish(self, *, progress: bool) -> History:
+        """Runs the epochs that are left."""
+        stopped = "max_epochs"
+        bar = tqdm(
+            total=self.settings.max_epochs,
+            initial=len(self.records),
+            unit="epoch",
+            disable=None if progress else True,
+        )
+        with bar, _interrupts() as interrupted:
+            while len(self.records) < self.settings.max_epochs:
+                if self._is_out_of_patience():
+                    stopped = "patience"
+                    break
+                if not self._epoch(interrupted):
+                    stopped = "interrupted"
+                    break
+                bar.set_postfix(self._shown())
+                bar.update()
+        if self.best is not None:
+            self.program.load_state_dict(self.best)
+        return self._history(stopped)
+
+    def _epoch(self, interrupted: threading.Event) -> bool:
+        start = time.perf_counter()
+        totals = self._train(interrupted)
+        if totals is None:
+            return False
+        record = totals.summary(len(self.rows))
+        if self.held_out is not None:
+            held_out = self._validate(self.held_out).summary(len(self.held_out))
+            record |= {f"validation_{name}": value for name, value in held_out.items()}
+        if self.settings.warmup:
+            record["kl_weight"] = float(self.kl_weight)
+        record["seconds"] = time.perf_counter() - start
+        if self.schedule is not None:
+            self.schedule.step()
+        self.records.append(record)
+        self._keep_best(record)
+        if self.path is not None:
+            self.save(self.path)
+        return True
+
+    def _train(self, interrupted: threading.Event) -> "_Totals | None":
+        totals, is_bad_from = _Totals(self.device), torch.full((), -1, device=self.device)
+        order = torch.randperm(len(self.rows), device=self.rows.device)
+        batches = order.split(self.settings.batch_size)
+        self.program.train()
+        with self._training_handlers() as scale:
+            for step, index in enumerate(batches):
+                if interrupted.is_set():
+                    return None
+                self._anneal(len(self.records) * self.steps + step + 1)
+                scale.scale = len(self.rows) / len(index)
+                terms = self.svi.update(self._batch(self.rows, index)).terms
+                totals.add(terms)
+                is_first = (is_bad_from < 0) & (self.svi.is_bad > 0)
+                is_bad_from = torch.where(is_first, step, is_bad_from)
+        if (bad := int(is_bad_from)) >= 0:
+            self._refuse(bad, self.rows.names[batches[bad].cpu().numpy()])
+        return totals
+
+    @contextlib.contextmanager
+    def _training_handlers(self) -> Iterator["_ScaledRows"]:
+        rows = _ScaledRows(active=bool(self.structure.global_latents))
+        rows.active = rows.active and not self.structure.is_scaled
+        annealed = _Annealed(self.kl_weight) if self.settings.warmup else contextlib.nullcontext()
+        with pyro.validation_enabled(False), local_parameters(self.program), annealed, rows:
+            yield rows
+
+    def _anneal(self, steps: int) -> None:
+        if self.settings.warmup:
+            self.kl_weight.fill_(min(1.0, steps / (self.settings.warmup * self.steps)))
+
+    def _validate(self, rows: Rows) -> "_Totals":
+        totals = _Totals(self.device)
+        elbo = Trace_ELBO()
+        with evaluating(self.program), seeded(self.split_seed):
+            for chunk in rows.chunks(max(self.settings.batch_size, 1024)):
+                batch = self._batch(chunk, slice(None))
+                totals.add(elbo.estimate(self.program.model, self.program.guide, batch).terms)
+        return totals
+
+    def _batch(self, rows: Rows, index: slice | Tensor) -> Data:
+        data = rows.select(index)
+        if rows.device != self.device:
+            data = Rows(data, rows.names, rows.columns).to(self.device).x
+        return self.transform(data)
+
+    def _keep_best(self, record: dict[str, float]) -> None:
+        epoch = len(self.records)
+        if self.held_out is None:
+            self.best_epoch = epoch
+        elif epoch > self.settings.warmup or epoch == self.settings.max_epochs:
+            best = self.records[self.best_epoch - 1] if self.best is not None else None
+            if best is None or record["validation_elbo"] > best["validation_elbo"]:
+                self.best_epoch = epoch
+                self.best = {k: v.clone() for k, v in self.program.state_dict().items()}
+
+    def _is_out_of_patience(self) -> bool:
+        if self.best is None or self.settings.patience is None:
+            return False
+        return len(self.records) - self.best_epoch >= self.settings.patience
+
+    def _shown(self) -> dict[str, str]:
+        record = self.records[-1]
+        names = [name for name in ("elbo", "validation_elbo") if name in record]
+        return {name: f"{record[name]:.2f}" for name in names}
+
+    def _refuse(self, batch: int, names: Any) -> None:
+        error = FloatingPointError(
+            f"Expected a finite loss and gradient; got others in epoch {len(self.records) + 1}, "
+            f"batch {batch + 1} of {self.steps}, rows {list(names[:5])}... The weights are those "
+            "before it. Perhaps a smaller lr, max_grad_norm, or standardised data."
+        )
+        error.history = self._history("not finite")  # type: ignore[attr-defined]
+        raise error
+
+    def _history(self, stopped: str) -> History:
+        epochs = pd.RangeIndex(1, len(self.records) + 1, name="epoch")
+        table = pd.DataFrame(self.records, index=epochs)
+        return History(table, self.best_epoch, stopped, self.settings.seed)
+
+    def save(self, path: Path) -> None:
+        """Writes all that the next epoch depends on."""
+        tensors = {f"program.{k}": v for k, v in self.program.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in (self.best or {}).items()}
+        state, options = _split_state(self.svi.optimizer.state_dict())
+        tensors |= {f"optimizer.{k}": v for k, v in state.items()}
+        tensors |= {f"generator.{k}": v for k, v in _generators().items()}
+        header = {
+            "kind": "checkpoint",
+            "fit": self._identity(),
+            "records": self.records,
+            "best_epoch": self.best_epoch,
+            "optimizer": options,
+            "schedule": None if self.schedule is None else _plain(self.schedule.state_dict()),
+            "split_seed": self.split_seed,
+        }
+        write_tensors(path, tensors, header)
+
+    def restore(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """Takes up the state that :meth:`save` wrote."""
+        if header.get("kind") != "checkpoint":
+            raise ValueError(f"Expected {self.path} to be a checkpoint; got {header.get('kind')}.")
+        _check_identity(self._identity(), header["fit"])
+        _load_program(self.program, _under("program.", tensors, self.device))
+        self.best = _under("best.", tensors, self.device) or None
+        self.best_epoch, self.records = header["best_epoch"], header["records"]
+        state = _under("optimizer.", tensors, self.device)
+        self.svi.optimizer.load_state_dict(_joined_state(state, header["optimizer"]))
+        if self.schedule is not None:
+            self.schedule.load_state_dict(header["schedule"])
+        _set_generators(_under("generator.", tensors, "cpu"))
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from."""
+        asked = {k: v for k, v in asdict(self.settings).items() if k not in _MAY_CHANGE}
+        elbo = self.svi.objective.elbo
+        return asked | {
+            "rows": self.rows.digest(),
+            "validation": None if self.held_out is None else self.held_out.digest(),
+            "elbo": f"{type(elbo).__name__}(num_particles={elbo.num_particles})",
+            "optimizer": type(self.svi.optimizer).__name__,
+            "schedule": type(self.schedule).__name__,
+        }
+
+
+_MAY_CHANGE = ("max_epochs", "patience")
+
+
+class _Totals:
+    """Sums over rows, kept on the device until the epoch is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def add(self, terms: RowTerms) -> None:
+        elbo = terms.elbo.detach().double()
+        parts = (elbo, elbo.square(), terms.reconstruction.detach(), terms.kl.detach())
+        summed = [part.sum().double() for part in parts]
+        global_kl = terms.global_kl.detach().double() * len(elbo)
+        self.sums += torch.stack([*summed, global_kl])
+
+    def summary(self, num_rows: int) -> dict[str, float]:
+        sums = self.sums.tolist()
+        elbo, square, reconstruction, kl, global_kl = (total / num_rows for total in sums)
+        shared = global_kl / num_rows
+        variance = max(square - elbo**2, 0.0) / max(num_rows - 1, 1)
+        return {
+            "elbo": elbo - shared,
+            "elbo_se": math.sqrt(variance) if num_rows > 1 else math.nan,
+            "reconstruction": reconstruction,
+            "kl": kl + shared,
+        }
+
+
+class _Annealed(Messenger):  # type: ignore[misc]
+    """Weighs the latent sites, in the model and in the guide."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class _ScaledRows(Messenger):  # type: ignore[misc]
+    """Weighs the sites of the rows by N / B, where there are latents that all rows share."""
+
+    def __init__(self, *, active: bool) -> None:
+        super().__init__()
+        self.active, self.scale = active, 1.0
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if self.active and any(frame.name == PLATE for frame in msg["cond_indep_stack"]):
+            msg["scale"] = msg["scale"] * self.scale
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; the second one interrupts as ever."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Returns a device that is there; `"auto"` is CUDA where there is one, else the CPU.
+
+    Arguments:
+        device: Its name.
+
+    Raises:
+        ValueError: Where there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"Expected a device out of {there}; got {device!r}.") from error
+
+
+def _identity(data: Any) -> Any:
+    return data
+
+
+def _count(name: str, value: Any, *, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")
+    return value
+
+
+def _positive(name: str, value: Any, *, optional: bool = False) -> float | None:
+    if optional and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"Expected {name} to be a positive number; got {value!r}.")
+    return value
+
+
+def _checkpoint_path(checkpoint: PathLike | None, *, resume: bool) -> Path | None:
+    if checkpoint is None:
+        if resume:
+            raise ValueError("Expected the checkpoint to resume from; got checkpoint=None.")
+        return None
+    path = Path(checkpoint)
+    if path.is_dir():
+        raise ValueError(f"Expected checkpoint to be a file; got the folder {path}.")
+    if path.exists() and not resume:
+        raise ValueError(
+            f"Expected a checkpoint that is not there yet, or resume=True; got {path}, which "
+            "exists."
+        )
+    return path
+
+
+def _split_seed(seed: int | None, saved: Any) -> int:
+    if saved is not None:
+        return int(saved[1].get("split_seed", 0))
+    return int(torch.randint(2**31, ())) if seed is None else seed
+
+
+def _with_lr(optimizer: MakeOptimizer, lr: float | None) -> Any:
+    given = {} if lr is None else {"lr": lr}
+    return lambda parameters: optimizer_of(optimizer, parameters, **given)
+
+
+def _checked_rows(
+    program: nn.Module, x: Any, validation: Any, transform: Transform | None, split_seed: int
+) -> tuple[Rows, Rows | None]:
+    rows = Rows.of(x, like=program)
+    if validation is None:
+        train, held_out = rows, None
+    elif isinstance(validation, float | int) and not isinstance(validation, bool):
+        train, held_out = _split(rows, validation, split_seed)
+    else:
+        train, held_out = rows, Rows.of(validation, like=program)
+    for part in (train, held_out):
+        if part is not None:
+            _check(program, part, transform, split_seed)
+    return train, held_out
+
+
+def _split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"Expected validation to be a share in (0, 1), or rows; got {share!r}.")
+    if len(rows) < 2:
+        raise ValueError("Expected at least 2 rows to hold some out; got 1.")
+    held_out = min(max(1, round(share * len(rows))), len(rows) - 1)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = order.to(rows.device)
+    return rows[order[held_out:].sort().values], rows[order[:held_out].sort().values]
+
+
+def _check(program: nn.Module, rows: Rows, transform: Transform | None, seed: int) -> None:
+    """Asks the program, where it has a `check`, about all rows as it will see them."""
+    check = getattr(program, "check", None)
+    few = rows[slice(0, 2)].x
+    with seeded(seed):
+        structure(program, few if transform is None else transform(few))
+        if check is not None:
+            for chunk in rows.chunks(16384):
+                check(chunk.x if transform is None else transform(chunk.x))
+
+
+def _placed(rows: Rows, device: torch.device) -> Rows:
+    """Moves the rows to the device once and for all, where they fit into half of what is free."""
+    if device.type == "cuda":
+        size = sum(t.numel() * t.element_size() for t in rows.fields.values())
+        if size > torch.cuda.mem_get_info(device)[0] / 2:
+            return rows.to("cpu")
+    return rows.to(device)
+
+
+def _split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, plain = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            target = tensors if isinstance(value, Tensor) else plain
+            target[f"{index}.{name}"] = value
+    return tensors, {"plain": plain, "param_groups": _plain(state["param_groups"])}
+
+
+def _joined_state(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**options["plain"], **tensors}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": options["param_groups"]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_generators(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(devices):
+        if f"cuda{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{i}"], i)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor.to(device)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _check_identity(now: dict[str, Any], then: dict[str, Any]) -> None:
+    changed = [name for name in now if now[name] != then.get(name)]
+    if changed:
+        said = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in changed)
+        raise ValueError(f"Expected the fit that the checkpoint is of; got another: {said}.")
+
+
+def _load_program(program: nn.Module, state: dict[str, Tensor]) -> None:
+    try:
+        program.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"Expected the program the checkpoint is of; got {error}") from error

@@ -1,0 +1,318 @@
+"""Importance sampling and its Pareto k, against ArviZ and closed forms."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from programs import Grid, LinearGaussian, linear_gaussian
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import pyro_vae as pv
+from pyro_vae.evidence import good_k, log_evidence, pareto_k, summary
+from pyro_vae.evidence.importance_sampling import estimates
+
+MODERN = int(az.__version__.split(".")[0]) >= 1
+
+
+def log_weights(scale: float, size: int, rows: int, seed: int = 0) -> np.ndarray:
+    """log N(z; 0, 1) - log N(z; 0, scale) at draws of the latter."""
+    z = scale * np.random.default_rng(seed).normal(size=(size, rows))
+    return z**2 / (2 * scale**2) - z**2 / 2 + np.log(scale)
+
+
+def arviz_k(weights: np.ndarray) -> np.ndarray:
+    """ArviZ's k: 1.x takes minus the log weights, and rounds the tail's size down, not up."""
+    if MODERN:
+        from arviz_stats.base import array_stats
+
+        return array_stats.psislw(-weights.T, axis=-1)[1]
+    return az.psislw(weights.T.copy())[1]
+
+
+@pytest.mark.parametrize("size", [100, 400, 900, 2500])  # 3 sqrt(size) is whole
+@pytest.mark.parametrize("scale", [0.5, 0.7, 0.9, 1.3])
+def test_pareto_k_is_that_of_arviz(size: int, scale: float) -> None:
+    weights = log_weights(scale, size, rows=20)
+    np.testing.assert_allclose(pareto_k(weights), arviz_k(weights), atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 0.9])
+def test_pareto_k_is_near_theory(scale: float) -> None:
+    k = pareto_k(log_weights(scale, 4000, rows=200))
+    assert abs(k.mean() - (1 - scale**2)) < 0.1
+    assert 0.05 < k.std() < 0.2
+
+
+def test_pareto_k_takes_log_weights_not_their_negatives() -> None:
+    narrow, wide = (log_weights(scale, 1000, rows=50) for scale in (0.5, 1.5))
+    assert pareto_k(narrow).mean() > 0.5
+    assert pareto_k(-narrow).mean() < 0
+    assert pareto_k(wide).mean() < 0
+
+
+@pytest.mark.parametrize("shift", [-900.0, 900.0, 1e5])
+def test_pareto_k_ignores_a_constant(shift: float) -> None:
+    weights = log_weights(0.7, 1000, rows=30)
+    np.testing.assert_allclose(pareto_k(weights + shift), pareto_k(weights), atol=1e-8)
+
+
+def test_pareto_k_takes_each_row_alone() -> None:
+    weights = log_weights(0.7, 200, rows=3)
+    ties = np.round(weights, 1)
+    together = pareto_k(np.concatenate([weights, ties], axis=1))
+    alone = [pareto_k(row[:, None])[0] for row in np.concatenate([weights, ties], axis=1).T]
+    np.testing.assert_array_equal(together, alone)
+
+
+NORMAL = log_weights(0.7, 1000, rows=2)
+HOLED = np.where(np.arange(1000)[:, None] % 2 == 0, NORMAL, -np.inf)
+DEGENERATE: dict[str, tuple[np.ndarray, float | None]] = {
+    "constant": (np.full((1000, 2), -3.0), -np.inf),
+    "constant at 900": (np.full((1000, 2), -900.0), -np.inf),
+    "float32 noise": (-900 + 1e-4 * NORMAL, -np.inf),
+    "two values": (np.where(NORMAL > 0, 0.0, -1.0), -np.inf),
+    "half of them zero": (HOLED, None),
+    "all zero": (np.full((1000, 2), -np.inf), np.nan),
+    "nan": (np.where(np.arange(1000)[:, None] == 7, np.nan, NORMAL), np.nan),
+    "infinite": (np.where(np.arange(1000)[:, None] == 7, np.inf, NORMAL), np.inf),
+    "one dominates": (1e4 * NORMAL, np.inf),
+    "short": (NORMAL[:20], np.nan),
+    "short and constant": (np.zeros((4, 2)), -np.inf),
+    "just long enough": (NORMAL[:21], None),
+    "no draws": (np.empty((0, 2)), np.nan),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_pareto_k_of_degenerate_weights(case: str) -> None:
+    weights, expected = DEGENERATE[case]
+    before = weights.copy()
+    with warnings.catch_warnings(), np.errstate(all="raise"):
+        warnings.simplefilter("error")
+        k = pareto_k(weights)
+    np.testing.assert_array_equal(weights, before)
+    if expected is None:
+        assert np.isfinite(k).all()
+    else:
+        np.testing.assert_array_equal(k, [expected, expected])
+
+
+def test_pareto_k_of_no_rows() -> None:
+    assert pareto_k(np.empty((100, 0))).shape == (0,)
+
+
+def test_good_k() -> None:
+    assert good_k(1000) == pytest.approx(2 / 3)
+    assert good_k(2_000_000) == 0.7
+    assert good_k(1) == -np.inf
+
+
+def test_exact_guide_gives_the_exact_evidence() -> None:
+    program, x = linear_gaussian()
+    evidence = log_evidence(program, x, 20, seed=0)
+    exact = program.log_evidence(x)
+    for name in ("log_evidence", "elbo", "log_evidence_quarter"):
+        np.testing.assert_allclose(evidence[name], exact, atol=1e-10)
+    np.testing.assert_allclose(evidence["ess"], 20)
+    assert float(evidence["mcse"].max()) < 1e-10
+    assert (evidence["pareto_k"] == -np.inf).all()
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+def test_another_guide_is_off_by_its_error_alone(factor: float) -> None:
+    program, x = linear_gaussian(factor=factor)
+    table = summary(log_evidence(program, x, 4000, seed=1))
+    exact = program.log_evidence(x).mean()
+    evidence, elbo = table.loc["log_evidence"], table.loc["elbo"]
+    assert abs(evidence["mean"] - exact) < 4 * evidence["mcse"]
+    assert abs(elbo["mean"] - (exact - program.kl())) < 4 * elbo["mcse"]
+    assert abs(table.loc["gap", "mean"] - program.kl()) < 0.02
+
+
+def test_it_is_a_lower_bound_that_rises_with_the_draws() -> None:
+    program, x = linear_gaussian(rows=2000, factor=0.6)
+    exact = program.log_evidence(x)
+    few, more = (log_evidence(program, x, size, seed=2) for size in (16, 256))
+    bounds = [few["elbo"], few["log_evidence_quarter"], few["log_evidence"], more["log_evidence"]]
+    gaps = np.array([float((bound - exact).mean()) for bound in bounds])
+    assert (np.diff(gaps) > 0.01).all()
+    assert gaps[-1] < 0
+
+
+def test_the_error_is_that_of_repetition() -> None:
+    program, x = linear_gaussian(rows=5, factor=0.9)
+    runs = xr.concat([log_evidence(program, x, 400, seed=seed) for seed in range(100)], "run")
+    for name, error in (("log_evidence", "mcse"), ("elbo", "elbo_mcse")):
+        ratio = runs[name].std("run", ddof=1) / np.sqrt((runs[error] ** 2).mean("run"))
+        assert ((ratio > 0.75) & (ratio < 1.35)).all()
+
+
+def test_plates_beside_the_rows_are_summed() -> None:
+    x = {"cells": torch.randn(7, 3).double(), "flag": torch.ones(7)}
+    evidence = log_evidence(Grid(), x, 2000, seed=0)
+    z = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    joint = dist.Normal(0.0, 1.0).log_prob(z) + nn.functional.logsigmoid(z)
+    joint = joint + dist.Normal(z, 1.0).log_prob(x["cells"][..., None]).sum(1)
+    exact = torch.logsumexp(joint, 1) + torch.log(z[1] - z[0])
+    assert (abs(evidence["log_evidence"] - exact.numpy()) < 5 * evidence["mcse"]).all()
+
+
+@pytest.mark.parametrize("max_elements", [2**24, 50_000, 3_000, 200, 1])
+def test_pieces_change_nothing(max_elements: int) -> None:
+    program, x = linear_gaussian(rows=9)
+    evidence = log_evidence(program, x, 101, seed=0, max_elements=max_elements)
+    np.testing.assert_allclose(evidence["log_evidence"], program.log_evidence(x), atol=1e-10)
+    narrow = LinearGaussian(program.weight.detach(), factor=0.8)
+    table = summary(log_evidence(narrow, x, 101, seed=0, max_elements=max_elements))
+    error = table.loc["log_evidence", "mean"] - program.log_evidence(x).mean()
+    assert abs(error) < 5 * table.loc["log_evidence", "mcse"]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, Tensor):
+                stored = leaf.untyped_storage().nbytes() // leaf.element_size()
+                self.elements = max(self.elements, stored)
+        return results
+
+
+def wide_vae() -> nn.Module:
+    hidden = pv.networks.MLP(300)
+    return pv.VAE(4, 2, pv.likelihoods.Normal(), encoder=hidden, decoder=hidden, seed=0)
+
+
+def vamp_vae() -> nn.Module:
+    small = pv.networks.MLP(8)
+    prior = pv.priors.VampPrior(100, 4)
+    return pv.VAE(4, prior, pv.likelihoods.Normal(), encoder=small, decoder=small, seed=0)
+
+
+@pytest.mark.parametrize("build", [wide_vae, vamp_vae])
+def test_no_tensor_is_larger_than_asked(build: Callable[[], nn.Module]) -> None:
+    program, x = build(), torch.randn(60, 4)
+    for max_elements in (20_000, 100_000):
+        with Largest() as seen:
+            log_evidence(program, x, 200, max_elements=max_elements, seed=0)
+        assert 0.3 * max_elements < seen.elements <= max_elements
+
+
+def test_it_is_labelled() -> None:
+    program, x = linear_gaussian(rows=4)
+    frame = pd.DataFrame(x.numpy(), index=list("abcd"))
+    evidence = log_evidence(program, frame, 1000, seed=3)
+    assert evidence["datum"].to_numpy().tolist() == list("abcd")
+    assert evidence.attrs["num_samples"] == 1000
+    assert evidence.attrs["seed"] == 3
+    assert evidence.attrs["good_k"] == pytest.approx(2 / 3)
+    assert all(
+        {"units", "direction", "long_name"} <= evidence[name].attrs.keys() for name in evidence
+    )
+    assert evidence["log_evidence"].attrs["direction"] == "lower bound in expectation"
+
+
+def test_a_seed_fixes_the_draws_and_nothing_else() -> None:
+    program, x = linear_gaussian(factor=0.8)
+    program.train()
+    before = torch.get_rng_state()
+    one, two = (log_evidence(program, x, 50, seed=5) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert program.training
+    xr.testing.assert_identical(one, two)
+    assert not one.equals(log_evidence(program, x, 50, seed=6))
+    assert not log_evidence(program, x, 50).equals(log_evidence(program, x, 50))
+
+
+def test_progress_is_shown_when_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    program, x = linear_gaussian()
+    log_evidence(program, x, 50)
+    assert capfd.readouterr().err == ""
+    log_evidence(program, x, 50, progress=True)
+    assert "evidence: 100%" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("shift", [-900.0, 900.0])
+def test_estimates_far_from_zero(shift: float) -> None:
+    weights = log_weights(0.7, 100, rows=5)
+    near, far = estimates(weights), estimates(weights + shift)
+    for name, value in near.items():
+        moved = shift if name in {"log_evidence", "elbo", "log_evidence_quarter"} else 0
+        np.testing.assert_allclose(far[name], value + moved, rtol=1e-8, atol=1e-9)
+
+
+def test_estimates_of_zero_weights_warn_of_nothing() -> None:
+    weights = np.full((100, 2), -np.inf)
+    weights[:50, 1] = 0
+    values = estimates(weights)
+    assert values["log_evidence"].tolist() == [-np.inf, pytest.approx(np.log(0.5))]
+    assert values["elbo"].tolist() == [-np.inf, -np.inf]
+    assert values["ess"][1] == pytest.approx(50)
+
+
+def test_summary_counts_what_is_not_known_to_be_good() -> None:
+    values = estimates(log_weights(0.9, 1000, rows=4))
+    values["pareto_k"] = np.array([0.1, 0.9, np.nan, -np.inf])
+    evidence = xr.Dataset(
+        {name: ("datum", value) for name, value in values.items()}, attrs={"good_k": 0.67}
+    )
+    assert summary(evidence).loc["pareto_k_over", "mean"] == 0.5
+
+
+def delta_vae() -> nn.Module:
+    return pv.VAE(6, 2, pv.likelihoods.Normal(), pv.posteriors.Delta(), seed=0)
+
+
+class Shared(LinearGaussian):
+    """A latent that all rows share."""
+
+    def model(self, x: Tensor) -> None:
+        import pyro
+
+        pyro.sample("level", dist.Normal(0.0, 1.0))
+        super().model(x)
+
+    def guide(self, x: Tensor) -> None:
+        import pyro
+
+        pyro.sample("level", dist.Normal(0.0, 1.0))
+        super().guide(x)
+
+
+PROGRAM, X = linear_gaussian(rows=3)
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "a network": (lambda: log_evidence(nn.Linear(6, 2), X), "Expected a program"),
+    "a function": (lambda: log_evidence(print, X), "Expected a program"),  # type: ignore[arg-type]
+    "few draws": (lambda: log_evidence(PROGRAM, X, 3), "num_samples.*at least 4; got 3"),
+    "half draws": (lambda: log_evidence(PROGRAM, X, 9.5), "num_samples"),  # type: ignore[arg-type]
+    "a flag": (lambda: log_evidence(PROGRAM, X, True), "num_samples"),
+    "no elements": (lambda: log_evidence(PROGRAM, X, max_elements=0), "max_elements"),
+    "no rows": (lambda: log_evidence(PROGRAM, X[:0]), "at least one row"),
+    "text": (lambda: log_evidence(PROGRAM, [["a"]]), "numbers"),
+    "a point mass": (lambda: log_evidence(delta_vae(), X), "point mass .Delta. at z"),
+    "a shared latent": (lambda: log_evidence(Shared(PROGRAM.weight), X), "level"),
+    "another shape": (lambda: log_evidence(wide_vae(), X), "event shape"),
+    "a NaN": (lambda: log_evidence(wide_vae(), X[:, :4] * torch.nan), "Expected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
