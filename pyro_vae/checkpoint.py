@@ -185,10 +185,11 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_encode(item, tensors) for item in value]
     if isinstance(value, Predicted | Shared):
         return {"word": type(value).__name__, **_encode_all(vars(value), tensors)}
-    if inspect.isclass(value) and getattr(dist, value.__name__, None) is value:
-        return {"distribution": value.__name__}
-    if inspect.isclass(value) and getattr(nn, value.__name__, None) is value:
-        return {"activation": value.__name__}
+    name = getattr(value, "__name__", "")
+    if inspect.isclass(value) and getattr(dist, name, None) is value:
+        return {"distribution": name}
+    if inspect.isclass(value) and getattr(nn, name, None) is value:
+        return {"activation": name}
     return _encode_member(value, tensors)
 
 
@@ -210,13 +211,14 @@ def _encode_all(arguments: Mapping[str, Any], tensors: dict[str, Tensor]) -> dic
 
 def _arguments(member: nn.Module) -> dict[str, Any]:
     """What a member was built with: it says so itself, or keeps each argument under its name."""
-    if hasattr(member, "arguments"):
-        return dict(member.arguments())
+    said = getattr(member, "arguments", None)
+    if callable(said):
+        return dict(said())
     return {name: getattr(member, name) for name in _parameters(type(member))}
 
 
 def _parameters(member: type) -> dict[str, inspect.Parameter]:
-    return {k: v for k, v in inspect.signature(member.__init__).parameters.items() if k != "self"}
+    return {k: v for k, v in inspect.signature(member).parameters.items()}
 
 
 def _decode(spec: Any, tensors: dict[str, Tensor]) -> Any:

@@ -112,14 +112,16 @@ class Family(nn.Module):
     """
 
     default: type[Predicted] | type[Shared] = Predicted
-    event_dim: int | None = None
+    _like: Tensor
+    event_shape: torch.Size
+    feature_shape: torch.Size | None = None
 
     def __init__(self, distribution: type[Distribution], /, **parameters: Word) -> None:
         super().__init__()
-        self.distribution = _checked_class(distribution)
+        self.distribution: Any = _checked_class(distribution)
         self.words = parameters
         _check_words(distribution, self.constraints, parameters)
-        self.event_shape: torch.Size | None = None
+        self.is_built = False
 
     @property
     def constraints(self) -> dict[str, Constraint]:
@@ -153,9 +155,10 @@ class Family(nn.Module):
         self.register_buffer("_like", like.new_zeros(()), persistent=False)
         self.heads = nn.ModuleDict()
         self.shared = nn.ParameterDict()
-        self.links = {}
+        self.links: dict[str, Any] = {}
         for name, word in self._complete_words().items():
             self._build_parameter(name, word, features)
+        self.is_built = True
         return self
 
     def _complete_words(self) -> dict[str, Word]:
@@ -165,7 +168,9 @@ class Family(nn.Module):
             for other in _others(group, self.words, self.constraints)
         }
         names = [name for name in self.constraints if name not in left_out]
-        unsaid = {name: self.default() for name in names if name not in self.words}
+        unsaid: dict[str, Word] = {
+            name: self.default() for name in names if name not in self.words
+        }
         return unsaid | {k: v for k, v in self.words.items() if v is not None}
 
     def _build_parameter(self, name: str, word: Word, features: Tensor | None) -> None:
@@ -206,8 +211,6 @@ class Family(nn.Module):
         )
 
     def _support_dim(self) -> int:
-        if self.event_dim is not None:
-            return self.event_dim
         try:
             dim = self.distribution.support.event_dim
         except (NotImplementedError, AttributeError):
@@ -221,7 +224,7 @@ class Family(nn.Module):
 
     def forward(self, features: Tensor | None = None) -> Distribution:
         """Maps features of shape (*rows, *feature_shape) to a distribution over (*rows)."""
-        if self.event_shape is None:
+        if not self.is_built:
             raise ValueError(f"Expected a family that was built; got the specification {self}.")
         rows = torch.Size() if features is None else _rows_of(features, self.feature_shape)
         base = self.distribution(**self._values(features))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -17,13 +17,18 @@ from .rows import PLATE, Data, Rows
 
 __all__ = [
     "Densities",
+    "Program",
     "RowTerms",
     "Structure",
     "densities",
     "log_densities",
+    "programs_of",
     "row_terms",
+    "row_terms_of",
     "structure",
 ]
+
+Program: TypeAlias = Callable[..., Any]
 
 _PARTICLES = "_particles"
 
@@ -93,6 +98,24 @@ class Densities:
         return self.reconstruction - self.log_weights
 
 
+def programs_of(program: nn.Module) -> tuple[Program, Program]:
+    """Returns the model and the guide of a module.
+
+    Arguments:
+        program: The module.
+
+    Raises:
+        ValueError: Where it is no module, or has no such methods.
+    """
+    model, guide = getattr(program, "model", None), getattr(program, "guide", None)
+    if not isinstance(program, nn.Module) or not callable(model) or not callable(guide):
+        raise ValueError(
+            "Expected a program: an nn.Module with the methods model(x) and guide(x); got "
+            f"{type(program).__name__}."
+        )
+    return model, guide
+
+
 def structure(program: nn.Module, x: Data) -> Structure:
     """Reads off a program what it is made of, by running it on two rows.
 
@@ -110,15 +133,10 @@ def structure(program: nn.Module, x: Data) -> Structure:
         >>> structure(vae, torch.ones(3, 4)).latents
         ('z',)
     """
-    for name in ("model", "guide"):
-        if not isinstance(program, nn.Module) or not callable(getattr(program, name, None)):
-            raise ValueError(
-                "Expected a program: an nn.Module with the methods model(x) and guide(x); got "
-                f"{type(program).__name__}."
-            )
+    pair = programs_of(program)
     few = Rows.of(x, like=program).select(slice(0, 2))
     with evaluating(program), seeded(0), poutine.block():
-        guide, model = _traces(program.model, program.guide, (few,))
+        guide, model = _traces(*pair, (few,))
     return _structure_of(model, guide)
 
 
@@ -152,12 +170,12 @@ def log_densities(
         torch.Size([5, 3])
     """
     known = _inspected(program, x) if structure is None else structure
-    return densities(program.model, program.guide, (x,), num_particles, known)
+    return densities(*programs_of(program), (x,), num_particles, known)
 
 
 def densities(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     args: tuple[Any, ...],
     num_particles: int,
     known: Structure,
@@ -235,7 +253,21 @@ def row_terms(model_trace: Trace, guide_trace: Trace, num_particles: int = 1) ->
     )
 
 
-def _sum_to_rows(log_prob: Tensor, site: dict[str, Any]) -> Tensor:
+def row_terms_of(model: Program, guide: Program, *args: Any) -> RowTerms:
+    """Returns the ELBO's terms of each row at one draw from the guide.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: Their arguments.
+    """
+    guide_trace, model_trace = _traces(model, guide, args)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return row_terms(model_trace, guide_trace)
+
+
+def _sum_to_rows(log_prob: Tensor, site: Any) -> Tensor:
     dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == PLATE)
     return log_prob.movedim(dim, 0).flatten(1).sum(1) if log_prob.ndim > 1 else log_prob
 
@@ -254,7 +286,7 @@ class _PerRow:
             if frame.name == PLATE
         )
 
-    def log_prob(self, site: dict[str, Any]) -> Tensor:
+    def log_prob(self, site: Any) -> Tensor:
         raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         log_prob = scale_and_mask(raw, mask=site["mask"])
         log_prob = log_prob.reshape((1,) * (self.nesting - log_prob.ndim) + log_prob.shape)
@@ -263,7 +295,7 @@ class _PerRow:
             log_prob = log_prob.sum(inner)
         return log_prob.reshape(log_prob.shape[0], -1).expand(self.particles, self.rows)
 
-    def value(self, site: dict[str, Any]) -> Tensor:
+    def value(self, site: Any) -> Tensor:
         value, events = site["value"], len(site["fn"].event_shape)
         batch = value.shape[: value.ndim - events]
         value = value.reshape((1,) * (self.nesting - len(batch)) + value.shape)
@@ -277,9 +309,7 @@ class _PerRow:
         return torch.Size(size for size in plates if size > 1) + event
 
 
-def _traces(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[Trace, Trace]:
+def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[Trace, Trace]:
     guide_trace = poutine.trace(guide).get_trace(*args)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
     return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
@@ -325,15 +355,15 @@ def _check_match(latent: list[str], guided: list[str]) -> None:
         )
 
 
-def _frames(site: dict[str, Any]) -> list[Any]:
+def _frames(site: Any) -> list[Any]:
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
-def _in_rows(site: dict[str, Any]) -> bool:
+def _in_rows(site: Any) -> bool:
     return any(frame.name == PLATE for frame in site["cond_indep_stack"])
 
 
-def _is_computed(site: dict[str, Any]) -> bool:
+def _is_computed(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic", False))
 
 

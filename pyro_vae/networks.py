@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["MLP", "Convolution", "Deconvolution"]
@@ -69,7 +69,7 @@ class Convolution(nn.Module):
         self.activation = activation
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise((0, *self.channels)):
-            sizes = {"kernel_size": 3, "stride": 2, "padding": 1}
+            sizes: Any = {"kernel_size": 3, "stride": 2, "padding": 1}
             layers.append(
                 nn.Conv2d(inputs, outputs, **sizes) if inputs else nn.LazyConv2d(outputs, **sizes)
             )

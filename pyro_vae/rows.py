@@ -141,7 +141,7 @@ class Rows:
         for name, tensor in sorted(self.fields.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             for chunk in tensor.split(65536):
-                digest.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy())
+                digest.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def labelled(self, arrays: dict[str, Tensor], **attrs: Any) -> xr.Dataset:

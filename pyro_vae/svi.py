@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .elbos import Estimate, Objective
-from .elbos.estimator import Program
+from .importance import Program
 
 __all__ = ["SVI", "MakeOptimizer", "optimizer_of"]
 
@@ -20,7 +20,7 @@ MakeOptimizer: TypeAlias = type[Optimizer] | Callable[..., Optimizer] | PyroOpti
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
-    r"""Creates Pyro's SVI, with one optimiser for all parameters and no number read off the device.
+    r"""Creates Pyro's SVI, with one optimiser, and no number read off the device.
 
     A step whose loss or gradient is not finite changes nothing, nor does any after it: `is_bad`,
     a tensor on the device, says so.
@@ -105,7 +105,7 @@ def optimizer_of(
     Raises:
         ValueError: Where it cannot be made.
     """
-    build = _torch_constructor(make)
+    build: Any = _torch_constructor(make)
     said = build.keywords if isinstance(build, functools.partial) else {}
     options = {name: value for name, value in given.items() if name not in said}
     parameters = list(parameters)
@@ -120,17 +120,18 @@ def optimizer_of(
     return optimizer
 
 
-def _torch_constructor(make: MakeOptimizer) -> Any:
+def _torch_constructor(make: Any) -> Any:
     if not isinstance(make, PyroOptim):
         if not callable(make):
             raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {make!r}.")
         return make
+    pyro_constructor: Any = make.pt_optim_constructor
     if callable(make.pt_optim_args) or make.pt_clip_args:
         raise ValueError(
             "Expected a pyro.optim optimiser with one dict of options for all parameters, and "
             "clipping left to max_grad_norm; got options or clipping by parameter."
         )
-    return functools.partial(make.pt_optim_constructor, **make.pt_optim_args)
+    return functools.partial(pyro_constructor, **make.pt_optim_args)
 
 
 def _can_fuse(build: Any, parameters: list[nn.Parameter]) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 import pyro
@@ -25,12 +25,9 @@ from . import plots
 from .contexts import evaluating, local_parameters, seeded
 from .elbos import Trace_ELBO
 from .files import PathLike, read_tensors, write_tensors
-from .importance import RowTerms, structure
+from .importance import RowTerms, programs_of, row_terms_of, structure
 from .rows import PLATE, Data, Rows
 from .svi import SVI, MakeOptimizer, optimizer_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["History", "fit"]
 
@@ -56,8 +53,8 @@ class History:
     stopped: str
     seed: int | None = None
 
-    def plot(self) -> "Figure":
-        """Draws the training curve."""
+    def plot(self) -> Any:
+        """Draws the training curve, and returns the matplotlib figure."""
         return plots.training(self.table)
 
     def __len__(self) -> int:
@@ -155,7 +152,7 @@ def fit(
     objective = Trace_ELBO() if elbo is None else elbo
     make = _with_lr(optimizer, settings.lr)
     program.to(target)
-    svi = SVI(program.model, program.guide, make, objective, max_grad_norm=max_grad_norm)
+    svi = SVI(*programs_of(program), make, objective, max_grad_norm=max_grad_norm)
     run = _Run(
         program=program,
         svi=svi,
@@ -285,11 +282,11 @@ class _Run:
 
     def _validate(self, rows: Rows) -> "_Totals":
         totals = _Totals(self.device)
-        elbo = Trace_ELBO()
+        pair = programs_of(self.program)
         with evaluating(self.program), seeded(self.split_seed):
             for chunk in rows.chunks(max(self.settings.batch_size, 1024)):
                 batch = self._batch(chunk, slice(None))
-                totals.add(elbo.estimate(self.program.model, self.program.guide, batch).terms)
+                totals.add(row_terms_of(*pair, batch))
         return totals
 
     def _batch(self, rows: Rows, index: slice | Tensor) -> Data:
@@ -413,7 +410,7 @@ class _Annealed(Messenger):  # type: ignore[misc]
         super().__init__()
         self.weight = weight
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.weight
 
@@ -425,7 +422,7 @@ class _ScaledRows(Messenger):  # type: ignore[misc]
         super().__init__()
         self.active, self.scale = active, 1.0
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if self.active and any(frame.name == PLATE for frame in msg["cond_indep_stack"]):
             msg["scale"] = msg["scale"] * self.scale
 
@@ -562,11 +559,14 @@ def _placed(rows: Rows, device: torch.device) -> Rows:
 
 
 def _split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, plain = {}, {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else plain
-            target[f"{index}.{name}"] = value
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                plain[f"{index}.{name}"] = value
     return tensors, {"plain": plain, "param_groups": _plain(state["param_groups"])}
 
 

@@ -59,6 +59,13 @@ class VAE(nn.Module):
         torch.Size([3, 64])
     """
 
+    _like: Tensor
+    prior: Any
+    likelihood: Any
+    posterior: Any
+    encoder: nn.Module
+    decoder: nn.Module
+
     def __init__(
         self,
         event_shape: int | tuple[int, ...],
@@ -83,6 +90,7 @@ class VAE(nn.Module):
             self._build()
 
     def _build(self) -> None:
+        told: Any
         for told in (self.encoder, self.decoder, self.prior):
             if hasattr(told, "set_event_shape"):
                 told.set_event_shape(tuple(self.event_shape))
@@ -148,7 +156,7 @@ class VAE(nn.Module):
             )
 
     def model(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
-        """Draws z from the prior and x from the likelihood, or observes x.
+        r"""Draws z from the prior and x from the likelihood, or observes x.
 
         Arguments:
             x: Rows (rows, \*event_shape) to observe.
@@ -165,7 +173,7 @@ class VAE(nn.Module):
             return pyro.sample("x", self.decode(z), obs=None if x is None else self._cast(x))
 
     def guide(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
-        """Draws z from the posterior given x.
+        r"""Draws z from the posterior given x.
 
         Arguments:
             x: Rows (rows, \*event_shape).
@@ -179,18 +187,18 @@ class VAE(nn.Module):
             return pyro.sample("z", self._prior() if x is None else self.encode(x))
 
     def _state(self, *modules: nn.Module) -> None:
-        """States the parameters as Pyro sites, which SVI collects, and leaves them where they are."""
+        """States the parameters as Pyro sites, for SVI to collect, and leaves them in place."""
         for module in modules:
             for name, parameter in module.named_parameters():
                 _param_site(
                     parameter, name=f"{type(self).__name__}-{id(self)}.{id(module)}.{name}"
                 )
 
-    def _prior(self) -> Distribution:
+    def _prior(self) -> Any:
         return self.prior(self.encode) if self._takes_encode else self.prior()
 
-    def encode(self, x: Tensor) -> Distribution:
-        """Returns q(z | x).
+    def encode(self, x: Tensor) -> Any:
+        r"""Returns q(z | x).
 
         Arguments:
             x: Rows (..., \*event_shape).
@@ -202,8 +210,8 @@ class VAE(nn.Module):
             return dist.TransformedDistribution(posterior, [transform])
         return posterior
 
-    def decode(self, z: Tensor) -> Distribution:
-        """Returns p(x | z).
+    def decode(self, z: Tensor) -> Any:
+        r"""Returns p(x | z).
 
         Arguments:
             z: Latents (..., \*latent_shape).
@@ -213,7 +221,7 @@ class VAE(nn.Module):
         return self.likelihood(features)
 
     def check(self, x: Any) -> None:
-        """Refuses data that the model cannot have produced.
+        r"""Refuses data that the model cannot have produced.
 
         Arguments:
             x: Rows (rows, \*event_shape).
@@ -234,7 +242,7 @@ class VAE(nn.Module):
             self.likelihood.check(self._cast(rows.x))
 
     def sample(self, size: int, *, seed: int | None = None) -> Tensor:
-        """Draws new rows from the prior predictive p(x).
+        r"""Draws new rows from the prior predictive p(x).
 
         Arguments:
             size: How many.
@@ -282,7 +290,7 @@ class VAE(nn.Module):
         return rows.labelled(arrays, num_samples=num_samples, prob=prob)
 
     def _replicates(self, rows: Rows, num_samples: int, prob: float) -> dict[str, Tensor]:
-        z = self.encode(rows.x).expand((num_samples, len(rows))).sample()
+        z = self.encode(rows.fields["x"]).expand((num_samples, len(rows))).sample()
         draws = self.decode(z).sample().double()
         tail = (1.0 - prob) / 2.0
         lower, upper = _quantiles(draws, (tail, 1.0 - tail))
@@ -310,7 +318,7 @@ _MAX_ELEMENTS = 2**24
 
 
 def _own(parameter: nn.Parameter) -> Tensor:
-    value = parameter.view_as(parameter)
+    value: Any = parameter.view_as(parameter)
     value.unconstrained = weakref.ref(parameter)
     return value
 
@@ -378,7 +386,7 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _build_member(member: nn.Module, shape: torch.Size, features: Tensor) -> nn.Module:
+def _build_member(member: Any, shape: torch.Size, features: Tensor) -> Any:
     if hasattr(member, "build"):
         member.build(tuple(shape), features)
     return member
@@ -406,7 +414,7 @@ def _dry(network: nn.Module, inputs: Tensor, what: str) -> Tensor:
     return features
 
 
-def _is_real(support: constraints.Constraint) -> bool:
+def _is_real(support: Any) -> bool:
     while isinstance(support, type(constraints.independent(constraints.real, 1))):
         support = support.base_constraint
     return isinstance(support, type(constraints.real))

@@ -1,7 +1,6 @@
 """What an estimator of the ELBO gives, and the module that a pair of programs makes with it."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro.infer
@@ -9,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import kept_generators
-from ..importance import RowTerms
+from ..importance import Program, RowTerms, row_terms_of
 
-__all__ = ["Estimate", "Estimator", "Objective", "Program"]
-
-Program = Callable[..., Any]
+__all__ = ["Estimate", "Estimator", "Objective"]
 
 
 class Estimate(NamedTuple):
@@ -90,14 +87,14 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         loss.backward(retain_graph=self.retain_graph)
         return loss.detach()
 
-    def __call__(self, model: Program, guide: Program) -> nn.Module:
+    def __call__(self, model: Program, guide: Program) -> nn.Module:  # type: ignore[override]
         """Returns the module whose `forward(x)` is the loss.
 
         Arguments:
             model: The model, a bound method of a module or a module.
             guide: The guide, likewise.
         """
-        return _Loss(model, guide, self)
+        return _Loss(Objective(model, guide, self))
 
 
 class Objective(nn.Module):
@@ -135,17 +132,19 @@ class Objective(nn.Module):
         return self._foreign(*args)
 
     def _foreign(self, *args: Any) -> Estimate:
-        """Pyro's own ELBOs tell no terms: these are read off one pass more, with the same noise."""
-        from .trace_elbo import Trace_ELBO
-
+        """Pyro's own ELBOs tell no terms: one pass more tells them, with the same noise."""
         with kept_generators(), torch.no_grad():
-            terms = Trace_ELBO().estimate(*self.pair, *args).terms
+            terms = row_terms_of(*self.pair, *args)
         return Estimate(self.elbo.differentiable_loss(*self.pair, *args), terms)
 
 
-class _Loss(Objective):
+class _Loss(nn.Module):
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
     def forward(self, *args: Any) -> Tensor:
-        return super().forward(*args).loss
+        return self.objective(*args).loss
 
 
 def _owner(program: Program) -> nn.Module | None:

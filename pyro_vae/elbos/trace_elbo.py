@@ -9,8 +9,8 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..importance import RowTerms, row_terms
-from .estimator import Estimate, Estimator, Program
+from ..importance import Program, RowTerms, row_terms
+from .estimator import Estimate, Estimator
 
 __all__ = ["Trace_ELBO"]
 
@@ -68,7 +68,8 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         terms = (
             torch.stack(part).mean(0) for part in zip(*(e[1] for e in estimates), strict=True)
         )
-        return Estimate(sum(e[0] for e in estimates) / count, RowTerms(*terms))
+        loss = torch.stack([e[0] for e in estimates]).sum() / count
+        return Estimate(loss, RowTerms(*terms))
 
     def _of_traces(
         self, model_trace: Trace, guide_trace: Trace
@@ -81,7 +82,7 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         return loss, (terms.reconstruction, terms.kl, terms.global_kl)
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        total = model_trace.log_prob_sum()
+        total: Any = model_trace.log_prob_sum()
         log_r = None
         for _, site in guide_trace.nodes.items():
             if site["type"] != "sample":

@@ -53,7 +53,7 @@ class Likelihood(Family):
         if infinite.any():
             raise ValueError(f"Expected finite data; got an infinite value in {_where(infinite)}.")
         with torch.enable_grad():
-            support = self._at_zero().support
+            support: Any = self._at_zero().support
         if not _is_learned(support):
             outside = _outside(support, x)
             if outside.any():

@@ -65,7 +65,8 @@ class ContinuousBernoulli(Likelihood):
 class Binomial(Likelihood):
     r"""Creates the likelihood of counts out of a known total.
 
-    .. math:: p(x \mid z) = \prod_j \binom{n}{x_j} \sigma(\eta_j)^{x_j} (1 - \sigma(\eta_j))^{n - x_j}
+    .. math:: p(x \mid z) =
+        \prod_j \binom{n}{x_j} \sigma(\eta_j)^{x_j} (1 - \sigma(\eta_j))^{n - x_j}
 
     Arguments:
         total_count: The number of trials :math:`n`, a number or a tensor of the event's shape.
@@ -282,7 +283,8 @@ class LogNormal(Likelihood):
 class Gamma(Likelihood):
     r"""Creates the likelihood of positive data.
 
-    .. math:: p(x \mid z) = \prod_j \beta_j^{\alpha_j} x_j^{\alpha_j - 1} e^{-\beta_j x_j} / \Gamma(\alpha_j)
+    .. math:: p(x \mid z) =
+        \prod_j \beta_j^{\alpha_j} x_j^{\alpha_j - 1} e^{-\beta_j x_j} / \Gamma(\alpha_j)
 
     Arguments:
         concentration: The shape :math:`\alpha > 0`, learned for each column.
@@ -306,7 +308,8 @@ class Gamma(Likelihood):
 class Beta(Likelihood):
     r"""Creates the likelihood of shares in the open interval (0, 1).
 
-    .. math:: p(x \mid z) = \prod_j x_j^{\alpha_j - 1} (1 - x_j)^{\beta_j - 1} / B(\alpha_j, \beta_j)
+    .. math:: p(x \mid z) =
+        \prod_j x_j^{\alpha_j - 1} (1 - x_j)^{\beta_j - 1} / B(\alpha_j, \beta_j)
 
     Arguments:
         concentration1: :math:`\alpha > 0`.

@@ -73,8 +73,8 @@ class LowRankMultivariateNormal(Posterior):
         ValueError: Where neither the rank nor a word on the factor is given.
 
     Example:
-        >>> LowRankMultivariateNormal(2)
-        LowRankMultivariateNormal(loc=Predicted(), cov_factor=Predicted(shape=2), cov_diag=Predicted())
+        >>> LowRankMultivariateNormal(2).words["cov_factor"]
+        Predicted(shape=2)
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Prior(Family):
         """What the constructor was called with, by name."""
         return {"distribution": self.distribution, "event_shape": self.event_shape} | self.words
 
-    def forward(self) -> Distribution:
+    def forward(self) -> Distribution:  # type: ignore[override]
         """Returns p(z), of batch shape () and event shape (*event)."""
         return super().forward(None)
 

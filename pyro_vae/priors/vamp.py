@@ -60,7 +60,7 @@ class VampPrior(nn.Module):
                 f"Expected at least {self.num_components} rows of x to start from; got "
                 f"{len(rows)} of {sorted(rows.fields)}."
             )
-        return rows.select(torch.randperm(len(rows))[: self.num_components])
+        return rows.fields["x"][torch.randperm(len(rows))[: self.num_components]]
 
     def set_event_shape(self, event_shape: tuple[int, ...]) -> None:
         """Makes the pseudo-inputs.

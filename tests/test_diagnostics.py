@@ -1,0 +1,345 @@
+"""What ArviZ is given, the comparison of models, and the latents in use."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from programs import Grid, LinearGaussian, linear_gaussian
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae.diagnostics import active_units, compare, to_arviz
+
+MODERN = int(az.__version__.split(".")[0]) >= 1
+GROUPS = {
+    "posterior",
+    "posterior_predictive",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "sample_stats",
+    "vi_stats",
+}
+
+
+def groups_of(tree: Any) -> set[str]:
+    return set(tree.children) if MODERN else set(tree.groups())
+
+
+def dataset(tree: Any, group: str) -> xr.Dataset:
+    return tree[group].to_dataset() if MODERN else tree[group]
+
+
+@pytest.fixture(scope="module")
+def tree() -> Any:
+    program, x = linear_gaussian(rows=12)
+    return to_arviz(program, frame(x), 200, num_predictive=50, seed=0)
+
+
+def frame(x: Tensor) -> pd.DataFrame:
+    names = [f"wine {i}" for i in range(len(x))]
+    return pd.DataFrame(x.numpy(), index=names, columns=list("abcdef"))
+
+
+def test_the_container_is_that_of_the_installed_arviz(tree: Any) -> None:
+    assert isinstance(tree, xr.DataTree if MODERN else az.InferenceData)
+    assert groups_of(tree) == GROUPS
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_every_dim_has_coordinates(tree: Any, group: str) -> None:
+    values = dataset(tree, group)
+    assert set(values.dims) == set(values.coords)
+    assert values["datum"].to_numpy().tolist() == [f"wine {i}" for i in range(12)]
+    if "x_dim_0" in values.dims:
+        assert values["x_dim_0"].to_numpy().tolist() == list("abcdef")
+
+
+def test_dims(tree: Any) -> None:
+    sizes = {group: dict(dataset(tree, group).sizes) for group in GROUPS}
+    z = {"chain": 1, "draw": 200, "datum": 12, "z_dim_0": 2}
+    x = {"chain": 1, "draw": 50, "datum": 12, "x_dim_0": 6}
+    assert sizes["posterior"] == sizes["prior"] == z
+    assert sizes["posterior_predictive"] == sizes["prior_predictive"] == x
+    assert sizes["sample_stats"] == {"chain": 1, "draw": 200, "datum": 12}
+    assert sizes["observed_data"] == {"datum": 12, "x_dim_0": 6}
+    assert sizes["vi_stats"] == {"datum": 12}
+    assert {"log_evidence", "mcse", "ess", "pareto_k", "elbo"} <= set(dataset(tree, "vi_stats"))
+
+
+def test_draws_are_of_the_program(tree: Any) -> None:
+    program, x = linear_gaussian(rows=12)
+    mean, covariance = program.posterior(x)
+    weight = program.weight.detach().numpy()
+    z = dataset(tree, "posterior")["z"].to_numpy()[0]
+    np.testing.assert_allclose(z.mean(0), mean.detach(), atol=0.15)
+    np.testing.assert_allclose(np.cov(z[:, 0].T), covariance.detach(), atol=0.05)
+    prior = dataset(tree, "prior")["z"].to_numpy()[0]
+    assert abs(prior.std() - 1) < 0.05
+    for group, latents in (("posterior_predictive", z), ("prior_predictive", prior)):
+        noise = dataset(tree, group)["x"].to_numpy()[0] - latents[:50] @ weight.T
+        assert abs(noise.std() - program.noise) < 0.05
+    np.testing.assert_array_equal(dataset(tree, "observed_data")["x"], x)
+
+
+def test_weights_are_of_the_program(tree: Any) -> None:
+    program, x = linear_gaussian(rows=12)
+    stats, z = dataset(tree, "sample_stats"), dataset(tree, "posterior")["z"].to_numpy()[0]
+    exact = program.log_evidence(x)
+    np.testing.assert_allclose(stats["log_weight"][0], np.tile(exact, (200, 1)), atol=1e-9)
+    np.testing.assert_array_equal(stats["log_weight"], stats["log_joint"] - stats["log_q"])
+    mean, covariance = program.posterior(x)
+    guide = dist.MultivariateNormal(mean, covariance).log_prob(torch.from_numpy(z))
+    np.testing.assert_allclose(stats["log_q"][0], guide.detach(), atol=1e-9)
+    np.testing.assert_allclose(dataset(tree, "vi_stats")["log_evidence"], exact, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_elements", [2**24, 3_000, 500])
+def test_pieces_are_put_together(max_elements: int) -> None:
+    program, x = linear_gaussian(rows=7)
+    tree = to_arviz(program, x, 60, num_predictive=21, seed=0, max_elements=max_elements)
+    weight = program.weight.detach().numpy()
+    assert dict(dataset(tree, "posterior").sizes) == {
+        "chain": 1,
+        "draw": 60,
+        "datum": 7,
+        "z_dim_0": 2,
+    }
+    z = dataset(tree, "posterior")["z"].to_numpy()[0]
+    noise = dataset(tree, "posterior_predictive")["x"].to_numpy()[0] - z[:21] @ weight.T
+    assert abs(noise.std() - program.noise) < 0.06
+    np.testing.assert_allclose(z.mean(0), program.posterior(x)[0].detach(), atol=0.3)
+    np.testing.assert_array_equal(dataset(tree, "observed_data")["x"], x)
+
+
+def test_predictive_draws_are_bounded() -> None:
+    program, x = linear_gaussian(rows=10)
+    draws = {
+        bound: dataset(to_arviz(program, x, 150, max_elements=bound), "posterior_predictive").sizes
+        for bound in (2**24, 600)
+    }
+    assert (draws[2**24]["draw"], draws[600]["draw"]) == (100, 10)
+    tree = to_arviz(program, x, 10, num_predictive=99)
+    assert dataset(tree, "prior_predictive").sizes["draw"] == 10
+
+
+def test_data_under_another_name() -> None:
+    program, x = linear_gaussian(rows=5, site="counts")
+    tree = to_arviz(program, frame(x), 10)
+    for group in ("observed_data", "posterior_predictive", "prior_predictive"):
+        assert dataset(tree, group)["counts_dim_0"].to_numpy().tolist() == list("abcdef")
+
+
+def test_a_dict_of_data_and_plates_beside_the_rows() -> None:
+    cells = pd.DataFrame(np.random.default_rng(0).normal(size=(5, 3)), columns=["u", "v", "w"])
+    tree = to_arviz(Grid(), {"cells": cells, "flag": torch.ones(5)}, 20, num_predictive=4)
+    observed = dataset(tree, "observed_data")
+    np.testing.assert_array_equal(observed["cells"], cells)
+    assert observed["cells_dim_0"].to_numpy().tolist() == ["u", "v", "w"]
+    assert observed["flag"].dims == ("datum",)
+    assert dataset(tree, "posterior")["z"].shape == (1, 20, 5)
+    assert dataset(tree, "posterior_predictive")["cells"].shape == (1, 4, 5, 3)
+    assert dataset(tree, "prior_predictive")["flag"].shape == (1, 4, 5)
+
+
+class TwoKinds(nn.Module):
+    """A discrete and a continuous latent, and an image; parameters as Pyro's own statements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(2, 12)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Categorical(logits=x.new_zeros(3)))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            logits = self.decoder(z) + kind[..., None]
+            image = dist.Bernoulli(logits=logits.reshape(*logits.shape[:-1], 3, 4)).to_event(2)
+            pyro.sample("image", image, obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("kind", dist.Categorical(logits=x.new_zeros(len(x), 3)))
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+
+
+def test_discrete_latents_and_images() -> None:
+    tree = to_arviz(TwoKinds(), torch.ones(5, 3, 4), 10, seed=0)
+    assert dataset(tree, "posterior")["kind"].dims == ("chain", "draw", "datum")
+    predictive = dataset(tree, "posterior_predictive")["image"]
+    assert predictive.dims == ("chain", "draw", "datum", "image_dim_0", "image_dim_1")
+    assert set(np.unique(predictive)) == {0.0, 1.0}
+
+
+def vae(posterior: nn.Module | None = None, prior: Any = 2) -> nn.Module:
+    network = pv.networks.MLP(8)
+    likelihood = pv.likelihoods.Poisson()
+    return pv.VAE(5, prior, likelihood, posterior, encoder=network, decoder=network, seed=0)
+
+
+COUNTS = torch.arange(20.0).reshape(4, 5)
+
+
+@pytest.mark.parametrize("prior", [2, pv.priors.VampPrior(3, 2), pv.priors.Mixture(3, 2)])
+def test_an_unfitted_vae(prior: Any) -> None:
+    program = vae(prior=prior)
+    program.train()
+    before = torch.get_rng_state()
+    tree = to_arviz(program, COUNTS, 10, seed=0)
+    assert program.training
+    assert torch.equal(before, torch.get_rng_state())
+    assert groups_of(tree) == GROUPS
+    assert dataset(tree, "prior_predictive")["x"].shape == (1, 10, 4, 5)
+
+
+def test_a_guide_of_point_masses_has_no_importance_weights() -> None:
+    tree = to_arviz(vae(pv.posteriors.Delta()), COUNTS, 10, seed=0)
+    stats = dataset(tree, "vi_stats")
+    assert np.isfinite(stats["elbo"]).all()
+    assert all(np.isnan(stats[name]).all() for name in ("log_evidence", "pareto_k", "ess"))
+
+
+def test_a_round_trip_through_netcdf(tree: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tree.nc"
+    tree.to_netcdf(path)
+    back = az.from_netcdf(path)
+    assert groups_of(back) == GROUPS
+    for group in GROUPS:
+        xr.testing.assert_identical(dataset(back, group).load(), dataset(tree, group))
+    back.close()
+
+
+def test_arviz_reads_it(tree: Any, quiet: None) -> None:
+    table = az.summary(tree, var_names=["z"], kind="stats")
+    assert len(table) == 24
+    wine = {"datum": "wine 0"}
+    if MODERN:
+        az.plot_forest(tree, var_names=["z"], coords=wine, backend="matplotlib")
+        az.plot_ppc_dist(tree, num_samples=5, backend="matplotlib")
+        az.plot_dist(tree, var_names=["z"], coords=wine, backend="matplotlib")
+    else:
+        az.plot_forest(tree, var_names=["z"], coords=wine)
+        az.plot_ppc(tree, num_pp_samples=5)
+        az.plot_posterior(tree, var_names=["z"], coords=wine)
+        az.plot_pair(tree, var_names=["z"], coords=wine)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        if not MODERN:
+            warnings.filterwarnings("ignore", module=r"arviz\..*")
+        yield
+
+
+def true_and_wrong() -> tuple[dict[str, nn.Module], Tensor]:
+    program, x = linear_gaussian(rows=60)
+    wrong = LinearGaussian(program.weight.detach()[:, :1])
+    return {"wrong": wrong, "true": program}, x
+
+
+def test_compare_puts_the_best_first() -> None:
+    programs, x = true_and_wrong()
+    table = compare(programs, x, 50)
+    assert table.index.to_list() == ["true", "wrong"]
+    exact = {name: program.log_evidence(x) for name, program in programs.items()}
+    difference = exact["wrong"] - exact["true"]
+    np.testing.assert_allclose(table["difference"], [0, difference.mean()], atol=1e-9)
+    error = difference.std(ddof=1) / np.sqrt(len(x))
+    np.testing.assert_allclose(table["difference_se"], [0, error], atol=1e-9)
+    np.testing.assert_allclose(
+        table["log_evidence"], [exact["true"].mean(), exact["wrong"].mean()]
+    )
+    assert table.loc["wrong", "difference_se"] < table.loc["wrong", "se"]
+    assert "training seed" in table.attrs["remark"]
+    assert table.attrs["num_samples"] == 50
+    assert table.attrs["num_rows"] == 60
+
+
+def test_compare_of_one() -> None:
+    programs, x = true_and_wrong()
+    table = compare({"true": programs["true"]}, x, 50)
+    assert table.loc["true", "difference"] == 0
+
+
+def test_compare_warns_of_a_difference_that_moves() -> None:
+    program, x = linear_gaussian(rows=300)
+    narrow = LinearGaussian(program.weight.detach(), factor=0.5)
+    with pytest.warns(UserWarning, match="moves by more than its standard error for 'narrow'"):
+        table = compare({"exact": program, "narrow": narrow}, x, 16)
+    assert table.loc["narrow", "trend"] > 2 * table.loc["narrow", "trend_se"]
+    clear = LinearGaussian(program.weight.detach() * 3, factor=0.8)
+    table = compare({"exact": program, "clear": clear}, x, 64)
+    assert abs(table.loc["clear", "trend"]) < table.loc["clear", "difference_se"]
+
+
+def test_compare_of_twins() -> None:
+    program, x = linear_gaussian(factor=0.8)
+    table = compare({"a": program, "b": program}, x, 50)
+    assert (table["difference"] == 0).all()
+    assert (table["difference_se"] == 0).all()
+
+
+def other(likelihood: nn.Module) -> nn.Module:
+    network = pv.networks.MLP(8)
+    return pv.VAE(5, 2, likelihood, encoder=network, decoder=network, seed=0)
+
+
+def delta() -> nn.Module:
+    return vae(pv.posteriors.Delta())
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "mass beside density": (
+        lambda: compare({"a": vae(), "b": other(pv.likelihoods.Normal())}, COUNTS),
+        "'mass'.*'a'.*'density'.*'b'",
+    ),
+    "nothing": (lambda: compare({}, COUNTS), "dict of programs"),
+    "a list": (lambda: compare([vae()], COUNTS), "dict of programs"),  # type: ignore[arg-type]
+    "no program": (lambda: compare({"net": nn.Linear(5, 2)}, COUNTS), "program.*'net'"),
+    "few draws": (lambda: compare({"a": vae()}, COUNTS, 2), "num_samples"),
+    "a point mass": (lambda: compare({"a": vae(), "ae": delta()}, COUNTS), "Delta.*'ae'"),
+    "bad data": (lambda: compare({"a": vae()}, COUNTS - 9), "'a'"),
+    "tree of no program": (lambda: to_arviz(nn.Linear(5, 2), COUNTS), "Expected a program"),
+    "tree of few draws": (lambda: to_arviz(vae(), COUNTS, 3), "num_samples"),
+    "tree of no predictive draws": (
+        lambda: to_arviz(vae(), COUNTS, num_predictive=0),
+        "num_predictive",
+    ),
+    "tree of no rows": (lambda: to_arviz(vae(), COUNTS[:0]), "at least one row"),
+    "units of one row": (lambda: active_units(vae(), COUNTS[:1]), "two rows or more; got 1"),
+    "units of one draw": (lambda: active_units(vae(), COUNTS, 1), "num_samples"),
+    "units of no program": (lambda: active_units(nn.Linear(5, 2), COUNTS), "Expected a program"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("max_elements", [2**24, 500])
+def test_active_units(max_elements: int) -> None:
+    program, x = linear_gaussian(rows=2000)
+    weight = program.weight.detach()
+    idle = LinearGaussian(torch.cat([weight, torch.zeros_like(weight[:, :1])], dim=1))
+    table = active_units(idle, x, 50, seed=0, max_elements=max_elements)
+    mean, covariance = idle.posterior(x)
+    exact = mean.detach().var(0).numpy()
+    assert table.index.to_list() == ["z[0]", "z[1]", "z[2]"]
+    assert table["active"].to_list() == [True, True, False]
+    np.testing.assert_allclose(table["variance"], exact, atol=0.02)
+    assert abs(table.loc["z[2]", "variance"]) < 4 * table.loc["z[2]", "se"]
+    np.testing.assert_allclose(table["within"], covariance.detach().diagonal(), rtol=0.05)
