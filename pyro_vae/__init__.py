@@ -7,6 +7,7 @@ from . import posteriors as posteriors
 from . import priors as priors
 from .checkpoint import load as load
 from .checkpoint import save as save
+from .evidence import log_evidence as log_evidence
 from .families import Family as Family
 from .families import Predicted as Predicted
 from .families import Shared as Shared

@@ -156,6 +156,7 @@ class Family(nn.Module):
         self.heads = nn.ModuleDict()
         self.shared = nn.ParameterDict()
         self.links: dict[str, Any] = {}
+        self.shapes: dict[str, torch.Size] = {}
         for name, word in self._complete_words().items():
             self._build_parameter(name, word, features)
         self.is_built = True
@@ -182,7 +183,8 @@ class Family(nn.Module):
             return
         constraint = self.constraints.get(name, constraints.real)
         self.links[name] = link_of(constraint, word.link)
-        shape = self._parameter_shape(name, word, constraint)
+        self.shapes[name] = self._parameter_shape(name, word, constraint)
+        shape = self._free_shape(name, word)
         if isinstance(word, Shared):
             free = _event_dim(constraint) > self._support_dim() and not _is_square(constraint)
             spread = 0.1 if free and not word.scalar else 0.0
@@ -195,8 +197,6 @@ class Family(nn.Module):
 
     def _parameter_shape(self, name: str, word: Predicted | Shared, constraint: Any) -> torch.Size:
         event, n, m = self._event(), self._support_dim(), _event_dim(constraint)
-        if isinstance(word, Shared) and word.scalar:
-            return torch.Size((1,) * m)
         batch, own = event[: len(event) - n], event[len(event) - n :]
         if word.shape is not None:
             named = (word.shape,) if isinstance(word.shape, int) else tuple(word.shape)
@@ -209,6 +209,15 @@ class Family(nn.Module):
             f"Expected the size of {name} of {self.distribution.__name__} to be named, as in "
             f"{name}=Predicted(shape=...); got an event of shape {tuple(self.event_shape)} alone."
         )
+
+    def _free_shape(self, name: str, word: Predicted | Shared) -> torch.Size:
+        """The shape of the unconstrained values behind a parameter."""
+        link = self.links[name]
+        if not isinstance(word, Shared) or not word.scalar:
+            return torch.Size(link.inverse_shape(self.shapes[name]))
+        if link.domain.event_dim > 0:
+            raise ValueError(f"Expected {name} to have elements of its own; got {word!r}.")
+        return torch.Size()
 
     def _support_dim(self) -> int:
         try:
@@ -238,7 +247,7 @@ class Family(nn.Module):
         for name, head in self.heads.items():
             values[name] = self.links[name](head(features))
         for name, parameter in self.shared.items():
-            values[name] = self.links[name](parameter)
+            values[name] = self.links[name](parameter).expand(self.shapes[name])
         for name, word in self.words.items():
             if word is not None and name not in values:
                 values[name] = self._fixed(name, word)

@@ -22,6 +22,7 @@ __all__ = [
     "Structure",
     "densities",
     "log_densities",
+    "plate_nesting",
     "programs_of",
     "row_terms",
     "row_terms_of",
@@ -251,6 +252,20 @@ def row_terms(model_trace: Trace, guide_trace: Trace, num_particles: int = 1) ->
     return RowTerms(
         **{k: v if isinstance(v, Tensor) else like.new_zeros(()) for k, v in parts.items()}
     )
+
+
+def plate_nesting(model: Program, guide: Program, args: tuple[Any, ...]) -> int:
+    """Returns the number of dims that the plates of two programs take, from the right.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: Their arguments.
+    """
+    with poutine.block():
+        traces = _traces(model, guide, args)
+    frames = [f for trace in traces for _, site in _samples(trace) for f in _frames(site)]
+    return -min((frame.dim for frame in frames), default=0)
 
 
 def row_terms_of(model: Program, guide: Program, *args: Any) -> RowTerms:

@@ -67,11 +67,11 @@ class _BoundedSoftplus(Transform):
 
 
 class _BoundedCholesky(Transform):
-    """A lower triangle whose diagonal is softplus(x) + 1e-6."""
+    """A lower triangle of D (D + 1) / 2 entries, row by row, its diagonal softplus(x) + 1e-6."""
 
-    domain = constraints.independent(constraints.real, 2)
+    domain = constraints.real_vector
     codomain = constraints.lower_cholesky
-    bijective = False
+    bijective = True
     diagonal = _BoundedSoftplus()
 
     def __eq__(self, other: object) -> bool:
@@ -79,11 +79,27 @@ class _BoundedCholesky(Transform):
 
     __hash__ = Transform.__hash__
 
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        size = round(((8 * shape[-1] + 1) ** 0.5 - 1) / 2)
+        return torch.Size((*shape[:-1], size, size))
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
     def _call(self, x: Tensor) -> Tensor:
-        return x.tril(-1) + self.diagonal(x.diagonal(dim1=-2, dim2=-1)).diag_embed()
+        shape = self.forward_shape(x.shape)
+        flat = x.new_zeros((*shape[:-2], shape[-1] ** 2))
+        tril = flat.index_copy(-1, _triangle(shape[-1], x.device), x).reshape(shape)
+        return tril.tril(-1) + self.diagonal(tril.diagonal(dim1=-2, dim2=-1)).diag_embed()
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return y.tril(-1) + self.diagonal.inv(y.diagonal(dim1=-2, dim2=-1)).diag_embed()
+        free = y.tril(-1) + self.diagonal.inv(y.diagonal(dim1=-2, dim2=-1)).diag_embed()
+        return free.flatten(-2).index_select(-1, _triangle(y.shape[-1], y.device))
+
+
+def _triangle(size: int, device: torch.device) -> Tensor:
+    rows, columns = torch.tril_indices(size, size, device=device)
+    return rows * size + columns
 
 
 def named_links() -> dict[str, Transform]:

@@ -121,11 +121,18 @@ def reconstructions(
 
     Raises:
         ValueError: Where the program does not reconstruct, or the shape does not fit.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> figure = reconstructions(vae, torch.ones(10, 64))
+        >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
     """
-    _check_has(program, "reconstruct")
+    _check_size(size)
+    reconstruct = _method(program, "reconstruct")
     rows = Rows.of(x, like=program)[slice(0, size)]
-    replicates = program.reconstruct(rows, seed=seed)
-    data = rows.fields["x"].cpu().numpy()
+    replicates = reconstruct(rows, seed=seed)
+    data = _only_field(rows)
     shape = _image_shape(data.shape[1:], rows, image_shape)
     if shape is None:
         return _line_panels(data, replicates, rows, figure)
@@ -242,10 +249,19 @@ def prior_samples(
 
     Raises:
         ValueError: Where there is nothing to draw from, or the shape does not fit.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> figure = prior_samples(vae, seed=0)
+        >>> figure.savefig("samples.png")  # doctest: +SKIP
     """
-    rows = Rows.of(program.sample(size, seed=seed) if hasattr(program, "sample") else program)
-    rows = rows[slice(0, size)]
-    data = rows.fields["x"].cpu().numpy()
+    _check_size(size)
+    drawn = program
+    if isinstance(program, torch.nn.Module):
+        drawn = _method(program, "sample")(size, seed=seed)
+    rows = Rows.of(drawn)[slice(0, size)]
+    data = _only_field(rows)
     shape = _image_shape(data.shape[1:], rows, image_shape)
     if shape is None:
         figure = _figure(figure, (7.0, 4.0))
@@ -291,6 +307,12 @@ def latents(
 
     Raises:
         ValueError: Where `program` does not encode, or there are more or less labels than rows.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> figure = latents(vae, torch.ones(10, 64), labels=torch.arange(10) % 2)
+        >>> figure.savefig("latents.png")  # doctest: +SKIP
     """
     means = _latent_means(program, x, num_samples, seed)
     colors = None if labels is None else np.asarray(labels)
@@ -314,20 +336,19 @@ def _latent_means(program: Any, x: Any, num_samples: int, seed: int | None) -> n
     if x is None and not hasattr(program, "encode"):
         means = np.asarray(program, dtype=np.float64)
     else:
-        _check_has(program, "encode")
+        encode = _method(program, "encode")
         if x is None:
             raise ValueError("Expected rows x to encode; got None.")
         rows = Rows.of(x, like=program)
         with seeded(seed), evaluating(program):
-            chunks = [_posterior_mean(program, c, num_samples) for c in rows.chunks(256)]
+            chunks = [_posterior_mean(encode(c.x), num_samples) for c in rows.chunks(256)]
         means = torch.cat(chunks).double().cpu().numpy()
     if means.ndim < 2:
         raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
     return means.reshape(len(means), -1)
 
 
-def _posterior_mean(program: Any, rows: Rows, num_samples: int) -> torch.Tensor:
-    posterior = program.encode(rows.x)
+def _posterior_mean(posterior: Any, num_samples: int) -> torch.Tensor:
     try:
         mean: torch.Tensor = posterior.mean
     except NotImplementedError:
@@ -441,6 +462,12 @@ def pareto_k(evidence: xr.Dataset, *, figure: Canvas | None = None) -> Canvas:
 
     Raises:
         ValueError: Where there is no Pareto k in it.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> figure = pareto_k(pv.log_evidence(vae, torch.ones(10, 64), 100, seed=0))
+        >>> figure.savefig("pareto_k.png")  # doctest: +SKIP
     """
     if "pareto_k" not in evidence:
         raise ValueError(f"Expected evidence with the variable 'pareto_k'; got {list(evidence)}.")
@@ -474,12 +501,25 @@ def _figure(figure: Canvas | None, size: tuple[float, float]) -> Canvas:
     return Figure(figsize=size, layout="constrained")
 
 
-def _check_has(program: Any, method: str) -> None:
-    if not callable(getattr(program, method, None)):
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"Expected size to be at least 1; got {size}.")
+
+
+def _only_field(rows: Rows) -> np.ndarray:
+    if isinstance(rows.x, dict):
+        raise ValueError(f"Expected one array of rows; got fields {sorted(rows.x)}.")
+    return rows.x.cpu().numpy()
+
+
+def _method(program: Any, name: str) -> Any:
+    method = getattr(program, name, None)
+    if not callable(method):
         raise ValueError(
-            f"Expected a program with the method {method}, as VAE has it; got "
+            f"Expected a program with the method {name}, as VAE has it; got "
             f"{type(program).__name__}."
         )
+    return method
 
 
 def _image_shape(

@@ -60,6 +60,15 @@ def compare(
     Raises:
         ValueError: Where there is no program, one is none, or their likelihoods have different
             base measures: a mass function cannot be compared with a density.
+
+    Example:
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> poisson = pv.VAE(64, 2, pv.likelihoods.Poisson(), seed=0)
+        >>> x = torch.full((3, 64), 8.0)
+        >>> compare({"binomial": vae, "poisson": poisson}, x, 100).index.to_list()
+        ['binomial', 'poisson']
     """
     if not isinstance(programs, Mapping) or not programs:
         raise ValueError(f"Expected a dict of programs by name; got {programs!r}.")

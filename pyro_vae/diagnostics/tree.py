@@ -67,6 +67,13 @@ def to_arviz(
     Raises:
         ValueError: Where `program` is none, has latent sites that rows share, or the data or
             sizes do not fit.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> tree = to_arviz(vae, torch.ones(3, 64), 10, seed=0)
+        >>> tree["posterior"]["z"].dims
+        ('chain', 'draw', 'datum', 'z_dim_0')
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
     checked_count("max_elements", max_elements, least=1)

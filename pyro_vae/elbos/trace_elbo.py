@@ -9,7 +9,7 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..importance import Program, RowTerms, row_terms
+from ..importance import Program, RowTerms, plate_nesting, row_terms
 from .estimator import Estimate, Estimator
 
 __all__ = ["Trace_ELBO"]
@@ -70,6 +70,13 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         )
         loss = torch.stack([e[0] for e in estimates]).sum() / count
         return Estimate(loss, RowTerms(*terms))
+
+    def _guess_max_plate_nesting(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Does what Pyro's does, and says nothing."""
+        vectorized = self.vectorize_particles and self.num_particles > 1
+        self.max_plate_nesting = plate_nesting(model, guide, args) + int(vectorized)
 
     def _of_traces(
         self, model_trace: Trace, guide_trace: Trace

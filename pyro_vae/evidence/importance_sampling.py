@@ -121,6 +121,13 @@ def log_evidence(
         ValueError: Where `program` is none, has latent sites that rows share, or a guide of
             point masses (`Delta`), which has no importance weights; where data or sizes do not
             fit.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> evidence = log_evidence(vae, torch.ones(3, 64), 100, seed=0)
+        >>> dict(evidence.sizes), bool((evidence.elbo < evidence.log_evidence).all())
+        ({'datum': 3}, True)
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
     checked_count("max_elements", max_elements, least=1)
@@ -155,6 +162,13 @@ def summary(evidence: xr.Dataset) -> pd.DataFrame:
         Pareto k is over `good_k` or not known; columns `mean`, its standard error `se` over the
         rows (Monte Carlo error included), and the Monte Carlo error alone, `mcse` (NaN where not
         estimated).
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> evidence = log_evidence(vae, torch.ones(3, 64), 100, seed=0)
+        >>> summary(evidence).index.to_list()[:2]
+        ['log_evidence', 'elbo']
     """
     means = {name: evidence[name].to_numpy() for name in ("log_evidence", "elbo")}
     means["log_evidence_quarter"] = evidence["log_evidence_quarter"].to_numpy()

@@ -1,0 +1,181 @@
+"""Pictures: they open, say what they show, and leave matplotlib as it was."""
+
+import io
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import plots
+from pyro_vae.evidence import log_evidence
+
+EPOCHS = np.arange(1, 41)
+TABLE = pd.DataFrame(
+    {
+        "elbo": -90 - 4000 * np.exp(-EPOCHS),
+        "elbo_se": 0.5,
+        "reconstruction": -80 - 4000 * np.exp(-EPOCHS),
+        "kl": 10.0,
+        "validation_elbo": -95 - 4000 * np.exp(-EPOCHS),
+        "validation_elbo_se": 1.0,
+        "validation_reconstruction": -85 - 4000 * np.exp(-EPOCHS),
+        "validation_kl": 10.0,
+        "seconds": 0.1,
+    },
+    index=pd.Index(EPOCHS, name="epoch"),
+)
+HISTORY = SimpleNamespace(table=TABLE, best_epoch=38)
+ALONE = TABLE[["elbo", "reconstruction", "kl"]]
+
+
+def vae(event_shape: int | tuple[int, ...], latents: int = 2) -> nn.Module:
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.Tanh())
+    likelihood = pv.likelihoods.Normal()
+    return pv.VAE(event_shape, latents, likelihood, encoder=network, decoder=network, seed=0)
+
+
+def rows(*event_shape: int, count: int = 30) -> torch.Tensor:
+    return torch.rand(count, *event_shape, generator=torch.Generator().manual_seed(0))
+
+
+def evidence() -> xr.Dataset:
+    return log_evidence(vae(5), rows(5), 50, seed=0)
+
+
+TABLE_OF_WINES = pd.DataFrame(rows(9).numpy(), columns=[f"column {i}" for i in range(9)])
+LABELS = np.arange(30) % 3
+WORDS = np.array(["ash", "oak", "elm"])[LABELS]
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "training": lambda: plots.training(HISTORY),
+    "training, no validation": lambda: plots.training(ALONE),
+    "training, one epoch": lambda: plots.training(TABLE.iloc[:1]),
+    "training, diverged": lambda: plots.training(ALONE * np.nan),
+    "reconstructions, vector": lambda: plots.reconstructions(vae(5), rows(5)),
+    "reconstructions, square": lambda: plots.reconstructions(vae(64), rows(64)),
+    "reconstructions, as lines": lambda: plots.reconstructions(
+        vae(64), rows(64), image_shape=(), size=3
+    ),
+    "reconstructions, oblong": lambda: plots.reconstructions(
+        vae(20), rows(20), image_shape=(5, 4)
+    ),
+    "reconstructions, image": lambda: plots.reconstructions(vae((6, 7)), rows(6, 7), size=1),
+    "reconstructions, colour": lambda: plots.reconstructions(vae((3, 6, 7)), rows(3, 6, 7)),
+    "reconstructions, block": lambda: plots.reconstructions(vae((2, 4, 2)), rows(2, 4, 2)),
+    "reconstructions, table": lambda: plots.reconstructions(vae(9), TABLE_OF_WINES),
+    "prior samples, vector": lambda: plots.prior_samples(vae(5)),
+    "prior samples, square": lambda: plots.prior_samples(vae(64)),
+    "prior samples, few": lambda: plots.prior_samples(vae((1, 8, 8)), size=3),
+    "prior samples, drawn": lambda: plots.prior_samples(rows(3, 8, 8, count=10)),
+    "prior samples, table": lambda: plots.prior_samples(TABLE_OF_WINES),
+    "latents, one": lambda: plots.latents(vae(5, 1), rows(5)),
+    "latents, one with labels": lambda: plots.latents(vae(5, 1), rows(5), LABELS),
+    "latents, two": lambda: plots.latents(vae(5, 2), rows(5), LABELS),
+    "latents, three": lambda: plots.latents(vae(5, 3), rows(5), WORDS),
+    "latents, many": lambda: plots.latents(vae(5, 7), rows(5), rows(1)[:, 0]),
+    "latents, drawn": lambda: plots.latents(rows(4)),
+    "latents, sampled means": lambda: plots.latents(flow_like(), rows(5)),
+    "pareto k": lambda: plots.pareto_k(evidence()),
+    "pareto k, constant": lambda: plots.pareto_k(evidence() * np.nan),
+}
+
+
+def flow_like() -> Any:
+    """A posterior on the simplex, which has no mean in closed form."""
+    network = pv.networks.MLP(8)
+    prior = torch.distributions.Dirichlet(torch.ones(3))
+    likelihood = pv.likelihoods.Normal()
+    return pv.VAE(5, prior, likelihood, encoder=network, decoder=network, seed=0)
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_a_picture_opens_and_leaves_no_trace(case: str) -> None:
+    before = dict(mpl.rcParams.copy())
+    figure = PICTURES[case]()
+    assert isinstance(figure, Figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    assert len(file.getvalue()) > 5000
+    assert dict(mpl.rcParams.copy()) == before
+    import matplotlib.pyplot as plt
+
+    assert plt.get_fignums() == []
+
+
+def test_axes_are_labelled() -> None:
+    for axes in plots.training(HISTORY).axes:
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "nats per row")
+    (axes,) = plots.latents(vae(5), rows(5)).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("E[z[0] | x]", "E[z[1] | x]")
+    (axes,) = plots.pareto_k(evidence()).axes
+    assert axes.get_xlabel() == "row"
+    assert axes.get_ylabel() == "Pareto k of the importance weights"
+    (axes,) = plots.prior_samples(TABLE_OF_WINES).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(TABLE_OF_WINES)
+
+
+def test_the_plunge_of_the_first_epochs_does_not_hide_the_rest() -> None:
+    bound = plots.training(HISTORY).axes[0]
+    assert bound.get_ylim()[0] > -1000
+    assert bound.get_ylim()[1] > -90
+
+
+def test_components_say_so() -> None:
+    pairs = plots.latents(vae(5, 7), rows(5))
+    assert any("of variance" in axes.get_xlabel() for axes in pairs.axes)
+    assert not any("of variance" in axes.get_xlabel() for axes in plots.latents(rows(4)).axes)
+
+
+def test_square_vectors_are_images_unless_their_columns_have_names() -> None:
+    square = rows(64)
+    assert plots.prior_samples(square).axes[0].images
+    named = pd.DataFrame(square.numpy(), columns=[f"c{i}" for i in range(64)])
+    assert not plots.prior_samples(named).axes[0].images
+
+
+def test_pictures_stand_side_by_side_in_one_figure() -> None:
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subfigures(1, 2)
+    assert plots.latents(vae(5), rows(5), LABELS, figure=left) is left
+    assert plots.pareto_k(evidence(), figure=right) is right
+    figure.savefig(io.BytesIO(), format="png")
+
+
+def test_a_seed_makes_one_picture() -> None:
+    one, two = (plots.prior_samples(vae(64), seed=3).axes[0].images[0] for _ in range(2))
+    np.testing.assert_array_equal(one.get_array(), two.get_array())
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "no history": (lambda: plots.training([1, 2]), "column 'elbo'"),
+    "an empty history": (lambda: plots.training(TABLE.iloc[:0]), "column 'elbo'"),
+    "no reconstruct": (lambda: plots.reconstructions(nn.Linear(5, 2), rows(5)), "reconstruct"),
+    "no sample": (lambda: plots.prior_samples(nn.Linear(5, 2)), "method sample"),
+    "no size": (lambda: plots.prior_samples(vae(5), size=0), "size to be at least 1; got 0"),
+    "fields": (lambda: plots.prior_samples({"a": rows(5)}), "fields .'a'."),
+    "another image": (
+        lambda: plots.reconstructions(vae(5), rows(5), image_shape=(2, 2)),
+        "image shape of 5 elements",
+    ),
+    "an unknown shape": (lambda: plots.prior_samples(rows(16), image_shape=(16,)), "image shape"),
+    "no rows": (lambda: plots.latents(vae(5)), "rows x"),
+    "no encode": (lambda: plots.latents(nn.Linear(5, 2), rows(5)), "encode"),
+    "few labels": (lambda: plots.latents(vae(5), rows(5), LABELS[:3]), "30 labels"),
+    "one-dimensional": (lambda: plots.latents(np.arange(3.0)), "rows, dims"),
+    "no k": (lambda: plots.pareto_k(xr.Dataset()), "pareto_k"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case: str) -> None:
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
