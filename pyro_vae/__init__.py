@@ -5,6 +5,7 @@ from . import likelihoods as likelihoods
 from . import networks as networks
 from . import posteriors as posteriors
 from . import priors as priors
+from . import svi as svi
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .evidence import log_evidence as log_evidence

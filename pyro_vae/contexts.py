@@ -7,9 +7,10 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 
-__all__ = ["evaluating", "kept_generators", "local_parameters", "seeded"]
+__all__ = ["evaluating", "kept_generators", "local_parameters", "parameters_are_local", "seeded"]
 
 
 @contextmanager
@@ -59,6 +60,11 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
                 f"PyroParam, a submodule); got pyro.param({msg['name']!r}), which would live in "
                 "the global store."
             )
+
+
+def parameters_are_local() -> bool:
+    """Whether parameters are kept in their modules, so that none needs to be stated."""
+    return any(isinstance(handler, _OwnParameters) for handler in _PYRO_STACK)
 
 
 @contextmanager

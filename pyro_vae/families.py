@@ -256,8 +256,8 @@ class Family(nn.Module):
     def _fixed(self, name: str, word: Word) -> Any:
         if isinstance(word, Tensor):
             return getattr(self, f"fixed_{name}")
-        if isinstance(word, float):
-            return torch.full_like(self._like, word)
+        if isinstance(word, float) or (name in self.constraints and not isinstance(word, str)):
+            return torch.full_like(self._like, float(word))
         return word
 
     def extra_repr(self) -> str:
@@ -393,7 +393,7 @@ def _shared(
         raise ValueError(
             f"Expected init of {name} to expand to shape {tuple(shape)}; got {word.init!r}."
         ) from error
-    if not start.isfinite().all():
+    if not torch.isclose(link(start), init, rtol=1e-3, atol=1e-7).all():
         raise ValueError(f"Expected init of {name} inside its support; got {word.init!r}.")
     return nn.Parameter(start)
 

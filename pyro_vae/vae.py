@@ -16,7 +16,7 @@ from torch.distributions import Distribution, biject_to
 from torch.nn.parameter import UninitializedBuffer
 
 from . import priors
-from .contexts import evaluating, seeded
+from .contexts import evaluating, parameters_are_local, seeded
 from .families import Family
 from .likelihoods import Likelihood
 from .networks import MLP
@@ -188,6 +188,8 @@ class VAE(nn.Module):
 
     def _state(self, *modules: nn.Module) -> None:
         """States the parameters as Pyro sites, for SVI to collect, and leaves them in place."""
+        if parameters_are_local():
+            return
         for module in modules:
             for name, parameter in module.named_parameters():
                 _param_site(

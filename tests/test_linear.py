@@ -60,7 +60,9 @@ def set_exact_posterior(vae: pv.VAE) -> None:
     vae.posterior.shared["scale_tril"].copy_(free)
 
 
-def fitted(x: np.ndarray, latents: int, *, scalar: bool, max_epochs: int, batch_size: int) -> pv.VAE:
+def fitted(
+    x: np.ndarray, latents: int, *, scalar: bool, max_epochs: int, batch_size: int
+) -> pv.VAE:
     vae = linear_vae(x.shape[1], latents, scalar=scalar)
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=max_epochs)
     pv.fit(

@@ -66,7 +66,7 @@ def compare(
         >>> import pyro_vae as pv
         >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
         >>> poisson = pv.VAE(64, 2, pv.likelihoods.Poisson(), seed=0)
-        >>> x = torch.full((3, 64), 8.0)
+        >>> x = torch.randint(0, 17, (50, 64))
         >>> compare({"binomial": vae, "poisson": poisson}, x, 100).index.to_list()
         ['binomial', 'poisson']
     """

@@ -51,16 +51,16 @@ def to_arviz(
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such.
-        num_samples: The number of draws of the latent sites, 4 or more.
-        num_predictive: How many of these also draw data. By default as many as fit in
-            `max_elements`, 100 at most.
+        num_samples: The number of draws from the guide, 4 or more.
+        num_predictive: From how many of these, and of as many from the prior, data are drawn. By
+            default as many as fit in `max_elements`, 100 at most.
         max_elements: About how many elements one tensor may have.
         seed: Starts the draws.
 
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
-        (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior`,
-        `prior_predictive`, `observed_data`, `sample_stats` (log_weight, log_q, log_joint) and
+        (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior` and
+        `prior_predictive` (as many as these), `observed_data`, `sample_stats` (log_weight, log_q, log_joint) and
         `vi_stats` (per row, as `log_evidence` returns it, from these draws; of a guide of point
         masses, only its `elbo`).
 
@@ -120,11 +120,10 @@ class _Run:
         )
 
     def draws(self, x: Data, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
-        rest = plan.parts(num_samples - num_predictive)
-        posterior = [self._posterior_predictive(x, n) for n in plan.parts(num_predictive)]
+        first, rest = plan.parts(num_predictive), plan.parts(num_samples - num_predictive)
+        posterior = [self._posterior_predictive(x, n) for n in first]
         posterior += [log_densities(self.program, x, n, structure=self.known) for n in rest]
-        prior = [self._prior(x, n, self.all_sites) for n in plan.parts(num_predictive)]
-        prior += [self._prior(x, n, self.known) for n in rest]
+        prior = [self._prior(x, n) for n in first]
         return {
             "posterior": _values(posterior, self.known.latents),
             "posterior_predictive": _values(posterior, self.known.observed),
@@ -133,8 +132,8 @@ class _Run:
             "sample_stats": self._stats(posterior),
         }
 
-    def _prior(self, x: Data, count: int, known: Structure) -> Densities:
-        return densities(self.free, self.free, (x,), count, known)
+    def _prior(self, x: Data, count: int) -> Densities:
+        return densities(self.free, self.free, (x,), count, self.all_sites)
 
     def _posterior_predictive(self, x: Data, count: int) -> Densities:
         return densities(self.program.model, self._guide_then_model, (x,), count, self.all_sites)

@@ -1,0 +1,94 @@
+"""No step of a fit asks the device for a number, or sends it one.
+
+What would make a GPU wait shows on the CPU too: reading a scalar, finding indices, and making a
+tensor of a Python number (`torch.tensor`, which on a GPU is a copy that waits).
+"""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_vae as pv
+from pyro_vae.contexts import local_parameters
+
+WAITS = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "equal")
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::").split(".")[0]
+        is_empty = name == "lift_fresh" and args[0].numel() == 0
+        assert is_empty or name not in WAITS, f"{name} makes a GPU wait"
+        return func(*args, **(kwargs or {}))
+
+
+COUNTS = torch.arange(60.0).reshape(10, 6) % 5
+CASES = {
+    "binomial": (COUNTS, 2, pv.likelihoods.Binomial(total_count=16), None),
+    "beta-binomial": (COUNTS, 2, pv.likelihoods.BetaBinomial(total_count=16), None),
+    "negative binomial": (COUNTS, 2, pv.likelihoods.NegativeBinomial(), None),
+    "poisson": (COUNTS, 2, pv.likelihoods.Poisson(), None),
+    "categorical": (COUNTS, 2, pv.likelihoods.Categorical(5), None),
+    "student-t": (COUNTS, 2, pv.likelihoods.StudentT(df=4.0), None),
+    "bernoulli": (COUNTS % 2, 2, pv.likelihoods.Bernoulli(), None),
+    "mixture": (COUNTS, pv.priors.Mixture(3, 2), pv.likelihoods.Normal(), None),
+    "vamp": (COUNTS, pv.priors.VampPrior(3, 2), pv.likelihoods.Normal(), None),
+    "fixed": (
+        COUNTS,
+        dist.StudentT(4.0, 0.0, 1.0).expand([2]).to_event(1),
+        pv.likelihoods.Normal(),
+        None,
+    ),
+    "full covariance": (
+        COUNTS,
+        2,
+        pv.likelihoods.Normal(),
+        pv.posteriors.MultivariateNormal(),
+    ),
+    "low rank": (
+        COUNTS,
+        3,
+        pv.likelihoods.Normal(),
+        pv.posteriors.LowRankMultivariateNormal(1),
+    ),
+    "delta": (COUNTS, 2, pv.likelihoods.Normal(), pv.posteriors.Delta()),
+}
+
+
+WAITING = pytest.mark.xfail(
+    strict=True, reason="torch's StudentT makes a Chi2 of the Python number 0.5 each time"
+)
+
+
+def cases() -> list[Any]:
+    waiting = ("student-t", "fixed")
+    return [pytest.param(n, marks=WAITING if n in waiting else ()) for n in CASES]
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
+def test_step_makes_no_device_wait(name: str, particles: int, optimizer: type) -> None:
+    x, prior, likelihood, posterior = CASES[name]
+    vae = pv.VAE((6,), prior, likelihood, posterior)
+    elbo = pv.elbos.Trace_ELBO(num_particles=particles)
+    svi = pv.svi.SVI(vae.model, vae.guide, optimizer, elbo, max_grad_norm=1.0)
+    with pyro.validation_enabled(False), local_parameters(vae):
+        svi.update(x)
+        with NoWaiting():
+            svi.update(x)
+
+
+def test_pyros_own_trace_elbo_waits() -> None:
+    vae = pv.VAE((6,), 2, pv.likelihoods.Normal())
+    loss = pyro.infer.Trace_ELBO()
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(AssertionError, match="_local_scalar_dense"),
+        NoWaiting(),
+    ):
+        loss.differentiable_loss(vae.model, vae.guide, COUNTS)
