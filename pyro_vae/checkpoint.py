@@ -1,6 +1,8 @@
 """Programs on disk: a folder of safetensors beside a readable specification."""
 
+import hashlib
 import inspect
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -14,9 +16,18 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from . import families, likelihoods, networks, posteriors, priors
-from .contexts import kept_generators
+from .contexts import device_of, kept_generators
 from .families import Predicted, Shared
-from .files import PathLike, new_folder, read_json, read_tensors, sha256, write_json, write_tensors
+from .files import (
+    PathLike,
+    load_state,
+    new_folder,
+    read_json,
+    read_tensors,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from .rows import floating_like
 from .vae import VAE
 
@@ -38,12 +49,12 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
     """Writes a program to a folder: `spec.json`, which a person can read, and its weights.
 
     The specification names the members and their arguments, the dtype, the versions and the
-    SHA-256 of every other file. The folder takes its name once all is written.
+    SHA-256 of every file. The folder takes its name once all is written.
 
     Arguments:
         program: A :class:`pyro_vae.VAE`, or another module: its weights alone can be loaded back.
         path: The folder.
-        overwrite: Whether a folder of that name may be replaced.
+        overwrite: Whether a program saved under that name may be replaced.
 
     Raises:
         ValueError: Where the folder is there already, or the program is not a module.
@@ -62,6 +73,8 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
     """
     if not isinstance(program, nn.Module):
         raise ValueError(f"Expected a program, an nn.Module; got {program!r}.")
+    if overwrite and Path(path).is_dir() and not (Path(path) / _SPEC).is_file():
+        raise ValueError(f"Expected the folder of a saved program to replace; got {path}.")
     with new_folder(path, overwrite=overwrite) as folder:
         write_program(program, folder)
     return Path(path)
@@ -79,7 +92,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
     state = {f"program.{name}": tensor for name, tensor in program.state_dict().items()}
     write_tensors(folder / _WEIGHTS, state | values, {"kind": "program"})
     others = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SPEC)
-    content = {
+    content: dict[str, Any] = {
         "format": _FORMAT,
         "program": spec,
         "dtype": str(floating_like(program).dtype).removeprefix("torch."),
@@ -87,6 +100,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
         "versions": _versions(),
         "sha256": {other.relative_to(folder).as_posix(): sha256(other) for other in others},
     }
+    content["sha256"][_SPEC] = _digest(content)
     write_json(folder / _SPEC, content)
 
 
@@ -99,17 +113,19 @@ def load(
         path: The folder.
         into: A program built as the saved one was, whose weights are replaced; needed where the
             saved one is not made of members of this package alone.
-        device: Where to put a program that is built anew.
+        device: Where to put a program that is built anew; `"auto"` is CUDA where there is one.
 
     Raises:
-        ValueError: Where the folder is not one of ours, a file is altered or missing, or the
-            specification names what is not a member of this package.
+        ValueError: Where the folder is not one of ours, a file is altered or missing, the
+            specification names what is not a member of this package, or `into` is another program.
         OSError: Where the system refuses.
 
     Returns:
         The program.
     """
-    folder = Path(path)
+    if into is not None and not isinstance(into, nn.Module):
+        raise ValueError(f"Expected a program to load into, an nn.Module; got {into!r}.")
+    folder, target = Path(path), device_of(device)
     spec = _checked_spec(folder)
     tensors, _ = read_tensors(folder / _WEIGHTS)
     state = {k.removeprefix("program."): v for k, v in tensors.items() if k.startswith("program.")}
@@ -118,14 +134,10 @@ def load(
             program = _decode(spec["program"], tensors)
         if not isinstance(program, nn.Module):
             raise ValueError(f"Expected {folder} to hold a program; got {spec['program']!r}.")
-        program.to(getattr(torch, spec["dtype"])).to(device)
-        program.train(spec["training"])
+        program.to(target, getattr(torch, spec["dtype"])).train(spec["training"])
     else:
         program = into
-    try:
-        program.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"Expected the program that {folder} holds; got {error}") from error
+    load_state(program, state, folder)
     return program
 
 
@@ -143,11 +155,17 @@ def _checked_spec(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"Expected {folder / _SPEC} to be a specification of pyro_vae; got another."
         )
+    if spec["sha256"].pop(_SPEC, None) != _digest(spec):
+        raise ValueError(f"Expected {folder / _SPEC} as it was saved; got an altered file.")
     if _WEIGHTS not in spec["sha256"]:
         raise ValueError(f"Expected {folder / _SPEC} to record {_WEIGHTS}; got no such record.")
     for name, digest in spec["sha256"].items():
         _check_file(folder, name, digest)
     return spec
+
+
+def _digest(spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -273,7 +291,7 @@ def _called(build: type, arguments: dict[str, Any]) -> Any:
             positional.extend(arguments.pop(name, ()))
     try:
         return build(*positional, **arguments)
-    except TypeError as error:
+    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"Expected arguments of {build.__name__} in a specification; got {error}."
         ) from error

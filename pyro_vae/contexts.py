@@ -6,11 +6,42 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 
-__all__ = ["evaluating", "kept_generators", "local_parameters", "parameters_are_local", "seeded"]
+__all__ = [
+    "device_of",
+    "evaluating",
+    "kept_buffers",
+    "kept_generators",
+    "kept_modes",
+    "local_parameters",
+    "parameters_are_local",
+    "seeded",
+]
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Returns a device that is there; `"auto"` is CUDA where there is one, else the CPU.
+
+    Arguments:
+        device: Its name.
+
+    Raises:
+        ValueError: Where there is no such device, or it has no float64.
+    """
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.zeros((), dtype=torch.float64, device=device)
+        probe.item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"Expected a device out of {there}; got {device!r}.") from error
+    return probe.device
 
 
 @contextmanager
@@ -52,7 +83,8 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         stated = msg["args"][-1] if msg["args"] else None
-        if id(stated) in self.owned:
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if id(stated) in self.owned and constraint is constraints.real:
             msg["value"], msg["done"] = stated, True
         elif msg["name"] not in pyro.get_param_store():
             raise ValueError(
@@ -80,10 +112,25 @@ def local_parameters(program: nn.Module) -> Iterator[None]:
         program: The module that owns the parameters.
 
     Raises:
-        ValueError: Where the program states a parameter that none of its modules owns.
+        ValueError: Where the program states a parameter that none of its modules owns, or two of
+            its `PyroModule`s have one of the same name, which Pyro would make one.
     """
+    _check_names(program)
     with pyro.get_param_store().scope(), _OwnParameters(program):
         yield
+
+
+def _check_names(program: nn.Module) -> None:
+    owners: dict[str, PyroModule] = {}
+    for module in program.modules():
+        if isinstance(module, PyroModule):
+            for name in module._pyro_params:
+                full = ".".join(filter(None, (module._pyro_name, name)))
+                if owners.setdefault(full, module) is not module:
+                    raise ValueError(
+                        "Expected the PyroParams of a program to have different names; got two "
+                        f"called {full!r}: Pyro would make them one."
+                    )
 
 
 @contextmanager
@@ -96,11 +143,42 @@ def evaluating(program: nn.Module) -> Iterator[None]:
     Arguments:
         program: The module to run.
     """
+    with (
+        kept_modes(program),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        local_parameters(program),
+    ):
+        program.eval()
+        yield
+
+
+@contextmanager
+def kept_modes(program: nn.Module) -> Iterator[None]:
+    """Puts the modes of a program's modules, training or evaluation, back as they are now.
+
+    Arguments:
+        program: The module.
+    """
     modes = {module: module.training for module in program.modules()}
-    program.eval()
     try:
-        with torch.no_grad(), pyro.validation_enabled(False), local_parameters(program):
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def kept_buffers(program: nn.Module) -> Iterator[None]:
+    """Puts the values of a program's buffers, running means, say, back as they are now.
+
+    Arguments:
+        program: The module.
+    """
+    values = [(buffer, buffer.clone()) for buffer in program.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)

@@ -12,11 +12,13 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "PathLike",
+    "load_state",
     "new_folder",
     "read_json",
     "read_tensors",
@@ -47,10 +49,7 @@ def write_tensors(
     said = json.dumps(dict(header), sort_keys=True)
     metadata = {_HEADER: said, _DIGEST: _digest(own, said)}
     with _replacing(Path(path)) as beside:
-        try:
-            save_file(own, beside, metadata)
-        except SafetensorError as error:
-            raise OSError(f"could not write {path}: {error}") from error
+        beside.write_bytes(save(own, metadata))
 
 
 def read_tensors(
@@ -79,6 +78,33 @@ def read_tensors(
     if metadata[_DIGEST] != _digest(tensors, metadata[_HEADER]):
         raise ValueError(f"Expected {path} as it was written; got an altered file.")
     return {name: t.to(device) for name, t in tensors.items()}, json.loads(metadata[_HEADER])
+
+
+def load_state(program: nn.Module, state: Mapping[str, Tensor], source: Any) -> None:
+    """Gives a program the weights of a file; of another program's it takes none.
+
+    Arguments:
+        program: The program.
+        state: The weights, by name.
+        source: Where they are from, for the message.
+
+    Raises:
+        ValueError: Where names, shapes or dtypes are others than the program's.
+    """
+    own = program.state_dict()
+    differing = sorted(own.keys() ^ state.keys()) or [
+        name
+        for name, tensor in own.items()
+        if not is_lazy(tensor)
+        and (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype)
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"Expected the program that {source} holds, of the same weights, shapes and dtypes; "
+            f"got another in {', '.join(differing[:3])}{more}."
+        )
+    program.load_state_dict(dict(state))
 
 
 def write_json(path: PathLike, content: Mapping[str, Any]) -> None:
@@ -132,12 +158,14 @@ def new_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Whether a folder of that name may be replaced.
 
     Raises:
-        ValueError: Where it is there already and may not be replaced.
+        ValueError: Where it is there already and may not be replaced, or is a file.
         OSError: Where the system refuses.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise ValueError(f"Expected a folder that is not there yet; got {path}, which exists.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"Expected a folder to replace; got the file {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -151,14 +179,17 @@ def new_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _swap(beside: Path, path: Path) -> None:
-    aside = None
-    if path.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / path.name
-        os.rename(path, aside)
-    os.rename(beside, path)
-    _sync(path.parent)
-    if aside is not None:
-        shutil.rmtree(aside.parent)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    old = aside / path.name
+    try:
+        if path.exists():
+            os.rename(path, old)
+        os.rename(beside, path)
+        _sync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

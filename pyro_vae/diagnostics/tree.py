@@ -59,10 +59,10 @@ def to_arviz(
 
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
-        (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior` and
-        `prior_predictive` (as many as these), `observed_data`, `sample_stats` (log_weight, log_q, log_joint) and
-        `vi_stats` (per row, as `log_evidence` returns it, from these draws; of a guide of point
-        masses, only its `elbo`).
+        (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior`
+        and `prior_predictive` (as many as these), `observed_data`, `sample_stats` (log_weight,
+        log_q, log_joint) and `vi_stats` (per row, as `log_evidence` returns it, from these
+        draws; of a guide of point masses, only its `elbo`).
 
     Raises:
         ValueError: Where `program` is none, has latent sites that rows share, or the data or

@@ -52,6 +52,10 @@ class Mixture(nn.Module):
             for parameter in self.component.shared.values():
                 parameter += 0.5 * torch.randn_like(parameter)
 
+    def extra_repr(self) -> str:
+        """The arguments, as they were written."""
+        return f"{self.num_components}, {self.event_shape}"
+
     def forward(self) -> Distribution:
         """Returns p(z), of batch shape () and event shape (*event)."""
         return mixture_of(self.logits, self.component())

@@ -77,6 +77,10 @@ class VampPrior(nn.Module):
         start = torch.rand(shape) if self.data is None else self.data.to(torch.get_default_dtype())
         self.pseudo_inputs = nn.Parameter(start.clone())
 
+    def extra_repr(self) -> str:
+        """The arguments, as they were written."""
+        return f"{self.num_components}, {self.event_shape}"
+
     def forward(self, encode: Callable[[Tensor], Distribution]) -> Distribution:
         """Returns p(z), of batch shape () and event shape (*event).
 
