@@ -86,8 +86,8 @@ def _settle(axes: Axes, table: pd.DataFrame, columns: list[str]) -> None:
     """Labels the axes and leaves the plunge of the first epochs outside."""
     axes.set(xlabel="epoch", ylabel="nats per row")
     axes.locator_params(axis="x", integer=True)
-    if len(table) == 1:
-        axes.set_xlim(table.index[0] - 1, table.index[0] + 1)
+    first, last = table.index[0], table.index[-1]
+    axes.set_xlim(first - 0.5 - 0.03 * (last - first), last + 0.5 + 0.03 * (last - first))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
     if len(table) < 20 or not columns:
@@ -161,7 +161,8 @@ def _image_panels(
         axes.set_ylabel(label)
     for axes, name in zip(grid[0], rows.names, strict=True):
         axes.set_title(str(name), fontsize="small")
-    figure.suptitle("Rows and their posterior predictive distributions")
+    gap = "\n" if count < 4 else " "
+    figure.suptitle(f"Rows and their{gap}posterior predictive{gap}distributions")
     return figure
 
 
@@ -272,7 +273,7 @@ def prior_samples(
     else:
         across = min(8, len(data))
         down = math.ceil(len(data) / across)
-        figure = _figure(figure, (0.95 * across + 1.2, 0.95 * down + 0.6))
+        figure = _figure(figure, (max(5.6, 0.95 * across + 1.2), 0.95 * down + 0.9))
         grid = figure.subplots(down, across, squeeze=False)
         shown = _show_images(grid.ravel()[: len(data)], data[None], shape)
         for axes in grid.ravel()[len(data) :]:
@@ -480,7 +481,7 @@ def pareto_k(evidence: xr.Dataset, *, figure: Canvas | None = None) -> Canvas:
     axes = figure.subplots()
     for chosen, color, label in (
         (finite & ~over, "C0", f"reliable: {(~over).mean():.1%} of rows"),
-        (finite & over, "C3", f"over the limit: {over.mean():.1%}"),
+        (finite & over, "C3", f"over the limit or unknown: {over.mean():.1%}"),
     ):
         axes.plot(places[chosen], values[chosen], ".", color=color, label=label, alpha=0.7)
     axes.axhline(limit, color="0.3", linestyle="--", linewidth=1.0, label=f"limit {limit:.2f}")

@@ -14,6 +14,7 @@ from ..contexts import evaluating
 from ..evidence.importance_sampling import (
     MAX_ELEMENTS,
     checked_rows,
+    data_sites,
     log_evidence,
     standard_error,
 )
@@ -101,7 +102,7 @@ def _measures(program: nn.Module, x: Any) -> dict[str, str]:
     rows = checked_rows(program, x)
     with evaluating(program):
         found = structure(program, rows.x)
-    return {site: "mass" if found.discrete[site] else "density" for site in found.observed}
+    return {site: "mass" if found.discrete[site] else "density" for site in data_sites(found)}
 
 
 def _check_measures(measures: dict[str, dict[str, str]]) -> None:

@@ -15,6 +15,7 @@ from ..evidence.importance_sampling import (
     Plan,
     checked_count,
     checked_rows,
+    data_sites,
     estimates,
     labelled,
     point_masses,
@@ -114,9 +115,10 @@ class _Run:
     def __init__(self, program: Any, known: Structure) -> None:
         self.program = program
         self.known = known
+        self.data_sites = data_sites(known)
         self.free = poutine.uncondition(program.model)
         self.all_sites = dataclasses.replace(
-            known, latents=known.latents + known.observed, observed=()
+            known, latents=known.latents + self.data_sites, observed=()
         )
 
     def draws(self, x: Data, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
@@ -126,9 +128,9 @@ class _Run:
         prior = [self._prior(x, n) for n in first]
         return {
             "posterior": _values(posterior, self.known.latents),
-            "posterior_predictive": _values(posterior, self.known.observed),
+            "posterior_predictive": _values(posterior, self.data_sites),
             "prior": _values(prior, self.known.latents),
-            "prior_predictive": _values(prior, self.known.observed),
+            "prior_predictive": _values(prior, self.data_sites),
             "sample_stats": self._stats(posterior),
         }
 
@@ -146,7 +148,7 @@ class _Run:
             poutine.replay(self.free, trace=guided.trace)(x)
 
     def _is_known(self, site: Any) -> bool:
-        return site["type"] == "sample" and site["name"] not in self.known.observed
+        return site["type"] == "sample" and site["name"] not in self.data_sites
 
     def _stats(self, parts: list[Densities]) -> dict[str, np.ndarray]:
         log_joint = _stacked([part.log_joint for part in parts])
@@ -158,7 +160,7 @@ class _Run:
 
     def observed(self, x: Data) -> Groups:
         trace = poutine.trace(self.program.model).get_trace(x)
-        values = {name: self._by_rows(trace.nodes[name]) for name in self.known.observed}
+        values = {name: self._by_rows(trace.nodes[name]) for name in self.data_sites}
         return {"observed_data": {name: v.cpu().numpy() for name, v in values.items()}}
 
     def _by_rows(self, site: Any) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "checked_count",
     "checked_rows",
+    "data_sites",
     "estimates",
     "labelled",
     "log_evidence",
@@ -317,6 +318,15 @@ def point_masses(program: Any, rows: Rows) -> list[str]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and isinstance(_innermost(site["fn"]), dist.Delta)
     ]
+
+
+def data_sites(found: Structure) -> tuple[str, ...]:
+    """Names the observed sites that hold data, which those of `pyro.factor` do not.
+
+    Arguments:
+        found: What the program is made of.
+    """
+    return tuple(name for name in found.observed if found.event_shapes[name].numel())
 
 
 def _innermost(distribution: Any) -> Any:
