@@ -262,14 +262,14 @@ def _decode_call(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 def _named(spec: dict[str, Any]) -> type:
-    name = spec.get("word", spec.get("member"))
+    name = str(spec.get("word", spec.get("member")))
     if "word" in spec and name in _WORDS:
         return _WORDS[name]
     if name == "VAE":
         return VAE
     if name == "Identity":
         return nn.Identity
-    room, _, member = str(name).partition(".")
+    room, _, member = name.partition(".")
     if room not in _ROOMS or member.startswith("_"):
         raise _unknown(name)
     return _public_class(_ROOMS[room], member, nn.Module)
@@ -284,12 +284,12 @@ def _public_class(room: ModuleType, name: Any, kind: type) -> type:
 
 def _called(build: type, arguments: dict[str, Any]) -> Any:
     positional: list[Any] = []
-    for name, parameter in _parameters(build).items():
-        if parameter.kind is parameter.POSITIONAL_ONLY and name in arguments:
-            positional.append(arguments.pop(name))
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            positional.extend(arguments.pop(name, ()))
     try:
+        for name, parameter in _parameters(build).items():
+            if parameter.kind is parameter.POSITIONAL_ONLY and name in arguments:
+                positional.append(arguments.pop(name))
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                positional.extend(arguments.pop(name, ()))
         return build(*positional, **arguments)
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(
@@ -298,7 +298,7 @@ def _called(build: type, arguments: dict[str, Any]) -> Any:
 
 
 def _found(name: Any, tensors: dict[str, Tensor]) -> Tensor:
-    if name not in tensors:
+    if not isinstance(name, str) or name not in tensors:
         raise ValueError(f"Expected the tensor {name!r} beside the specification; got none.")
     return tensors[name]
 

@@ -16,7 +16,7 @@ from torch.distributions.constraints import Constraint
 
 from .links import Link, link_of
 
-__all__ = ["Family", "Predicted", "Shared", "Word"]
+__all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "Word"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,9 @@ class Predicted:
         link: The name of the link (`"identity"`, `"log"`, `"logit"`, `"softplus"`) or a
             transform; by default the one of the parameter's constraint.
 
+    Raises:
+        ValueError: Where a size is not a positive integer.
+
     Example:
         >>> import pyro.distributions as dist
         >>> Family(dist.Categorical, logits=Predicted(shape=10))
@@ -39,6 +42,9 @@ class Predicted:
 
     shape: int | tuple[int, ...] | None = None
     link: Link | None = None
+
+    def __post_init__(self) -> None:
+        _check_named(self.shape)
 
     def __repr__(self) -> str:
         return _call("Predicted", shape=self.shape, link=self.link)
@@ -54,6 +60,9 @@ class Shared:
         shape: The parameter's size where the shape of x does not tell it.
         link: The name of the link or a transform; by default the one of its constraint.
 
+    Raises:
+        ValueError: Where a size is not a positive integer.
+
     Example:
         >>> import pyro.distributions as dist
         >>> features = torch.randn(2, 4)
@@ -67,6 +76,9 @@ class Shared:
     shape: int | tuple[int, ...] | None = None
     link: Link | None = None
 
+    def __post_init__(self) -> None:
+        _check_named(self.shape)
+
     def __repr__(self) -> str:
         scalar = True if self.scalar else None
         return _call("Shared", init=self.init, scalar=scalar, shape=self.shape, link=self.link)
@@ -74,7 +86,7 @@ class Shared:
 
 Word: TypeAlias = Predicted | Shared | float | int | bool | str | Tensor | None
 
-_ALTERNATIVES = (
+ALTERNATIVES = (
     ("logits", "probs"),
     ("gate_logits", "gate"),
     ("scale_tril", "covariance_matrix", "precision_matrix"),
@@ -165,7 +177,7 @@ class Family(nn.Module):
     def _complete_words(self) -> dict[str, Word]:
         left_out = {
             other
-            for group in _ALTERNATIVES
+            for group in ALTERNATIVES
             for other in _others(group, self.words, self.constraints)
         }
         names = [name for name in self.constraints if name not in left_out]
@@ -256,7 +268,7 @@ class Family(nn.Module):
     def _fixed(self, name: str, word: Word) -> Any:
         if isinstance(word, Tensor):
             return getattr(self, f"fixed_{name}")
-        if isinstance(word, float) or (name in self.constraints and not isinstance(word, str)):
+        if isinstance(word, float) or (isinstance(word, int) and name in self.constraints):
             return torch.full_like(self._like, float(word))
         return word
 
@@ -317,7 +329,8 @@ class _Head(nn.Module):
 def _checked_class(distribution: Any) -> type[Distribution]:
     if not (inspect.isclass(distribution) and issubclass(distribution, Distribution)):
         raise ValueError(f"Expected a class of pyro.distributions; got {distribution!r}.")
-    return getattr(dist, distribution.__name__, distribution)
+    is_torchs = distribution.__module__.startswith("torch.")
+    return getattr(dist, distribution.__name__, distribution) if is_torchs else distribution
 
 
 def _signature(distribution: type[Distribution]) -> dict[str, inspect.Parameter]:
@@ -341,12 +354,28 @@ def _check_words(
             raise ValueError(
                 f"Expected {name} to be Predicted(), Shared(), a number or a tensor; got {word!r}."
             )
+        if name in known and isinstance(word, int | float | Tensor):
+            _check_fixed(name, word, known[name])
     for name, parameter in signature.items():
         if name not in words and _must_be_given(name, parameter, known):
             raise ValueError(
                 f"Expected {name} of {distribution.__name__} to be given, as in "
                 f"{name}=...; got nothing."
             )
+
+
+def _check_fixed(name: str, word: float | Tensor, constraint: Any) -> None:
+    value = torch.as_tensor(word)
+    if constraints.is_dependent(constraint) or value.ndim < constraint.event_dim:
+        return
+    if not constraint.check(value).all():
+        raise ValueError(f"Expected {name} to lie in {constraint}; got {_short(word)}.")
+
+
+def _check_named(shape: Any) -> None:
+    sizes = shape if isinstance(shape, tuple | list) else (shape,)
+    if shape is not None and not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"Expected a size, or a tuple of sizes; got shape={shape!r}.")
 
 
 def _must_be_given(name: str, parameter: inspect.Parameter, known: dict[str, Any]) -> bool:
@@ -387,11 +416,12 @@ def _shared(
     if word.init is None:
         return nn.Parameter(spread * torch.randn(shape, dtype=like.dtype, device=like.device))
     init = torch.as_tensor(word.init, dtype=like.dtype, device=like.device)
+    value_shape = torch.Size(link.forward_shape(shape))
     try:
-        start = link.inv(init.expand(shape)).clone()
+        start = link.inv(init.expand(value_shape)).clone()
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"Expected init of {name} to expand to shape {tuple(shape)}; got {word.init!r}."
+            f"Expected init of {name} to expand to shape {tuple(value_shape)}; got {word.init!r}."
         ) from error
     if not torch.isclose(link(start), init, rtol=1e-3, atol=1e-7).all():
         raise ValueError(f"Expected init of {name} inside its support; got {word.init!r}.")

@@ -46,7 +46,7 @@ def write_tensors(
         OSError: Where the system refuses.
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    said = json.dumps(dict(header), sort_keys=True)
+    said = json.dumps(dict(header))
     metadata = {_HEADER: said, _DIGEST: _digest(own, said)}
     with _replacing(Path(path)) as beside:
         beside.write_bytes(save(own, metadata))

@@ -136,7 +136,7 @@ def structure(program: nn.Module, x: Data) -> Structure:
     """
     pair = programs_of(program)
     few = Rows.of(x, like=program).select(slice(0, 2))
-    with evaluating(program), seeded(0), poutine.block():
+    with poutine.block(), evaluating(program), seeded(0):
         guide, model = _traces(*pair, (few,))
     return _structure_of(model, guide)
 

@@ -449,8 +449,9 @@ def _color_key(figure: Canvas, shown: list[Axes], colors: np.ndarray | None) -> 
     _legend(figure, handles=handles, title="label")
 
 
-def _legend(figure: Any, **options: Any) -> None:
-    place = "center right" if figure.get_layout_engine() is None else "outside right center"
+def _legend(figure: Any, *, side: str = "right center", **options: Any) -> None:
+    has_room = figure.get_layout_engine() is not None
+    place = f"outside {side}" if has_room else "upper right"
     figure.legend(**options, loc=place, fontsize="small")
 
 
@@ -490,7 +491,7 @@ def pareto_k(evidence: xr.Dataset, *, figure: Canvas | None = None) -> Canvas:
     missing = int((~finite).sum())
     note = f", {missing} not finite and not drawn" if missing else ""
     axes.set_title(f"Reliability of log p(x), {len(values)} rows{note}")
-    axes.legend(fontsize="small", loc="upper right")
+    _legend(figure, side="lower center", handles=axes.get_legend_handles_labels()[0], ncols=3)
     return figure
 
 

@@ -198,7 +198,7 @@ def _torch_readable(array: np.ndarray) -> np.ndarray:
         return array.astype(unsigned.get(array.dtype, np.int64))
     if array.dtype == np.longdouble:
         return array.astype(np.float64)
-    return np.array(array, order="C") if not array.flags.writeable else np.ascontiguousarray(array)
+    return np.array(array, order="C", copy=None if array.flags.writeable else True)
 
 
 def _common_length(tensors: dict[str, Tensor]) -> int:

@@ -3,12 +3,15 @@
 import ast
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Call", "bound", "near", "parse"]
+__all__ = ["Call", "build", "near", "parse"]
 
 MAX_LENGTH = 1000
+
+_SIGNS: dict[type, int] = {ast.UAdd: 1, ast.USub: -1}
 
 Words = Mapping[str, Callable[..., Any]]
 
@@ -23,8 +26,8 @@ class Call(NamedTuple):
     """
 
     name: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}  # noqa: RUF012
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def parse(text: str, words: Words | None = None) -> Call:
@@ -54,22 +57,29 @@ def parse(text: str, words: Words | None = None) -> Call:
     return Call(node.func.id, *_arguments(node, words or {}))
 
 
-def bound(target: Callable[..., Any], call: Call) -> dict[str, Any]:
-    """Returns the arguments of a call by name, those of `*args` as a tuple.
+def build(target: Callable[..., Any], call: Call, **given: Any) -> Any:
+    """Calls what a name stands for.
 
     Arguments:
         target: What is called.
-        call: The arguments.
+        call: The arguments, as they were written.
+        given: Further ones, handed on where the target takes them and nothing was written.
 
     Raises:
         ValueError: Where they do not fit its signature.
+
+    Example:
+        >>> build(dict.fromkeys, Call("fromkeys", ("ab",), {}), iterable="cd", size=3)
+        {'a': None, 'b': None}
     """
     signature = inspect.signature(target)
     try:
-        return dict(signature.bind_partial(*call.args, **call.kwargs).arguments)
+        said = signature.bind_partial(*call.args, **call.kwargs).arguments
+        unsaid = {k: v for k, v in given.items() if k in signature.parameters and k not in said}
+        arguments = signature.bind(*call.args, **call.kwargs, **unsaid)
     except TypeError as error:
-        names = ", ".join(signature.parameters) or "none"
-        raise ValueError(f"Expected arguments of {call.name} ({names}); got {error}.") from error
+        raise ValueError(f"Expected {call.name}{_plain(signature)}; got {error}.") from error
+    return target(*arguments.args, **arguments.kwargs)
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -81,7 +91,7 @@ def near(name: str, names: Iterable[str]) -> str:
 
     Example:
         >>> near("binomail", ["Binomial", "Normal"])
-        "did you mean 'Binomial'?"
+        "did you mean 'Binomial' or 'Normal'?"
     """
     by_lower = {right.lower(): right for right in names}
     found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
@@ -90,11 +100,25 @@ def near(name: str, names: Iterable[str]) -> str:
     return f"there are {', '.join(sorted(by_lower.values()))}"
 
 
+def _shown(node: ast.expr) -> str:
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return "brackets in brackets"
+
+
+def _plain(signature: inspect.Signature) -> str:
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))
+
+
 def _expression(text: str) -> ast.expr:
     if len(text) > MAX_LENGTH:
         raise ValueError(f"Expected at most {MAX_LENGTH} characters; got {len(text)}.")
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"Expected a name with arguments, as in 'Mixture(10, 8)'; got {text!r}."
@@ -105,7 +129,7 @@ def _arguments(node: ast.Call, words: Words) -> tuple[tuple[Any, ...], dict[str,
     kwargs: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in kwargs:
-            raise ValueError(f"Expected each argument once, by name; got {ast.unparse(node)}.")
+            raise ValueError(f"Expected each argument once, by name; got {_shown(node)}.")
         kwargs[keyword.arg] = _literal(keyword.value, words)
     return tuple(_literal(arg, words) for arg in node.args), kwargs
 
@@ -115,17 +139,11 @@ def _literal(node: ast.expr, words: Words) -> Any:
         return node.value
     if isinstance(node, ast.Tuple | ast.List):
         return tuple(_literal(item, words) for item in node.elts)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _literal(node.operand, words)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
+        value, sign = node.operand.value, _SIGNS.get(type(node.op))
+        if sign is not None and isinstance(value, int | float) and not isinstance(value, bool):
+            return sign * value
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in words:
-        args, kwargs = _arguments(node, {})
-        return _word(words[node.func.id], Call(node.func.id, args, kwargs))
+        return build(words[node.func.id], Call(node.func.id, *_arguments(node, {})))
     allowed = ", ".join(["a number", "a string", "a tuple", "None", *(f"{w}(...)" for w in words)])
-    raise ValueError(f"Expected as argument {allowed}; got {ast.unparse(node)}.")
-
-
-def _word(word: Callable[..., Any], call: Call) -> Any:
-    bound(word, call)
-    return word(*call.args, **call.kwargs)
+    raise ValueError(f"Expected as argument {allowed}; got {_shown(node)}.")

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import pyro.infer
@@ -22,14 +22,16 @@ MakeOptimizer: TypeAlias = type[Optimizer] | Callable[..., Optimizer] | PyroOpti
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
     r"""Creates Pyro's SVI, with one optimiser, and no number read off the device.
 
-    A step whose loss or gradient is not finite changes nothing, nor does any after it: `is_bad`,
-    a tensor on the device, says so.
+    A step whose loss or gradient is not finite changes no weight, no buffer and no moment of the
+    optimiser, nor does any after it: `is_bad`, a tensor on the device, says so. `row_weight` says
+    how often a row counts in the loss, N / B where a minibatch stands for all rows.
 
     Arguments:
         model: The model: a method of the module that owns the parameters.
         guide: The guide, likewise.
         optim: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
         loss: An estimator of `pyro_vae.elbos`, or one of Pyro's own ELBOs.
+        lr: The learning rate, where the optimiser has none of its own.
         max_grad_norm: Where to clip the norm of the gradient of the objective's mean over rows.
 
     Raises:
@@ -50,6 +52,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         optim: MakeOptimizer,
         loss: pyro.infer.ELBO,
         *,
+        lr: float | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         self.objective = Objective(model, guide, loss)
@@ -59,9 +62,11 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 "Expected a model or guide that is a method of a module with parameters to train; "
                 "got none."
             )
-        self.optimizer = optimizer_of(optim, self.parameters)
+        given = {} if lr is None else {"lr": lr}
+        self.optimizer = optimizer_of(optim, self.parameters, **given)
         self.max_grad_norm = max_grad_norm
-        self.is_bad = torch.zeros((), device=self.parameters[0].device)
+        self.row_weight = 1.0
+        self.is_bad = self.parameters[0].new_zeros((), dtype=torch.float32)
         super().__init__(model, guide, _AsPyroOptim(self.optimizer), loss)
 
     def update(self, *args: Any) -> Estimate:
@@ -70,6 +75,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         Arguments:
             args: What model and guide are called with.
         """
+        self.optimizer.zero_grad(set_to_none=True)
+        buffers = [(buffer, buffer.clone()) for buffer in self._buffers()]
         estimate = self.objective(*args)
         estimate.loss.backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -77,11 +84,20 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         finite = torch.isfinite(norm) & torch.isfinite(estimate.loss.detach())
         self.is_bad = torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype))
         if self.max_grad_norm is not None:
-            limit = self.max_grad_norm * len(estimate.terms.reconstruction)
+            rows = self.row_weight * len(estimate.terms.reconstruction)
+            limit = self.max_grad_norm * rows
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         _step_unless(self.optimizer, self.is_bad)
+        _take_back(self.is_bad.bool(), buffers)
         self.optimizer.zero_grad(set_to_none=True)
         return estimate
+
+    def _buffers(self) -> Iterator[Tensor]:
+        """What a forward pass may change, and a bad one must not: running means, say."""
+        for module in self.objective.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield buffer
 
     def step(self, *args: Any) -> Tensor:
         """Takes a step, and returns the loss it was taken on, shape (), on the device.
@@ -115,9 +131,17 @@ def optimizer_of(
         optimizer = build(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {error}") from error
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {optimizer!r}.")
+    if not isinstance(optimizer, Optimizer) or _needs_closure(optimizer):
+        raise ValueError(
+            "Expected an optimiser that steps on gradients, such as torch.optim.Adam; got "
+            f"{type(optimizer).__name__}."
+        )
     return optimizer
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _torch_constructor(make: Any) -> Any:
@@ -150,21 +174,28 @@ def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
     _step_and_take_back(optimizer, is_bad.bool())
 
 
-@torch.no_grad()
 def _step_and_take_back(optimizer: Optimizer, is_bad: Tensor) -> None:
-    before = {id(tensor): tensor.clone() for tensor in _tensors_of(optimizer)}
+    before = {key: t.detach().clone() for key, t in _tensors_of(optimizer).items()}
     optimizer.step()
-    for tensor in _tensors_of(optimizer):
-        value = before.get(id(tensor))
-        tensor.copy_(
-            torch.where(is_bad, torch.zeros_like(tensor) if value is None else value, tensor)
-        )
+    after = _tensors_of(optimizer)
+    _take_back(is_bad, [(t, before.get(k, torch.zeros_like(t))) for k, t in after.items()])
 
 
-def _tensors_of(optimizer: Optimizer) -> list[Tensor]:
+@torch.no_grad()
+def _take_back(is_bad: Tensor, changes: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, before in changes:
+        tensor.copy_(torch.where(is_bad, before, tensor))
+
+
+def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [v for state in optimizer.state.values() for v in state.values()]
-    return parameters + [v for v in states if isinstance(v, Tensor)]
+    states = {
+        (id(p), name): value
+        for p, state in optimizer.state.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    return {(id(p), ""): p for p in parameters} | states
 
 
 class _AsPyroOptim(PyroOptim):  # type: ignore[misc]

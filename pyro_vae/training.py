@@ -1,7 +1,11 @@
 """fit: stochastic variational inference on a table of rows, and its history."""
 
 import contextlib
+import functools
+import inspect
+import json
 import math
+import numbers
 import signal
 import threading
 import time
@@ -22,14 +26,21 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from . import plots
-from .contexts import evaluating, local_parameters, seeded
+from .contexts import (
+    device_of,
+    evaluating,
+    kept_generators,
+    kept_modes,
+    local_parameters,
+    seeded,
+)
 from .elbos import Trace_ELBO
-from .files import PathLike, read_tensors, write_tensors
-from .importance import RowTerms, programs_of, row_terms_of, structure
+from .files import PathLike, load_state, read_tensors, write_tensors
+from .importance import RowTerms, Structure, programs_of, row_terms_of, structure
 from .rows import PLATE, Data, Rows
-from .svi import SVI, MakeOptimizer, optimizer_of
+from .svi import SVI, MakeOptimizer
 
-__all__ = ["History", "fit"]
+__all__ = ["History", "device_of", "fit"]
 
 Transform: TypeAlias = Callable[[Any], Any]
 MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
@@ -43,7 +54,8 @@ class History:
         table: Indexed by `epoch`: `elbo`, `elbo_se` (over rows), `reconstruction` and `kl` of the
             training rows under the changing weights of the epoch, the same with `validation_` of
             the rows held out, `kl_weight`, and `seconds`. In nats per row; never annealed.
-        best_epoch: The epoch whose weights the program has.
+        best_epoch: The epoch whose weights the program has. (After Ctrl-C without validation they
+            have gone on from there.)
         stopped: Why the fit ended: `"max_epochs"`, `"patience"` or `"interrupted"`.
         seed: The seed of the fit.
     """
@@ -88,11 +100,13 @@ def fit(
     nothing is held out, the fit never stops early and the last weights are kept; with it the fit
     stops after `patience` epochs without gain, and the best weights are kept. Ctrl-C ends the
     epoch and returns in the same way. A loss or gradient that is not finite changes no weight: the
-    fit stops with the last good ones.
+    fit stops with the last good ones. Modules return to the mode, training or evaluation, that
+    they had.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`, whose sites of each
-            row stand in a plate named `"data"`: a :class:`pyro_vae.VAE`, or one's own.
+            row stand in a plate named `"data"`: a :class:`pyro_vae.VAE`, or one's own. Where it
+            has a method `check(x)`, that is first asked to refuse rows it cannot have produced.
         x: The rows: a tensor, an array, a pandas frame, an xarray array, or a dict of them.
         validation: The share of the rows to hold out, or rows to validate on.
         elbo: The objective; `pyro_vae.elbos.Trace_ELBO()` by default. Pyro's own work too.
@@ -107,12 +121,13 @@ def fit(
         warmup: The epochs in which the weight of the KL terms climbs from 0 to 1. The history
             tells the ELBO without it; the best weights are sought after it.
         max_grad_norm: Where to clip the norm of the gradient of the mean over a batch.
-        transform: Applied to each minibatch on the device, `pyro_vae.datasets.binarize`, say.
+        transform: Applied to each minibatch on the device, `pyro_vae.datasets.binarize`, say; it
+            may change the values and the shape of a row, not the number of rows.
         device: Where to train; `"auto"` takes CUDA where there is one.
         seed: The seed of everything random; torch's generators are put back after the fit. With
             `None` they run on.
         progress: Whether to show a progress bar, on a terminal.
-        checkpoint: A file to write the state to after each epoch.
+        checkpoint: A file to write the state to at the start and after each epoch.
         resume: Whether to go on from that file, where it is there; on a CPU the weights end
             equal, bit for bit, to those of an unbroken fit.
 
@@ -131,41 +146,35 @@ def fit(
         (2, 'max_epochs')
     """
     settings = _Settings(
-        lr=_positive("lr", lr, optional=True),
+        lr=_positive("lr", lr),
         batch_size=_count("batch_size", batch_size),
         max_epochs=_count("max_epochs", max_epochs),
         patience=None if patience is None else _count("patience", patience),
         warmup=_count("warmup", warmup, least=0),
-        max_grad_norm=_positive("max_grad_norm", max_grad_norm, optional=True),
+        max_grad_norm=_positive("max_grad_norm", max_grad_norm),
         seed=None if seed is None else _count("seed", seed, least=0),
     )
-    if settings.warmup > settings.max_epochs:
-        raise ValueError(
-            f"Expected a warm-up of at most max_epochs={max_epochs}; got {warmup} epochs: the KL "
-            "terms would never have their full weight."
-        )
-    target = device_of(device)
+    pair, target, change = programs_of(program), device_of(device), transform or _identity
     path = _checkpoint_path(checkpoint, resume=resume)
     saved = read_tensors(path) if path is not None and path.exists() else None
     split_seed = _split_seed(seed, saved)
-    rows, held_out = _checked_rows(program, x, validation, transform, split_seed)
+    rows, held_out, known = _checked_rows(program, x, validation, change, split_seed)
     objective = Trace_ELBO() if elbo is None else elbo
-    make = _with_lr(optimizer, settings.lr)
-    program.to(target)
-    svi = SVI(*programs_of(program), make, objective, max_grad_norm=max_grad_norm)
+    svi = SVI(*pair, optimizer, objective, lr=settings.lr, max_grad_norm=settings.max_grad_norm)
     run = _Run(
         program=program,
         svi=svi,
-        schedule=None if schedule is None else schedule(svi.optimizer),
-        rows=_placed(rows, target),
-        held_out=None if held_out is None else _placed(held_out, target),
+        schedule=_schedule_of(schedule, svi.optimizer),
+        rows=rows,
+        held_out=held_out,
+        structure=known,
         device=target,
-        transform=_identity if transform is None else transform,
+        transform=change,
         settings=settings,
         split_seed=split_seed,
         path=path,
     )
-    with seeded(seed):
+    with seeded(settings.seed):
         if saved is not None:
             run.restore(*saved)
         return run.finish(progress=progress)
@@ -181,6 +190,13 @@ class _Settings:
     max_grad_norm: float | None
     seed: int | None
 
+    def __post_init__(self) -> None:
+        if self.warmup > self.max_epochs:
+            raise ValueError(
+                f"Expected a warm-up of at most max_epochs={self.max_epochs}; got {self.warmup} "
+                "epochs: the KL terms would never have their full weight."
+            )
+
 
 @dataclass
 class _Run:
@@ -191,6 +207,7 @@ class _Run:
     schedule: LRScheduler | None
     rows: Rows
     held_out: Rows | None
+    structure: Structure
     device: torch.device
     transform: Transform
     settings: _Settings
@@ -201,13 +218,18 @@ class _Run:
     best_epoch: int = 0
 
     def __post_init__(self) -> None:
-        few = self._batch(self.rows, slice(0, 2))
-        self.structure = structure(self.program, few)
         self.kl_weight = torch.ones((), device=self.device)
         self.steps = math.ceil(len(self.rows) / self.settings.batch_size)
+        elbo = self.svi.objective.elbo
+        if math.isinf(elbo.max_plate_nesting):  # else Pyro spends random numbers to find out
+            spread = elbo.vectorize_particles and elbo.num_particles > 1
+            elbo.max_plate_nesting = self.structure.max_plate_nesting + int(spread)
 
     def finish(self, *, progress: bool) -> History:
         """Runs the epochs that are left."""
+        if self.path is not None and not self.records:
+            self.save(self.path)
+        self._move()
         stopped = "max_epochs"
         bar = tqdm(
             total=self.settings.max_epochs,
@@ -215,7 +237,7 @@ class _Run:
             unit="epoch",
             disable=None if progress else True,
         )
-        with bar, _interrupts() as interrupted:
+        with bar, kept_modes(self.program), _interrupts() as interrupted:
             while len(self.records) < self.settings.max_epochs:
                 if self._is_out_of_patience():
                     stopped = "patience"
@@ -225,18 +247,26 @@ class _Run:
                     break
                 bar.set_postfix(self._shown())
                 bar.update()
-        if self.best is not None:
+        if self.best is None:
+            self.best_epoch = len(self.records)
+        else:
             self.program.load_state_dict(self.best)
         return self._history(stopped)
+
+    def _move(self) -> None:
+        self.program.to(self.device)
+        self.svi.is_bad = self.svi.is_bad.to(self.device)
+        self.rows = _placed(self.rows, self.device)
+        self.held_out = None if self.held_out is None else _placed(self.held_out, self.device)
 
     def _epoch(self, interrupted: threading.Event) -> bool:
         start = time.perf_counter()
         totals = self._train(interrupted)
         if totals is None:
             return False
-        record = totals.summary(len(self.rows))
+        record = totals.summary(len(self.rows), len(self.rows))
         if self.held_out is not None:
-            held_out = self._validate(self.held_out).summary(len(self.held_out))
+            held_out = self._validate(self.held_out).summary(len(self.held_out), len(self.rows))
             record |= {f"validation_{name}": value for name, value in held_out.items()}
         if self.settings.warmup:
             record["kl_weight"] = float(self.kl_weight)
@@ -250,7 +280,7 @@ class _Run:
         return True
 
     def _train(self, interrupted: threading.Event) -> "_Totals | None":
-        totals, is_bad_from = _Totals(self.device), torch.full((), -1, device=self.device)
+        totals, good = _Totals(self.device), torch.zeros((), device=self.device)
         order = torch.randperm(len(self.rows), device=self.rows.device)
         batches = order.split(self.settings.batch_size)
         self.program.train()
@@ -259,19 +289,17 @@ class _Run:
                 if interrupted.is_set():
                     return None
                 self._anneal(len(self.records) * self.steps + step + 1)
-                scale.scale = len(self.rows) / len(index)
-                terms = self.svi.update(self._batch(self.rows, index)).terms
-                totals.add(terms)
-                is_first = (is_bad_from < 0) & (self.svi.is_bad > 0)
-                is_bad_from = torch.where(is_first, step, is_bad_from)
-        if (bad := int(is_bad_from)) >= 0:
-            self._refuse(bad, self.rows.names[batches[bad].cpu().numpy()])
+                self.svi.row_weight = scale.scale_of(len(self.rows), len(index))
+                totals.add(self.svi.update(self._batch(self.rows, index)).terms)
+                good += 1.0 - self.svi.is_bad
+        if (bad := int(good)) < len(batches):
+            self._refuse(bad, self.rows.names[batches[bad].cpu().numpy()].tolist())
         return totals
 
     @contextlib.contextmanager
     def _training_handlers(self) -> Iterator["_ScaledRows"]:
-        rows = _ScaledRows(active=bool(self.structure.global_latents))
-        rows.active = rows.active and not self.structure.is_scaled
+        known = self.structure
+        rows = _ScaledRows(active=bool(known.global_latents) and not known.is_scaled)
         annealed = _Annealed(self.kl_weight) if self.settings.warmup else contextlib.nullcontext()
         with pyro.validation_enabled(False), local_parameters(self.program), annealed, rows:
             yield rows
@@ -299,9 +327,11 @@ class _Run:
         epoch = len(self.records)
         if self.held_out is None:
             self.best_epoch = epoch
-        elif epoch > self.settings.warmup or epoch == self.settings.max_epochs:
-            best = self.records[self.best_epoch - 1] if self.best is not None else None
-            if best is None or record["validation_elbo"] > best["validation_elbo"]:
+        elif epoch > self.settings.warmup:
+            best = math.nan
+            if self.best is not None:
+                best = self.records[self.best_epoch - 1]["validation_elbo"]
+            if not record["validation_elbo"] <= best:
                 self.best_epoch = epoch
                 self.best = {k: v.clone() for k, v in self.program.state_dict().items()}
 
@@ -315,11 +345,12 @@ class _Run:
         names = [name for name in ("elbo", "validation_elbo") if name in record]
         return {name: f"{record[name]:.2f}" for name in names}
 
-    def _refuse(self, batch: int, names: Any) -> None:
+    def _refuse(self, batch: int, names: list[Any]) -> None:
+        said = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
         error = FloatingPointError(
             f"Expected a finite loss and gradient; got others in epoch {len(self.records) + 1}, "
-            f"batch {batch + 1} of {self.steps}, rows {list(names[:5])}... The weights are those "
-            "before it. Perhaps a smaller lr, max_grad_norm, or standardised data."
+            f"batch {batch + 1} of {self.steps}, rows {said}. The weights are those before it. "
+            "Perhaps a smaller lr, max_grad_norm, or standardised data."
         )
         error.history = self._history("not finite")  # type: ignore[attr-defined]
         raise error
@@ -338,7 +369,7 @@ class _Run:
         tensors |= {f"generator.{k}": v for k, v in _generators().items()}
         header = {
             "kind": "checkpoint",
-            "fit": self._identity(),
+            "fit": self._identity,
             "records": self.records,
             "best_epoch": self.best_epoch,
             "optimizer": options,
@@ -351,26 +382,31 @@ class _Run:
         """Takes up the state that :meth:`save` wrote."""
         if header.get("kind") != "checkpoint":
             raise ValueError(f"Expected {self.path} to be a checkpoint; got {header.get('kind')}.")
-        _check_identity(self._identity(), header["fit"])
-        _load_program(self.program, _under("program.", tensors, self.device))
+        _check_identity(self._identity, header["fit"])
+        load_state(self.program, _under("program.", tensors, self.device), self.path)
+        self.program.to(self.device)
         self.best = _under("best.", tensors, self.device) or None
         self.best_epoch, self.records = header["best_epoch"], header["records"]
         state = _under("optimizer.", tensors, self.device)
         self.svi.optimizer.load_state_dict(_joined_state(state, header["optimizer"]))
         if self.schedule is not None:
-            self.schedule.load_state_dict(header["schedule"])
+            self.schedule.load_state_dict(_unplain(header["schedule"]))
         _set_generators(_under("generator.", tensors, "cpu"))
 
+    @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from."""
+        """What must be the same for a checkpoint to be gone on from, as it is at the start."""
         asked = {k: v for k, v in asdict(self.settings).items() if k not in _MAY_CHANGE}
-        elbo = self.svi.objective.elbo
+        elbo, optimizer = self.svi.objective.elbo, self.svi.optimizer
+        names = ("num_particles", "vectorize_particles")
         return asked | {
             "rows": self.rows.digest(),
             "validation": None if self.held_out is None else self.held_out.digest(),
-            "elbo": f"{type(elbo).__name__}(num_particles={elbo.num_particles})",
-            "optimizer": type(self.svi.optimizer).__name__,
-            "schedule": type(self.schedule).__name__,
+            "transform": getattr(self.transform, "__qualname__", type(self.transform).__name__),
+            "elbo": _call(elbo, {name: getattr(elbo, name) for name in names}),
+            "optimizer": _call(optimizer, optimizer.defaults),
+            "schedule": self.schedule and _call(self.schedule, self.schedule.state_dict()),
+            "trained tensors": len(self.svi.parameters),
         }
 
 
@@ -386,14 +422,15 @@ class _Totals:
     def add(self, terms: RowTerms) -> None:
         elbo = terms.elbo.detach().double()
         parts = (elbo, elbo.square(), terms.reconstruction.detach(), terms.kl.detach())
-        summed = [part.sum().double() for part in parts]
+        summed = [part.double().sum() for part in parts]
         global_kl = terms.global_kl.detach().double() * len(elbo)
         self.sums += torch.stack([*summed, global_kl])
 
-    def summary(self, num_rows: int) -> dict[str, float]:
+    def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
+        """Means over rows; of the latents that the training rows share, each bears its part."""
         sums = self.sums.tolist()
         elbo, square, reconstruction, kl, global_kl = (total / num_rows for total in sums)
-        shared = global_kl / num_rows
+        shared = global_kl / num_sharing
         variance = max(square - elbo**2, 0.0) / max(num_rows - 1, 1)
         return {
             "elbo": elbo - shared,
@@ -422,6 +459,10 @@ class _ScaledRows(Messenger):  # type: ignore[misc]
         super().__init__()
         self.active, self.scale = active, 1.0
 
+    def scale_of(self, rows: int, batch: int) -> float:
+        self.scale = rows / batch if self.active else 1.0
+        return self.scale
+
     def _pyro_sample(self, msg: Any) -> None:
         if self.active and any(frame.name == PLATE for frame in msg["cond_indep_stack"]):
             msg["scale"] = msg["scale"] * self.scale
@@ -431,10 +472,11 @@ class _ScaledRows(Messenger):  # type: ignore[misc]
 def _interrupts() -> Iterator[threading.Event]:
     """Turns the first Ctrl-C into an event; the second one interrupts as ever."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or before in (None, signal.SIG_IGN):
         yield event
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: Any) -> None:
         event.set()
@@ -447,41 +489,24 @@ def _interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def device_of(device: str | torch.device) -> torch.device:
-    """Returns a device that is there; `"auto"` is CUDA where there is one, else the CPU.
-
-    Arguments:
-        device: Its name.
-
-    Raises:
-        ValueError: Where there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise ValueError(f"Expected a device out of {there}; got {device!r}.") from error
-
-
 def _identity(data: Any) -> Any:
     return data
 
 
 def _count(name: str, value: Any, *, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_count or not least <= value < 2**63:
         raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")
-    return value
+    return int(value)
 
 
-def _positive(name: str, value: Any, *, optional: bool = False) -> float | None:
-    if optional and value is None:
+def _positive(name: str, value: Any) -> float | None:
+    if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
         raise ValueError(f"Expected {name} to be a positive number; got {value!r}.")
-    return value
+    return float(value)
 
 
 def _checkpoint_path(checkpoint: PathLike | None, *, resume: bool) -> Path | None:
@@ -503,17 +528,35 @@ def _checkpoint_path(checkpoint: PathLike | None, *, resume: bool) -> Path | Non
 def _split_seed(seed: int | None, saved: Any) -> int:
     if saved is not None:
         return int(saved[1].get("split_seed", 0))
-    return int(torch.randint(2**31, ())) if seed is None else seed
+    with kept_generators():
+        return int(torch.randint(2**31, ())) if seed is None else seed
 
 
-def _with_lr(optimizer: MakeOptimizer, lr: float | None) -> Any:
-    given = {} if lr is None else {"lr": lr}
-    return lambda parameters: optimizer_of(optimizer, parameters, **given)
+def _schedule_of(make: MakeSchedule | None, optimizer: Optimizer) -> LRScheduler | None:
+    if make is None:
+        return None
+    advice = (
+        "Expected a function of the optimiser that makes a schedule whose step() takes nothing"
+    )
+    try:
+        schedule = make(optimizer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{advice}; got {error}") from error
+    if not isinstance(schedule, LRScheduler) or _needs_metric(schedule):
+        raise ValueError(f"{advice}; got {type(schedule).__name__}.")
+    return schedule
+
+
+def _needs_metric(schedule: LRScheduler) -> bool:
+    parameters = inspect.signature(schedule.step).parameters.values()
+    return any(parameter.default is parameter.empty for parameter in parameters)
 
 
 def _checked_rows(
-    program: nn.Module, x: Any, validation: Any, transform: Transform | None, split_seed: int
-) -> tuple[Rows, Rows | None]:
+    program: nn.Module, x: Any, validation: Any, transform: Transform, split_seed: int
+) -> tuple[Rows, Rows | None, Structure]:
+    if not callable(transform):
+        raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
     rows = Rows.of(x, like=program)
     if validation is None:
         train, held_out = rows, None
@@ -521,10 +564,21 @@ def _checked_rows(
         train, held_out = _split(rows, validation, split_seed)
     else:
         train, held_out = rows, Rows.of(validation, like=program)
-    for part in (train, held_out):
-        if part is not None:
-            _check(program, part, transform, split_seed)
-    return train, held_out
+    known = _check(program, train, transform, split_seed)
+    if held_out is not None:
+        _check_alike(train, held_out)
+        _check(program, held_out, transform, split_seed)
+    return train, held_out, known
+
+
+def _check_alike(train: Rows, held_out: Rows) -> None:
+    shapes, others = (
+        {k: tuple(t.shape[1:]) for k, t in r.fields.items()} for r in (train, held_out)
+    )
+    if shapes != others:
+        raise ValueError(
+            f"Expected validation rows like those of x, event shapes {shapes}; got {others}."
+        )
 
 
 def _split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
@@ -538,15 +592,19 @@ def _split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     return rows[order[held_out:].sort().values], rows[order[:held_out].sort().values]
 
 
-def _check(program: nn.Module, rows: Rows, transform: Transform | None, seed: int) -> None:
+def _check(program: nn.Module, rows: Rows, transform: Transform, seed: int) -> Structure:
     """Asks the program, where it has a `check`, about all rows as it will see them."""
     check = getattr(program, "check", None)
-    few = rows[slice(0, 2)].x
     with seeded(seed):
-        structure(program, few if transform is None else transform(few))
-        if check is not None:
-            for chunk in rows.chunks(16384):
-                check(chunk.x if transform is None else transform(chunk.x))
+        for chunk in rows.chunks(16384):
+            seen = transform(chunk.x)
+            if (count := len(Rows.of(seen, like=program))) != len(chunk):
+                raise ValueError(
+                    f"Expected a transform that keeps the {len(chunk)} rows; got {count} from it."
+                )
+            if callable(check):
+                check(seen)
+        return structure(program, transform(rows[slice(0, 2)].x))
 
 
 def _placed(rows: Rows, device: torch.device) -> Rows:
@@ -567,25 +625,44 @@ def _split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
                 tensors[f"{index}.{name}"] = value
             else:
                 plain[f"{index}.{name}"] = value
-    return tensors, {"plain": plain, "param_groups": _plain(state["param_groups"])}
+    return tensors, {"plain": _plain(plain), "param_groups": _plain(state["param_groups"])}
 
 
 def _joined_state(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**options["plain"], **tensors}.items():
+    for key, value in {**_unplain(options["plain"]), **tensors}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": options["param_groups"]}
+    return {"state": state, "param_groups": _unplain(options["param_groups"])}
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON can hold it; a dict whose keys are not strings becomes a list of pairs."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not callable(v)}
+        items = [(k, _plain(v)) for k, v in value.items() if not callable(v)]
+        if all(isinstance(k, str) for k, _ in items):
+            return dict(items)
+        return {_PAIRS: [list(item) for item in items]}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = value[_PAIRS] if _PAIRS in value else value.items()
+        return {k: _unplain(v) for k, v in items}
+    return [_unplain(v) for v in value] if isinstance(value, list) else value
+
+
+_PAIRS = "(pairs)"
+
+
+def _call(maker: Any, options: dict[str, Any]) -> str:
+    said = ", ".join(f"{name}={value}" for name, value in _plain(options).items())
+    return f"{type(maker).__name__}({said})"
 
 
 def _generators() -> dict[str, Tensor]:
@@ -612,14 +689,8 @@ def _under(prefix: str, tensors: dict[str, Tensor], device: Any) -> dict[str, Te
 
 
 def _check_identity(now: dict[str, Any], then: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(now))
     changed = [name for name in now if now[name] != then.get(name)]
     if changed:
         said = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"Expected the fit that the checkpoint is of; got another: {said}.")
-
-
-def _load_program(program: nn.Module, state: dict[str, Tensor]) -> None:
-    try:
-        program.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"Expected the program the checkpoint is of; got {error}") from error

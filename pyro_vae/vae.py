@@ -3,6 +3,7 @@
 import copy
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -105,7 +106,7 @@ class VAE(nn.Module):
         self.to(features)
         self.register_buffer("_like", features.new_zeros(()), persistent=False)
         with evaluating(self), torch.random.fork_rng(devices=()):
-            self._check_members()
+            _refused(self._check_members)
 
     def _build_posterior(self, features: Tensor) -> torch.Size:
         self._is_carried = False
@@ -113,18 +114,19 @@ class VAE(nn.Module):
             shape = torch.Size(self.prior.event_shape)
             _build_member(self.posterior, shape, features)
             return shape
-        prior = self.prior()
+        prior = _refused(self.prior)
         if not isinstance(prior, Distribution):
             raise ValueError(
                 f"Expected the prior's forward() to return a distribution; got {prior!r}."
             )
         check_prior_shape(prior)
-        if not _is_real(prior.support):
+        support: Any = prior.support
+        if not _is_real(support) and not support.is_discrete:
             trial = _build_member(copy.deepcopy(self.posterior), prior.event_shape, features)
-            self._is_carried = _is_real(trial(features).support)
+            self._is_carried = _is_real(_refused(trial, features).support)
         shape = prior.event_shape
         if self._is_carried:
-            shape = biject_to(prior.support).inverse_shape(shape)
+            shape = _refused(biject_to, support).inverse_shape(shape)
         _build_member(self.posterior, shape, features)
         return prior.event_shape
 
@@ -135,6 +137,11 @@ class VAE(nn.Module):
             raise ValueError(
                 f"Expected a posterior of event shape {tuple(self.latent_shape)}, the prior's; "
                 f"got {tuple(posterior.event_shape)}."
+            )
+        if posterior.support.is_discrete != prior.support.is_discrete:
+            raise ValueError(
+                "Expected a prior and a posterior that are both discrete or both continuous; got "
+                f"{self.prior} and {self.posterior}."
             )
         many = posterior.expand((64, 2))
         z = many.sample()
@@ -392,6 +399,16 @@ def _build_member(member: Any, shape: torch.Size, features: Tensor) -> Any:
     if hasattr(member, "build"):
         member.build(tuple(shape), features)
     return member
+
+
+def _refused(call: Callable[..., Any], *args: Any) -> Any:
+    """Calls what the members are made of, whose errors say that they do not fit each other."""
+    try:
+        return call(*args)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"Expected members that fit each other; got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _dry(network: nn.Module, inputs: Tensor, what: str) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"  # tests and the processes they start round alike
 
+import matplotlib
 import pyro
 import pytest
 import torch
@@ -43,13 +44,8 @@ def shared_state() -> dict[str, Any]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
         "handlers": list(pyro.poutine.runtime._PYRO_STACK),
-        "style of matplotlib": _style(),
+        "style of matplotlib": dict(matplotlib.rcParams.copy()),
     }
-
-
-def _style() -> dict[str, Any] | None:
-    matplotlib = sys.modules.get("matplotlib")
-    return None if matplotlib is None else dict(matplotlib.rcParams.copy())
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from ..evidence.importance_sampling import (
     checked_rows,
     data_sites,
     estimates,
+    give_memory_back,
     labelled,
     point_masses,
 )
@@ -126,6 +127,7 @@ class _Run:
         posterior = [self._posterior_predictive(x, n) for n in first]
         posterior += [log_densities(self.program, x, n, structure=self.known) for n in rest]
         prior = [self._prior(x, n) for n in first]
+        give_memory_back()
         return {
             "posterior": _values(posterior, self.known.latents),
             "posterior_predictive": _values(posterior, self.data_sites),

@@ -7,7 +7,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from ..contexts import kept_generators
+from ..contexts import kept_buffers, kept_generators
 from ..importance import Program, RowTerms, row_terms_of
 
 __all__ = ["Estimate", "Estimator", "Objective"]
@@ -133,7 +133,7 @@ class Objective(nn.Module):
 
     def _foreign(self, *args: Any) -> Estimate:
         """Pyro's own ELBOs tell no terms: one pass more tells them, with the same noise."""
-        with kept_generators(), torch.no_grad():
+        with kept_generators(), kept_buffers(self), torch.no_grad():
             terms = row_terms_of(*self.pair, *args)
         return Estimate(self.elbo.differentiable_loss(*self.pair, *args), terms)
 

@@ -38,7 +38,8 @@ class Likelihood(Family):
     def check(self, x: Tensor) -> None:
         """Refuses data that the distribution cannot have produced.
 
-        Bounds that are learned refuse nothing; counts that must sum to a total are summed.
+        Bounds that are learned refuse nothing; counts that must sum to a total are summed; at
+        the edge of a support, as 0 and 1 of a beta's, the density must be finite.
 
         Arguments:
             x: Rows of shape (rows, *event_shape).
@@ -53,9 +54,12 @@ class Likelihood(Family):
         if infinite.any():
             raise ValueError(f"Expected finite data; got an infinite value in {_where(infinite)}.")
         with torch.enable_grad():
-            support: Any = self._at_zero().support
+            example = self._at_zero()
+        support: Any = example.support
         if not _is_learned(support):
             outside = _outside(support, x)
+            if not outside.any():
+                outside = _at_infinite_edge(example, support, x)
             if outside.any():
                 raise ValueError(
                     f"Expected data in the support of {self.distribution.__name__}, "
@@ -75,6 +79,23 @@ def _outside(support: constraints.Constraint, x: Tensor) -> Tensor:
         bad = bad | _over_event(x != x.round(), bad)
     if isinstance(base, type(constraints.multinomial(1))):
         bad = bad | (x.sum(-1) != base.upper_bound)
+    return bad
+
+
+def _at_infinite_edge(example: Distribution, support: Any, x: Tensor) -> Tensor:
+    """The rows on an edge of the support where the log-density is infinite."""
+    base = _base(support)
+    edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
+    if isinstance(base, type(constraints.simplex)):
+        edges = [0.0]
+    is_edge = torch.zeros_like(x, dtype=torch.bool)
+    for edge in edges:
+        if edge is not None and not base.is_discrete:
+            is_edge = is_edge | (x == edge)
+    bad = is_edge.flatten(1).any(1)
+    if bad.any():
+        with torch.no_grad():
+            bad[bad.clone()] = ~example.log_prob(x[bad]).isfinite()
     return bad
 
 

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 from ..families import Family, Shared
-from .prior import checked_shape
+from .prior import checked_shape, is_size
 
 __all__ = ["Mixture", "mixture_of"]
 
@@ -40,7 +40,7 @@ class Mixture(nn.Module):
         component: Family | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_components, int) or num_components < 1:
+        if not is_size(num_components):
             raise ValueError(f"Expected a positive number of components; got {num_components!r}.")
         self.num_components = num_components
         self.event_shape = checked_shape(event_shape)

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from ..families import Family, Shared, Word
+from ..families import ALTERNATIVES, Family, Shared, Word
 
-__all__ = ["Prior", "StandardNormal", "check_prior_shape", "checked_shape", "from_distribution"]
+__all__ = [
+    "Prior",
+    "StandardNormal",
+    "check_prior_shape",
+    "checked_shape",
+    "from_distribution",
+    "is_size",
+]
 
 
 class Prior(Family):
@@ -108,9 +115,8 @@ def from_distribution(distribution: Distribution) -> Prior:
     base = distribution
     while isinstance(base, Independent):
         base = base.base_dist
-    words = _fixed_words(base)
     try:
-        prior = Prior(type(base), tuple(distribution.event_shape), **words)
+        prior = Prior(type(base), tuple(distribution.event_shape), **_fixed_words(base))
         _check_same(prior, distribution)
     except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
@@ -129,11 +135,20 @@ def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         ValueError: Where it is empty, or a size is not a positive integer.
     """
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-    sizes = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
-    if not shape or not sizes or isinstance(event_shape, bool):
+    sizes = event_shape if isinstance(event_shape, tuple | list) else (event_shape,)
+    shape = tuple(sizes)
+    if not shape or not all(is_size(size) for size in shape):
         raise ValueError(f"Expected an event shape of positive sizes; got {event_shape!r}.")
     return shape
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a positive integer.
+
+    Arguments:
+        value: Any value.
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def check_prior_shape(distribution: Distribution) -> None:
@@ -157,19 +172,18 @@ def check_prior_shape(distribution: Distribution) -> None:
 
 
 def _fixed_words(base: Distribution) -> dict[str, Word]:
-    known = base.arg_constraints
     signature = inspect.signature(type(base).__init__).parameters
-    words: dict[str, Word] = {}
-    for name in {**known, **signature}:
-        if name in ("self", "validate_args"):
-            continue
-        value = vars(base).get(name, getattr(base, name, None) if name not in known else None)
-        if isinstance(value, Tensor | int | float | str):
-            words[name] = value
-    return words
+    names = [name for name in signature if name not in ("self", "validate_args")]
+    for group in ALTERNATIVES:
+        known = [name for name in group if name in vars(base)] or list(group)
+        names = [name for name in names if name not in group or name == known[0]]
+    values = {name: getattr(base, name, None) for name in names}
+    return {k: v for k, v in values.items() if isinstance(v, Tensor | int | float | str)}
 
 
 def _check_same(prior: Prior, distribution: Distribution) -> None:
+    if prior.shared:
+        raise ValueError(f"Expected values of {sorted(prior.shared)}; got none.")
     draw = distribution.sample()
     ours, theirs = prior().log_prob(draw.to(prior._like.dtype)), distribution.log_prob(draw)
     if not torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3):

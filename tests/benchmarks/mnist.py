@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import datasets
+from pyro_vae.contexts import kept_generators, seeded
 from pyro_vae.evidence import log_evidence
 
 BATCH_SIZE, LR = 128, 1e-3
@@ -43,14 +44,14 @@ EVALUATION_SEED = 1234
 
 
 def make_vae(pixels: int, seed: int) -> pv.VAE:
-    return pv.VAE(
-        pixels,
-        50,
-        pv.likelihoods.Bernoulli(),
-        encoder=pv.networks.MLP(200, 200, activation=nn.Tanh),
-        decoder=pv.networks.MLP(200, 200, activation=nn.Tanh),
-        seed=seed,
-    )
+    with seeded(seed):
+        return pv.VAE(
+            pixels,
+            50,
+            pv.likelihoods.Bernoulli(),
+            encoder=pv.networks.MLP(200, 200, activation=nn.Tanh),
+            decoder=pv.networks.MLP(200, 200, activation=nn.Tanh),
+        )
 
 
 class ByHand(nn.Module):
@@ -194,7 +195,7 @@ def losses(grey: Tensor, dtype: torch.dtype, *, steps: int, seed: int = 0) -> pd
     """The first losses of each system, from the same weights and generator state."""
     vae = make_vae(grey.shape[1], seed).to(dtype)
     epochs = math.ceil(steps / math.ceil(len(grey) / BATCH_SIZE))
-    with torch.random.fork_rng(devices=()):
+    with kept_generators():
         runs = {name: fit(copy.deepcopy(vae), grey, epochs, seed) for name, fit in SYSTEMS.items()}
     return pd.DataFrame({name: run.per_step()[:steps] for name, run in runs.items()})
 
@@ -242,8 +243,8 @@ def part_2(grey: Tensor, x: Tensor, asked: argparse.Namespace) -> tuple[np.ndarr
         runs = trained(grey, asked.epochs, seed)
         values.append([negative_evidence(runs[n].vae, x, asked.num_samples) for n in SYSTEMS])
         seconds.append(pd.DataFrame({name: runs[name].seconds for name in SYSTEMS}))
-        means = np.mean(values[-1], axis=-1)
-        say(f"seed {seed}: -log p(x) {dict(zip(SYSTEMS, means.round(3), strict=True))}")
+        means = pd.Series(np.mean(values[-1], axis=-1), index=list(SYSTEMS))
+        say(f"seed {seed}: -log p(x) on {len(x)} rows\n{means.to_string()}")
     return np.array(values), pd.concat(seconds, keys=range(asked.seeds), names=["seed", "epoch"])
 
 
@@ -320,8 +321,7 @@ def main() -> int:
         result["part 1"] = {" ".join(key): dict(line) for key, line in drift.iterrows()}
     if asked.part != 1:
         rows = datasets.load(folder / "mnist_test.npz").x[: max(asked.test_rows)]
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(EVALUATION_SEED)
+        with seeded(EVALUATION_SEED):
             x = datasets.binarize(rows)
         values, seconds = part_2(grey, x, asked)
         for count in asked.test_rows:

@@ -1,0 +1,51 @@
+"""Handwritten digits: name the pieces, fit them, and see how far to trust the fit.
+
+python examples/quickstart.py
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+
+import pyro_vae as pv
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--max-epochs", type=int, default=100)
+    parser.add_argument("--num-samples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="a folder to save the model in")
+    args = parser.parse_args(argv)
+
+    data = pv.datasets.load("digits")  # 1797 images of 8 x 8 counts, 0 to 16
+    train, test = data.split(test=0.2, seed=args.seed)
+
+    vae = pv.VAE(
+        event_shape=64,
+        prior=dist.Normal(0.0, 1.0).expand([8]).to_event(1),
+        likelihood=pv.likelihoods.Binomial(total_count=16),
+        posterior=pv.posteriors.Normal(),
+        encoder=pv.networks.MLP(256, 256),
+        decoder=pv.networks.MLP(256, 256),
+        seed=args.seed,
+    )
+    history = pv.fit(
+        vae, train.x, validation=0.1, batch_size=64, max_epochs=args.max_epochs, seed=args.seed
+    )
+    print(f"stopped after {len(history)} epochs; the weights are of epoch {history.best_epoch}\n")
+
+    evidence = pv.log_evidence(vae, test.x, args.num_samples, seed=args.seed)
+    print(pv.evidence.summary(evidence).round(3), "\n")
+
+    rows = vae.reconstruct(test.x[:3], seed=args.seed)
+    print(rows, "\n")
+
+    if args.out:
+        pv.save(vae, args.out)
+        print(f"saved in {args.out}: load it with pyro_vae.load({args.out!r})")
+
+
+if __name__ == "__main__":
+    main()

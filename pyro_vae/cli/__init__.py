@@ -1,0 +1,5 @@
+"""The command line: `pyro-vae demo`, `fit DATA`, `evaluate RUN DATA`, `sample RUN`."""
+
+from .commands import app as app
+from .commands import main as main
+from .members import member as member

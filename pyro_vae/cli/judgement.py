@@ -1,0 +1,108 @@
+"""What is known of a program on rows that it was not trained on, as a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..contexts import evaluating
+from ..diagnostics import active_units
+from ..evidence import log_evidence, summary
+from ..evidence.importance_sampling import point_masses
+from ..rows import Rows
+
+__all__ = ["Judgement"]
+
+MOST_OVER = 0.1
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The evidence of rows, where the posterior has a density, and the latent dims in use.
+
+    Arguments:
+        evidence: As `log_evidence` returns it; `None` for a point mass.
+        active: As `active_units` returns it.
+    """
+
+    evidence: xr.Dataset | None
+    active: pd.DataFrame
+
+    @classmethod
+    def of(cls, program: nn.Module, rows: Rows, num_samples: int, seed: int) -> "Judgement":
+        """Judges a program.
+
+        Arguments:
+            program: The program.
+            rows: Rows that it was not trained on.
+            num_samples: Draws a row.
+            seed: Starts the draws.
+        """
+        shown = Console().is_terminal
+        rows = Rows.of(rows, like=program)
+        with evaluating(program):
+            has_density = not point_masses(program, rows)
+        evidence = (
+            log_evidence(program, rows, num_samples, seed=seed, progress=shown)
+            if has_density
+            else None
+        )
+        return cls(evidence, active_units(program, rows, seed=seed))
+
+    def frame(self) -> pd.DataFrame:
+        """The evidence, a line a row.
+
+        Raises:
+            ValueError: Where there is none.
+        """
+        if self.evidence is None:
+            raise ValueError("Expected a posterior with a density; got a point mass.")
+        return self.evidence.to_dataframe().rename_axis("row")
+
+    def show(self, title: str) -> None:
+        """Prints the table.
+
+        Arguments:
+            title: What stands above it.
+        """
+        table = Table("", "value", "s.e.", "", title=title, title_justify="left")
+        table.columns[1].justify = table.columns[2].justify = "right"
+        if self.evidence is not None:
+            for line in _evidence_lines(self.evidence):
+                table.add_row(*line)
+        used = f"{int(self.active['active'].sum())} of {len(self.active)}"
+        table.add_row("active units", used, "", "latent dims that the data move")
+        console = Console()
+        console.print(table)
+        console.print(self._advice(), highlight=False)
+
+    def _advice(self) -> str:
+        if self.evidence is None:
+            return "A point mass has no importance weights: no evidence for this posterior."
+        over: Any = summary(self.evidence).loc["pareto_k_over", "mean"]
+        if over <= MOST_OVER:
+            return "s.e.: over rows and draws, for these weights; training seeds are not in it."
+        return (
+            "Where Pareto k is over its limit, log p(x) is too low by an unknown amount: take "
+            "more draws, a richer posterior, or a likelihood that leaves more spread."
+        )
+
+
+def _evidence_lines(evidence: xr.Dataset) -> Iterator[tuple[str, str, str, str]]:
+    table, rows = summary(evidence), evidence.sizes["datum"]
+    means, errors = (dict(table[column].items()) for column in ("mean", "se"))
+    limit, size = evidence.attrs["good_k"], evidence.attrs["num_samples"]
+    for name, label, said in (
+        ("elbo", "ELBO", "a lower bound"),
+        ("log_evidence", f"log p(x), S = {size}", "a closer lower bound"),
+        ("log_evidence_quarter", f"log p(x), S = {size // 4}", "shows the trend in S"),
+    ):
+        yield label, f"{means[name]:.2f}", f"{errors[name]:.2f}", f"nats per row; {said}"
+    over = means["pareto_k_over"]
+    note = f"{round(over * rows)} of {rows} rows; fewer is better"
+    yield f"Pareto k over {limit:.2f}", f"{over:.1%}", "", note

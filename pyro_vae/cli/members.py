@@ -1,0 +1,91 @@
+"""Members by their names on the command line."""
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import pyro.distributions as dist
+from torch import nn
+from torch.distributions import Distribution
+
+from .. import elbos, likelihoods, posteriors, priors, specs
+from ..families import Predicted, Shared
+
+__all__ = ["member"]
+
+_ROOMS: dict[str, tuple[ModuleType, type, Any]] = {
+    "prior": (priors, nn.Module, priors.Prior),
+    "likelihood": (likelihoods, nn.Module, likelihoods.Likelihood),
+    "posterior": (posteriors, nn.Module, posteriors.Posterior),
+    "ELBO": (elbos, elbos.Estimator, None),
+}
+_WORDS = {"Predicted": Predicted, "Shared": Shared}
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def member(text: str, what: str, **given: Any) -> Any:
+    """Makes the prior, likelihood, posterior or ELBO that a text names.
+
+    Arguments:
+        text: The name of a member of the package, or of a Pyro distribution, with literal
+            arguments, `"Mixture(10, 8)"`; or `"module:Object"`, which is imported.
+        what: `"prior"`, `"likelihood"`, `"posterior"` or `"ELBO"`.
+        given: Arguments for a member that takes them, where the text says none.
+
+    Raises:
+        ValueError: Where there is nothing of that name, or the arguments do not fit.
+
+    Example:
+        >>> member("StudentT(df=4.0, scale=Shared(scalar=True))", "likelihood")
+        StudentT(df=4.0, loc=Predicted(), scale=Shared(scalar=True))
+        >>> member("Gumbel", "likelihood")
+        Likelihood(Gumbel)
+    """
+    if _REFERENCE.fullmatch(text.strip()):
+        return _imported(text.strip())
+    room, kind, family = _ROOMS[what]
+    call = specs.parse(text, _WORDS)
+    members, distributions = _public(room, kind), {} if family is None else _public(dist, None)
+    if call.name in members:
+        return specs.build(members[call.name], call, **given)
+    if call.name not in distributions:
+        hint = specs.near(call.name, [*members, *distributions])
+        raise ValueError(f"Expected the name of a {what}; got {call.name!r}: {hint}")
+    shape = (given["event_shape"],) if what == "prior" else ()
+
+    def of_distribution(**parameters: Any) -> Any:
+        return family(distributions[call.name], *shape, **parameters)
+
+    return specs.build(of_distribution, call)
+
+
+def _public(room: ModuleType, kind: type | None) -> dict[str, type]:
+    """The classes of a room that can be built from literals, by name."""
+    return {
+        name: value
+        for name, value in vars(room).items()
+        if inspect.isclass(value)
+        and issubclass(value, kind or Distribution)
+        and not (name.startswith("_") or inspect.isabstract(value))
+        and (kind is None or "distribution" not in inspect.signature(value).parameters)
+    }
+
+
+def _imported(text: str) -> Any:
+    name, _, path = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(name)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"Expected module:Object that can be imported; got {text}: {error}."
+        ) from (error)
+    finally:
+        sys.path.remove(os.getcwd())
+    return found

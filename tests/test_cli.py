@@ -1,0 +1,408 @@
+"""The command line: what it reads, what it writes, and what it refuses."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib  # noqa: F401 - its style is compared before and after
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+import pyro_vae as pv
+from pyro_vae import specs
+from pyro_vae.cli import main, member
+from pyro_vae.files import read_tensors
+
+SMALL = ["--max-epochs", "2", "--hidden", "16", "--latent", "2", "--num-samples", "40"]
+FILES = [
+    "checkpoint.safetensors",
+    "evidence.csv",
+    "fit.json",
+    "history.csv",
+    "pictures/latents.png",
+    "pictures/pareto_k.png",
+    "pictures/prior_samples.png",
+    "pictures/reconstructions.png",
+    "pictures/training.png",
+    "posterior.nc",
+    "spec.json",
+    "weights.safetensors",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def table() -> str:
+    generator = np.random.default_rng(0)
+    z = generator.normal(size=(80, 1))
+    columns = ["height", "weight", "age", "dose"]
+    frame = pd.DataFrame(z + 0.5 * generator.normal(size=(80, 4)), columns=columns)
+    frame.index = [f"patient {i}" for i in range(80)]
+    frame["group"] = np.where(z[:, 0] > 0, "high", "low")
+    frame.to_csv("table.csv")
+    return "table.csv"
+
+
+@pytest.fixture
+def images() -> str:
+    x = np.random.default_rng(0).integers(0, 256, size=(60, 1, 8, 8), dtype=np.uint8)
+    np.savez("images.npz", images=x, labels=np.arange(60) % 3)
+    return "images.npz"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return left.value.code or 0
+
+
+def files(folder: str) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+
+
+def epochs_of(checkpoint: str) -> int:
+    return len(read_tensors(checkpoint)[1]["records"]) if Path(checkpoint).exists() else 0
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return pv.load(folder).state_dict()
+
+
+MEMBERS = {
+    ("prior", "StandardNormal"): "StandardNormal(3)",
+    ("prior", "Mixture(10, 8)"): "10, (8,)",
+    ("prior", "Mixture(10)"): "10, (3,)",
+    ("prior", "VampPrior(5)"): "VampPrior",
+    ("prior", "StudentT(df=4.0, loc=0.0, scale=1.0)"): (
+        "Prior(StudentT, (3,), df=4.0, loc=0.0, scale=1.0)"
+    ),
+    ("prior", "Laplace"): "Prior(Laplace, (3,))",
+    ("likelihood", "Binomial(total_count=16)"): "Binomial(total_count=16, logits=Predicted())",
+    ("likelihood", " Binomial( 16 ) "): "Binomial(total_count=16, logits=Predicted())",
+    ("likelihood", "Categorical(17)"): "Categorical(logits=Predicted(shape=17))",
+    ("likelihood", "StudentT(df=4.0, scale=Shared())"): (
+        "StudentT(df=4.0, loc=Predicted(), scale=Shared())"
+    ),
+    ("likelihood", "Normal(scale=Shared(init=0.5, scalar=True))"): (
+        "Normal(loc=Predicted(), scale=Shared(init=0.5, scalar=True))"
+    ),
+    ("likelihood", "Poisson(rate=Predicted(link='softplus'))"): (
+        "Poisson(rate=Predicted(link='softplus'))"
+    ),
+    ("likelihood", "Gumbel"): "Likelihood(Gumbel)",
+    ("likelihood", "AsymmetricLaplace(asymmetry=Shared())"): (
+        "Likelihood(AsymmetricLaplace, asymmetry=Shared())"
+    ),
+    ("posterior", "MultivariateNormal"): (
+        "MultivariateNormal(loc=Predicted(), scale_tril=Predicted())"
+    ),
+    ("posterior", "LowRankMultivariateNormal(2)"): "LowRankMultivariateNormal",
+    ("posterior", "Laplace"): "Posterior(Laplace)",
+    ("ELBO", "Trace_ELBO(num_particles=5)"): "Trace_ELBO",
+}
+
+
+@pytest.mark.parametrize(("what", "text"), MEMBERS, ids=[f"{w}: {t}" for w, t in MEMBERS])
+def test_a_member_is_read_from_text(what: str, text: str) -> None:
+    assert MEMBERS[what, text] in str(member(text, what, event_shape=3, data=torch.rand(9, 4)))
+
+
+def test_data_and_size_are_handed_to_a_prior_that_takes_them() -> None:
+    prior = member("VampPrior(5)", "prior", event_shape=3, data=torch.rand(9, 4))
+    assert prior.event_shape == (3,)
+    assert prior.data.shape == (5, 4)
+
+
+BAD_MEMBERS = {
+    ("likelihood", "Binomail(16)"): "did you mean 'Binomial'",
+    ("likelihood", "normal"): "did you mean 'Normal'",
+    ("prior", "Vamp(5)"): "did you mean 'VampPrior'",
+    ("posterior", "Xyz"): "there are .*MultivariateNormal",
+    ("ELBO", "Trace_Elbow"): "did you mean 'Trace_ELBO'",
+    ("ELBO", "Estimator"): "Trace_ELBO",
+    ("likelihood", "Likelihood"): "name of a likelihood",
+    ("likelihood", "Binomial"): "Binomial.total_count.*missing a required argument",
+    ("likelihood", "Binomial(n=16)"): "unexpected keyword argument 'n'",
+    ("likelihood", "Normal(1.0, 2.0)"): "too many positional arguments",
+    ("likelihood", "Gumbel(1.0)"): "positional",
+    ("likelihood", "Gumbel(skale=1.0)"): "perhaps 'scale'",
+    ("likelihood", "Normal(scale=Shared(0.5, 1, 2, 3, 4))"): "Expected Shared",
+    ("likelihood", "nowhere.to_be:found"): "module:Object that can be imported",
+    ("likelihood", "math:nothing"): "module:Object that can be imported",
+    ("prior", "Mixture(0, 8)"): "positive number of components",
+}
+
+
+@pytest.mark.parametrize(("what", "text"), BAD_MEMBERS, ids=[f"{w}: {t}" for w, t in BAD_MEMBERS])
+def test_a_wrong_member_is_refused(what: str, text: str) -> None:
+    with pytest.raises(ValueError, match=BAD_MEMBERS[what, text]):
+        member(text, what, event_shape=3, data=torch.rand(9, 4))
+
+
+MALICIOUS = [
+    "__import__('pathlib').Path('was here').touch()",
+    "Mixture(__import__('pathlib').Path('was here').touch(), 8)",
+    "Mixture(*[open('was here', 'w')])",
+    "Mixture(**{'a': open('was here', 'w')})",
+    "Mixture(num_components=open('was here', 'w').close() or 10)",
+    "Shared(init=Shared(open('was here', 'w')))",
+    "Mixture([x for x in [open('was here', 'w')]], 8)",
+    'Mixture(f\'{open("was here", "w")}\')',
+    "(lambda: open('was here', 'w'))()",
+    "Mixture(10 ** 10 ** 10, 8)",
+    "Mixture([0] * 10 ** 9, 8)",
+    "Mixture(x := 3, 8)",
+    "Mixture(10, 8); open('was here', 'w')",
+    "Mixture(10, 8)\nopen('was here', 'w')",
+    "priors.Mixture(10, 8)",
+    "Mixture(10, 8).__class__",
+    "Mixture(10)(8)",
+    "Mixture(a=1, a=2)",
+    "(" * 400 + ")" * 400,
+    "Mixture(" + "-" * 400 + "1)",
+    "Mixture(" + "9" * 2000 + ")",
+    "Mixture(10, 8",
+    "Mixture(...)",
+    "Mixture(b'ten')",
+    "Mixture(1j)",
+    "Mixture(x)",
+    "10",
+    "'Mixture'",
+    "a\0b",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", MALICIOUS, ids=range(len(MALICIOUS)))
+@pytest.mark.parametrize("what", ["prior", "likelihood"])
+def test_text_is_never_evaluated(what: str, text: str) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        member(text, what, event_shape=3, data=None)
+    assert os.listdir() == []
+
+
+def test_literals() -> None:
+    call = specs.parse("f(-1, +2.5, 'a', None, True, (1, [2, (3,)]), key=-1e-3)")
+    assert call == specs.Call("f", (-1, 2.5, "a", None, True, (1, (2, (3,)))), {"key": -1e-3})
+
+
+def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/fit.json").write_text('{"command": "demo"}')  # an earlier demo is replaced
+    assert run("demo", "--max-epochs", "1", "--num-samples", "40") == 0
+    said = capsys.readouterr().out
+    assert files("runs/demo") == FILES
+    assert os.listdir("runs") == ["demo"]
+    for word in ("ELBO", "log p(x), S = 40", "lower bound", "Pareto k over 0.38", "active"):
+        assert word in said
+    for file in Path("runs/demo/pictures").iterdir():
+        assert str(file) in said
+    vae = pv.load("runs/demo")
+    assert vae.sample(2, seed=0).shape == (2, 64)
+    evidence = pd.read_csv("runs/demo/evidence.csv", index_col="row")
+    assert len(evidence) == 359
+    assert evidence.notna().all(axis=None)
+    assert sum(p.stat().st_size for p in Path("runs/demo").rglob("*")) < 8e6
+
+
+def test_fit_evaluate_and_sample_a_table(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", table, "--likelihood", "StudentT(df=4.0)", "--label", "group", *SMALL]
+    assert (
+        run(*fit, "--prior", "Mixture(3)", "--posterior", "MultivariateNormal", "--out", "r") == 0
+    )
+    assert "16 rows held out" in capsys.readouterr().out
+    assert files("r") == FILES
+    evidence = pd.read_csv("r/evidence.csv", index_col="row")
+    assert evidence.index[0].startswith("patient ")
+    with xr.open_dataset("r/posterior.nc", group="observed_data", engine="h5netcdf") as observed:
+        assert observed.x_dim_0.values.tolist() == ["height", "weight", "age", "dose"]
+    assert len(pd.read_csv("r/history.csv", index_col="epoch")) == 2
+
+    assert run("evaluate", "r", table, "--label", "group", "--out", "all.csv") == 0
+    assert "80 rows of table.csv" in capsys.readouterr().out
+    again = pd.read_csv("all.csv", index_col="row")
+    held_out = again.loc[evidence.index, "log_evidence"]
+    assert np.corrcoef(held_out, evidence["log_evidence"])[0, 1] > 0.9
+
+    assert run("sample", "r", "-n", "3") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "height,weight,age,dose"
+    for ending in ("csv", "npy", "npz", "png"):
+        assert run("sample", "r", "-n", "3", "--out", f"draws.{ending}", "--seed", "1") == 0
+    expected = pv.load("r").sample(3, seed=1).numpy()
+    np.testing.assert_array_equal(np.load("draws.npy"), expected)
+    np.testing.assert_array_equal(np.load("draws.npz")["x"], expected)
+    np.testing.assert_allclose(pd.read_csv("draws.csv"), expected, rtol=1e-5)
+
+
+def test_fit_and_evaluate_images(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", images, "--likelihood", "Bernoulli", "--transform", "binarize", *SMALL]
+    assert run(*fit, "--prior", "VampPrior(4)", "--out", "r", "--test", "10") == 0
+    assert "10 rows held out" in capsys.readouterr().out
+    assert pv.load("r").event_shape == (1, 8, 8)
+    assert run("evaluate", "r", images, "--num-samples", "40") == 0
+    assert run("sample", "r", "-n", "2") == 0
+    assert capsys.readouterr().out.splitlines()[-3].startswith('"x[0, 0, 0]"')
+
+
+def test_a_point_mass_has_no_evidence(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL]
+    assert run(*fit, "--posterior", "Delta", "--out", "r") == 0
+    assert "no evidence" in capsys.readouterr().out
+    assert files("r") == [f for f in FILES if f not in ("evidence.csv", "pictures/pareto_k.png")]
+
+
+def test_a_members_own_module(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "members_of_a_test", raising=False)
+    Path("members_of_a_test.py").write_text(
+        "import pyro_vae as pv\n\nclass room:\n    noisy = pv.likelihoods.Normal(scale=0.7)\n"
+    )
+    before = list(sys.path)
+    fit = ["fit", table, "--label", "group", *SMALL, "--out", "r"]
+    assert run(*fit, "--likelihood", "members_of_a_test:room.noisy") == 0
+    assert sys.path == before
+    assert str(pv.load("r").likelihood) == "Normal(loc=Predicted(), scale=0.7)"
+
+
+def test_resuming_gives_the_weights_of_an_unbroken_run(table: str) -> None:
+    fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL, "--seed", "3"]
+    assert run(*fit, "--max-epochs", "4", "--out", "whole") == 0
+    assert run(*fit, "--out", "broken") == 0
+    assert run(*fit, "--max-epochs", "4", "--out", "broken", "--resume") == 0
+    assert files("broken") == FILES
+    whole, broken = weights("whole"), weights("broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert sorted(p for p in os.listdir() if p != table) == ["broken", "whole"]
+
+
+def test_ctrl_c_leaves_a_complete_run(table: str) -> None:
+    fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL, "--out", "r"]
+    arguments = [*fit, "--max-epochs", "1000000", "--patience", "0"]
+    program = "import sys; from pyro_vae.cli import main; main(sys.argv[1:])"
+    root = str(Path(pv.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while not epochs_of("r.unfinished/checkpoint.safetensors") and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "(interrupted)" in said
+    assert files("r") == FILES
+    assert pv.load("r").sample(1, seed=0).shape == (1, 4)
+    assert not Path("r.unfinished").exists()
+
+
+def test_an_unfinished_run_is_gone_on_from(table: str) -> None:
+    fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL]
+    assert run(*fit, "--out", "r") == 0
+    whole = weights("r")
+    os.rename("r", "whole")
+    Path("r.unfinished").mkdir()
+    os.rename("whole/checkpoint.safetensors", "r.unfinished/checkpoint.safetensors")
+    assert run(*fit, "--out", "r") == 2
+    assert run(*fit, "--out", "r", "--resume") == 0
+    assert all(torch.equal(whole[name], value) for name, value in weights("r").items())
+
+
+FIT = ["fit", "table.csv", "--label", "group", "--out", "new", *SMALL]
+NORMAL = [*FIT, "--likelihood", "Normal"]
+ERRORS = {
+    "no such data": (["fit", "digit", "--likelihood", "Normal", "--out", "new"], "digits"),
+    "no such file": (
+        ["fit", "absent.csv", "--likelihood", "Normal", "--out", "new"],
+        "No such file",
+    ),
+    "no such column": ([*NORMAL, "--label", "grp"], "got 'grp'"),
+    "words in the data": (
+        ["fit", "table.csv", "--likelihood", "Normal", "--out", "new"],
+        "numbers in every column",
+    ),
+    "no such likelihood": ([*FIT, "--likelihood", "Binomail"], "did you mean"),
+    "a likelihood without its count": ([*FIT, "--likelihood", "Binomial"], "total_count"),
+    "data off the support": ([*FIT, "--likelihood", "Poisson"], "support of Poisson"),
+    "code": ([*FIT, "--likelihood", "open('new', 'w')"], "Expected"),
+    "two latent sizes": ([*NORMAL, "--prior", "Mixture(3, 5)"], "--latent"),
+    "hidden": ([*NORMAL, "--hidden", "16,many"], "--hidden as in 256,256"),
+    "activation": ([*NORMAL, "--activation", "Relu"], "did you mean 'ReLU'"),
+    "transform": ([*NORMAL, "--transform", "binarise"], "--transform binarize"),
+    "schedule": ([*NORMAL, "--schedule", "cosinus"], "--schedule"),
+    "lr": ([*NORMAL, "--lr", "0"], "lr"),
+    "all rows for the test": ([*NORMAL, "--test", "80"], "leaves some"),
+    "validation": ([*NORMAL, "--validation", "1.5"], "validation"),
+    "device": ([*NORMAL, "--device", "tpu"], "device"),
+    "both": ([*NORMAL, "--resume", "--overwrite"], "got both"),
+    "a file in the way": ([*NORMAL, "--out", "table.csv"], "exists"),
+    "a folder in the way": ([*NORMAL, "--out", "full"], "exists"),
+    "not a run to overwrite": ([*NORMAL, "--out", "full", "--overwrite"], "holds 'note.txt'"),
+    "not a file to overwrite": ([*NORMAL, "--out", "table.csv", "--overwrite"], "'table.csv'"),
+    "below a file": ([*NORMAL, "--out", "table.csv/new"], "table.csv"),
+    "no run to evaluate": (["evaluate", "absent", "table.csv"], "absent"),
+    "no run": (["evaluate", "full", "table.csv"], "spec.json"),
+    "no run to sample": (["sample", "full"], "spec.json"),
+    "an ending": (["sample", "full", "--out", "draws.txt"], ".csv, .npy"),
+}
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = ERRORS[case]
+    Path("full").mkdir()
+    Path("full/note.txt").write_text("dear diary")
+    before = files(".")
+    assert run(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("pyro-vae: ")
+    assert message in said.err
+    assert files(".") == before
+
+
+def test_an_existing_run_is_kept(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*NORMAL, "--out", "r") == 0
+    before = Path("r/spec.json").read_bytes()
+    assert run(*NORMAL, "--out", "r") == 2
+    assert run("demo", "--max-epochs", "1", "--out", "r") == 2
+    assert "--resume or --overwrite" in capsys.readouterr().err
+    assert Path("r/spec.json").read_bytes() == before
+    assert run(*NORMAL, "--out", "r", "--resume", "--seed", "1") == 2
+    assert "Expected the fit that the checkpoint is of" in capsys.readouterr().err
+    assert Path("r/spec.json").read_bytes() == before
+    assert run(*NORMAL, "--out", "r", "--overwrite", "--seed", "1") == 0
+    assert Path("r/spec.json").read_bytes() != before
+
+
+def test_columns_in_another_order_are_refused(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*NORMAL, "--out", "r") == 0
+    frame = pd.read_csv(table, index_col=0).drop(columns="group")
+    frame[frame.columns[::-1]].to_csv("reversed.csv")
+    assert run("evaluate", "r", "reversed.csv") == 2
+    assert "columns of the fit" in capsys.readouterr().err
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("pyro-vae ")
+    for command in ("demo", "fit", "evaluate", "sample"):
+        assert run(command, "--help") == 0
+        assert "Usage: pyro-vae" in capsys.readouterr().out
+    assert run("fit", "digits", "--out", "new") == 2
+    assert "--likelihood" in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""Every example runs, with small arguments, and says what it promises."""
+
+import importlib.util
+from pathlib import Path
+
+import matplotlib  # noqa: F401 - its style is compared before and after
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ["--max-epochs", "2", "--num-samples", "40", "--seed", "0"]
+SAYS = {
+    "posterior_diagnostics.py": ["z[0, 0]", "Pareto k", "alcohol", "written and read back"],
+    "quickstart.py": ["epoch 2", "log_evidence", "pareto_k_over", "upper"],
+    "swap_the_likelihood.py": ["beta-binomial", "categorical", "difference_se", "training seed"],
+    "swap_the_prior.py": ["student t", "mixture of 10", "vamp, 50 rows", "difference_se"],
+    "your_own_program.py": ["conditional", "plain", "z_dim_0", "log_evidence"],
+}
+
+
+def test_every_example_has_a_case() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == SAYS.keys()
+
+
+@pytest.mark.filterwarnings("ignore:From S / 4 to S draws:UserWarning")
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).stem}", EXAMPLES / name)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(SMALL)
+    said = capsys.readouterr().out
+    assert [word for word in SAYS[name] if word not in said] == []
+
+
+def test_an_example_saves_what_can_be_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyro_vae as pv
+
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "quickstart.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main([*SMALL, "--out", str(tmp_path / "vae")])
+    assert pv.load(tmp_path / "vae").sample(2, seed=0).shape == (2, 64)

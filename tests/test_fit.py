@@ -1,0 +1,977 @@
+"""fit: what it leaves alone, what it reports, what it optimises, and how it ends."""
+
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from programs import Grid, linear_gaussian
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import Distribution, kl_divergence
+
+import pyro_vae as pv
+from pyro_vae.contexts import evaluating, seeded
+from pyro_vae.importance import log_densities
+
+X = (torch.rand(50, 6, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+GREY = torch.rand(50, 6, generator=torch.Generator().manual_seed(2))
+QUICK: dict[str, Any] = {"batch_size": 16, "max_epochs": 2, "seed": 0, "device": "cpu"}
+STILL: dict[str, Any] = {"optimizer": torch.optim.SGD, "lr": 1e-30}
+
+
+def fit(program: nn.Module, x: Any, **options: Any) -> pv.History:
+    return pv.fit(program, x, **QUICK | {"progress": False} | options)
+
+
+def small(seed: int = 0, **members: Any) -> pv.VAE:
+    asked = {
+        "prior": 2,
+        "likelihood": pv.likelihoods.Bernoulli(),
+        "encoder": pv.networks.MLP(8),
+        "decoder": pv.networks.MLP(8),
+    }
+    return pv.VAE((6,), **asked | members, seed=seed)
+
+
+def weights(program: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in program.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def validation_elbo(program: nn.Module, rows: Tensor, seed: int = 0) -> float:
+    with evaluating(program), seeded(seed):
+        return float(log_densities(program, rows, 1).log_weights.mean())
+
+
+class Recording(torch.optim.SGD):
+    """Keeps the gradients and the learning rate of each step."""
+
+    def __init__(self, params: Any, lr: float = 1e-30) -> None:
+        super().__init__(params, lr)
+        self.gradients: list[list[Tensor]] = []
+        self.lrs: list[float] = []
+
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.gradients.append([p.grad.clone() for p in parameters])
+        self.lrs.append(self.param_groups[0]["lr"])
+        super().step()
+
+
+def recorded(program: nn.Module, x: Any, **options: Any) -> Recording:
+    made: list[Recording] = []
+
+    def make(parameters: Any, lr: float) -> Recording:
+        made.append(Recording(parameters, lr))
+        return made[0]
+
+    fit(program, x, **{"lr": 1e-30} | options | {"optimizer": make})
+    return made[0]
+
+
+# What it leaves alone
+
+
+def test_two_vaes_of_the_same_members_both_train() -> None:
+    members = {
+        "prior": pv.priors.Mixture(3, 2),
+        "likelihood": pv.likelihoods.Normal(scale=pv.Shared()),
+        "posterior": pv.posteriors.MultivariateNormal(),
+        "encoder": pv.networks.MLP(8),
+        "decoder": pv.networks.MLP(8),
+    }
+    vaes = [pv.VAE((6,), **members) for _ in range(2)]
+    before = [weights(vae) for vae in vaes]
+    fit(vaes[0], GREY, lr=0.01)
+    after = weights(vaes[0])
+    assert_same(weights(vaes[1]), before[1])
+    fit(vaes[1], GREY, lr=0.01)
+    assert_same(weights(vaes[0]), after)
+    for vae, start in zip(vaes, before, strict=True):
+        unchanged = [n for n, p in vae.named_parameters() if torch.equal(p, start[n])]
+        assert unchanged == []
+
+
+def test_plain_svi_trains_two_vaes_at_once() -> None:
+    vaes = [small(seed) for seed in (0, 1)]
+    before = [weights(vae) for vae in vaes]
+    svis = [
+        pyro.infer.SVI(
+            vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO()
+        )
+        for vae in vaes
+    ]
+    for _ in range(2):
+        for svi in svis:
+            svi.step(X)
+    for vae, start in zip(vaes, before, strict=True):
+        assert [n for n, p in vae.named_parameters() if torch.equal(p, start[n])] == []
+    assert list(pyro.get_param_store().keys()) == []
+
+
+class BrokenError(Exception):
+    pass
+
+
+def raise_in_training(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    def transform(x: Tensor) -> Tensor:
+        if len(x) == 16:
+            raise BrokenError
+        return x
+
+    return transform
+
+
+def nan_in_training(vae: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: x / 0.0 * 0.0 if len(x) == 16 else x
+
+
+ENDS = {
+    "well": ({}, None),
+    "with validation": ({"validation": 0.2}, None),
+    "by an exception": ({"transform": raise_in_training}, BrokenError),
+    "by NaN": ({"transform": nan_in_training}, FloatingPointError),
+    "refused": ({"optimizer": torch.optim.LBFGS}, ValueError),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_world_is_as_it_was(end: str) -> None:
+    options, error = ENDS[end]
+    vae = small()
+    vae.decoder.eval()
+    if "transform" in options:
+        options = {"transform": options["transform"](vae)}
+    with pyro.get_param_store().scope(), pyro.validation_enabled(True):
+        pyro.param("theirs", torch.ones(2))
+        before = world(vae)
+        if error is None:
+            fit(vae, X, **options)
+        else:
+            with pytest.raises(error):
+                fit(vae, X, **options)
+        assert world(vae) == before
+
+
+def world(vae: nn.Module) -> dict[str, Any]:
+    store = pyro.get_param_store().get_state()
+    return {
+        "store": {name: (id(value), value.tolist()) for name, value in store["params"].items()},
+        "checks": (Distribution._validate_args, pyro.settings.get()),
+        "dtype": torch.get_default_dtype(),
+        "generator": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "handlers": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "modes": [module.training for module in vae.modules()],
+        "stack": list(pyro.poutine.runtime._PYRO_STACK),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
+def test_one_seed_gives_one_fit_whatever_ran_before() -> None:
+    one, other = small(), small()
+    fit(one, GREY, transform=pv.datasets.binarize, validation=0.2)
+    torch.randn(7)
+    fit(other, GREY, transform=pv.datasets.binarize, validation=0.2)
+    assert_same(weights(one), weights(other))
+
+
+def test_without_a_seed_the_generator_runs_on() -> None:
+    one, other = small(), small()
+    fit(one, X, seed=None)
+    fit(other, X, seed=None)
+    assert not torch.equal(one.encoder.layers[1].weight, other.encoder.layers[1].weight)
+
+
+def test_stale_gradients_do_not_enter() -> None:
+    one, other = small(), small()
+    for parameter in other.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    fit(one, X)
+    fit(other, X)
+    assert_same(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_it_trains_in_training_mode(mode: bool) -> None:
+    vae = small(encoder=nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)))
+    vae.train(mode)
+    before = vae.encoder[1].running_mean.clone()
+    fit(vae, X)
+    assert not torch.equal(vae.encoder[1].running_mean, before)
+    assert all(module.training is mode for module in vae.modules())
+
+
+def test_float64_and_another_default_dtype() -> None:
+    one, other = small().double(), small().double()
+    fit(one, GREY.numpy() > 0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        fit(other, GREY.numpy() > 0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(weights(one), weights(other))
+
+
+# What it reports
+
+
+def test_history_columns() -> None:
+    terms = ["elbo", "elbo_se", "reconstruction", "kl"]
+    history = fit(small(), X, max_epochs=3)
+    assert history.table.columns.tolist() == [*terms, "seconds"]
+    assert (history.table.index.name, history.table.index.tolist()) == ("epoch", [1, 2, 3])
+    history = fit(small(), X, validation=0.2, warmup=1)
+    held_out = [f"validation_{name}" for name in terms]
+    assert history.table.columns.tolist() == [*terms, *held_out, "kl_weight", "seconds"]
+    assert len(history) == 2
+    assert history.seed == 0
+    assert (history.table.seconds > 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_the_elbo_is_in_nats_per_row(batch_size: int) -> None:
+    program, x = linear_gaussian()
+    evidence = program.log_evidence(x)
+    table = fit(program, x, batch_size=batch_size, validation=x[:15], **STILL).table
+    for rows, prefix in ((evidence, ""), (evidence[:15], "validation_")):
+        np.testing.assert_allclose(table[f"{prefix}elbo"], rows.mean(), rtol=1e-10)
+        se = rows.std(ddof=1) / len(rows) ** 0.5
+        np.testing.assert_allclose(table[f"{prefix}elbo_se"], se, rtol=1e-9)
+        parts = table[f"{prefix}reconstruction"] - table[f"{prefix}kl"]
+        np.testing.assert_allclose(parts, table[f"{prefix}elbo"], rtol=1e-10)
+
+
+def test_the_terms_are_those_of_log_densities() -> None:
+    vae, held_out = small(), X[:20]
+    record = fit(vae, X[20:], validation=held_out, max_epochs=1).table.loc[1]
+    with evaluating(vae), seeded(0):
+        densities = log_densities(vae, held_out, 1)
+    assert record.validation_elbo == pytest.approx(float(densities.log_weights.mean()), rel=1e-6)
+    reconstruction = float(densities.reconstruction.mean())
+    assert record.validation_reconstruction == pytest.approx(reconstruction, rel=1e-6)
+    assert record.validation_kl == pytest.approx(float(densities.kl.mean()), rel=1e-5)
+
+
+def test_more_particles_report_the_mean_over_them() -> None:
+    vae = small()
+    elbo = pv.elbos.Trace_ELBO(num_particles=400)
+    table = fit(vae, X, elbo=elbo, max_epochs=1, **STILL).table
+    with evaluating(vae), seeded(1):
+        wanted = float(log_densities(vae, X, 400).log_weights.mean())
+    assert table.elbo[1] == pytest.approx(wanted, abs=0.05)
+
+
+# Validation
+
+
+def test_without_validation_nothing_is_held_out_and_the_last_weights_are_kept() -> None:
+    seen: list[int] = []
+    vae = small()
+
+    def count(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        last.update(weights(vae))
+        return x
+
+    last: dict[str, Tensor] = {}
+    history = fit(vae, X, max_epochs=4, patience=1, lr=3.0, transform=count)
+    assert seen[-8:] == [16, 16, 16, 2] * 2
+    assert history.best_epoch == len(history) == 4
+    assert history.stopped == "max_epochs"
+    assert not torch.equal(last["decoder.layers.1.weight"], vae.decoder.layers[1].weight)
+
+
+def test_the_best_weights_are_kept_and_patience_stops() -> None:
+    vae, train, held_out = small(), X[:40], X[40:]
+    options = {"validation": held_out, "patience": 3, "lr": 0.3, "max_epochs": 200}
+    history = fit(vae, train, **options)
+    elbos = history.table.validation_elbo
+    assert history.stopped == "patience"
+    assert len(history) == history.best_epoch + 3 < 200
+    assert elbos.idxmax() == history.best_epoch
+    assert validation_elbo(vae, held_out) == pytest.approx(elbos.max(), rel=1e-6)
+    assert len(fit(small(), train, **options | {"patience": None, "max_epochs": 30})) == 30
+
+
+def test_a_share_is_held_out_and_seeded() -> None:
+    x = torch.arange(50.0)[:, None].expand(50, 6)
+    seen: list[set[float]] = []
+
+    def look(rows: Tensor) -> Tensor:
+        seen.append(set(rows[:, 0].tolist()))
+        return rows
+
+    fit(small(likelihood=pv.likelihoods.Normal()), x, validation=0.2, transform=look, lr=1e-9)
+    trained = set().union(*(rows for rows in seen if len(rows) == 16))
+    held_out = seen[-1]
+    assert (len(held_out), trained & held_out) == (10, set())
+
+
+def test_validation_noise_is_fixed_and_the_transforms_too() -> None:
+    vae = small()
+    table = fit(
+        vae, GREY, transform=pv.datasets.binarize, validation=0.4, max_epochs=3, **STILL
+    ).table
+    assert table.validation_elbo.nunique() == 1
+    assert table.elbo.nunique() == 3
+
+
+def test_a_validation_elbo_of_nan_is_never_the_best() -> None:
+    vae, calls = small(), []
+
+    def spoil(x: Tensor) -> Tensor:
+        if not vae.training and len(x) == 10:
+            calls.append(x)
+            return x * torch.nan if len(calls) == 1 else x
+        return x
+
+    history = fit(vae, X, validation=0.2, transform=spoil, max_epochs=3)
+    assert np.isnan(history.table.validation_elbo[1])
+    assert history.best_epoch > 1
+
+
+def test_a_second_fit_goes_on() -> None:
+    vae = small()
+    first = fit(vae, X, max_epochs=30, lr=0.01)
+    before = weights(vae)
+    second = fit(vae, X, max_epochs=1, **STILL)
+    assert_same(weights(vae), before)
+    assert second.table.elbo[1] > first.table.elbo[1] + 0.3
+    assert second.table.elbo[1] == pytest.approx(first.table.elbo[30], abs=0.3)
+
+
+# Inputs
+
+
+def as_frame(x: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(x, index=[f"row {i}" for i in range(len(x))], columns=list("abcdef"))
+
+
+INPUTS: dict[str, Callable[[np.ndarray], Any]] = {
+    "numpy": np.asarray,
+    "float64": lambda x: x.astype(np.float64),
+    "integers": lambda x: x.astype(np.int16),
+    "booleans": lambda x: x.astype(bool),
+    "list": lambda x: x.tolist(),
+    "pandas": as_frame,
+    "xarray": lambda x: xr.DataArray(x, dims=("row", "column")),
+    "fortran": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_the_kind_of_table_does_not_matter(kind: str) -> None:
+    one, other = small(), small()
+    fit(one, X, validation=0.2)
+    fit(other, INPUTS[kind](X.numpy()), validation=0.2)
+    assert_same(weights(one), weights(other))
+
+
+def test_a_dict_of_fields() -> None:
+    one, other = Grid(), Grid()
+    x = {"cells": torch.randn(30, 3), "flag": torch.ones(30)}
+    fit(one, x, validation=0.2, lr=0.1)
+    fit(other, {"cells": pd.DataFrame(x["cells"].numpy()), "flag": [1.0] * 30}, lr=0.1)
+    assert one.shift != 0
+    assert other.shift != 0
+
+
+def test_the_last_batch_may_be_smaller_and_the_first_larger_than_the_data() -> None:
+    program, x = linear_gaussian(rows=33)
+    assert len(recorded(program, x, batch_size=16, max_epochs=1).gradients) == 3
+    assert len(recorded(program, x, batch_size=10**9, max_epochs=1).gradients) == 1
+
+
+def test_a_transform_may_change_the_shape_of_a_row() -> None:
+    vae = small()
+    fit(vae, X.repeat(1, 2), transform=lambda x: x[:, :6], validation=0.2)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    options = {"batch_size": np.int64(16), "max_epochs": np.int32(1), "lr": np.float32(0.01)}
+    assert len(fit(small(), X, **options, validation=np.float64(0.2))) == 1
+
+
+# What it optimises
+
+
+def by_hand(vae: pv.VAE, x: Tensor, weight: float, *, analytic: bool = False) -> list[Tensor]:
+    with seeded(0):
+        x = x[torch.randperm(len(x))]
+        posterior, prior = vae.encode(x), vae._prior()
+        z = posterior.rsample()
+        kl = posterior.log_prob(z) - prior.log_prob(z)
+        kl = kl_divergence(posterior, prior.expand(posterior.batch_shape)) if analytic else kl
+        loss = -(vae.decode(z).log_prob(x) - weight * kl).sum()
+    return list(torch.autograd.grad(loss, list(vae.parameters())))
+
+
+ELBOS = {
+    "ours": (pv.elbos.Trace_ELBO, False),
+    "Pyro's": (pyro.infer.Trace_ELBO, False),
+    "Pyro's, mean field": (pyro.infer.TraceMeanField_ELBO, True),
+}
+
+
+@pytest.mark.parametrize("name", ELBOS)
+def test_warmup_weighs_the_kl_terms(name: str) -> None:
+    elbo, analytic = ELBOS[name]
+    vae = small()
+    options = {"elbo": elbo(), "batch_size": 50}
+    for warmup, weight in ((0, 1.0), (2, 0.5), (4, 0.25)):
+        step = recorded(vae, X, warmup=warmup, max_epochs=max(warmup, 1), **options)
+        wanted = by_hand(vae, X, weight, analytic=analytic)
+        for have, want in zip(step.gradients[0], wanted, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reported_elbo_is_never_annealed() -> None:
+    program, x = linear_gaussian()
+    history = fit(program, x, warmup=2, max_epochs=3, validation=0.2, **STILL)
+    table = history.table
+    assert table.kl_weight.tolist() == [0.5, 1.0, 1.0]
+    assert table.elbo.nunique() <= 3
+    assert np.ptp(table.elbo) < 1e-10
+    assert np.ptp(table.validation_elbo) < 1e-10
+    assert history.best_epoch == 3
+
+
+def test_a_warmup_as_long_as_the_run_keeps_the_last_weights() -> None:
+    vae = small()
+    history = fit(vae, X[:40], validation=X[40:], warmup=3, max_epochs=3, lr=0.1)
+    assert history.best_epoch == 3
+    assert validation_elbo(vae, X[40:]) == pytest.approx(history.table.validation_elbo[3])
+    with pytest.raises(ValueError, match=r"^Expected a warm-up of at most max_epochs=3; got 4"):
+        fit(vae, X, warmup=4, max_epochs=3)
+
+
+def test_a_schedule_is_stepped_once_an_epoch() -> None:
+    steps = functools.partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 3])
+    recording = recorded(small(), X, schedule=steps, batch_size=25, max_epochs=4, lr=1e-20)
+    lrs = np.log10(recording.lrs).round().astype(int).tolist()
+    assert lrs == [-20, -20, -21, -21, -21, -21, -22, -22]
+
+
+def test_max_grad_norm_clips_the_gradient_of_the_mean_over_rows() -> None:
+    program, x = linear_gaussian(rows=40)
+    program.weight.data += 1.0
+    free = recorded(program, x, batch_size=40, max_epochs=1).gradients[0][0] / 40
+    for limit in (0.1, 1e6):
+        clipped = recorded(program, x, batch_size=40, max_epochs=1, max_grad_norm=limit)
+        wanted = free * min(1.0, limit / float(free.norm()))
+        torch.testing.assert_close(clipped.gradients[0][0] / 40, wanted, rtol=1e-5, atol=0.0)
+
+
+class Counts(nn.Module):
+    """A guide without rsample over a count z, beside one with it, in two plates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.3))
+        self.loc = nn.Parameter(torch.zeros(4))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("columns", 4, dim=-1), pyro.plate("data", len(x), dim=-2):
+            count = pyro.sample("count", dist.Poisson(2.0))
+            level = pyro.sample("level", dist.Normal(self.loc, 1.0))
+            pyro.sample("x", dist.Normal(level + 0.1 * count, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("columns", 4, dim=-1), pyro.plate("data", len(x), dim=-2):
+            pyro.sample("count", dist.Poisson(self.rate.exp()))
+            pyro.sample("level", dist.Normal(self.loc + 0.5 * x, self.rate.exp()))
+
+
+class Shared(nn.Module):
+    """A latent that all rows share, above one for each row; without spread, no noise."""
+
+    def __init__(self, spread: float = 0.5) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.slope = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+        self.spread = spread
+
+    def model(self, x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        mean = pyro.sample("mean", self.about(self.loc))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.about(mean + self.slope * x))
+
+    def about(self, loc: Tensor) -> Any:
+        return dist.Normal(loc, self.spread) if self.spread else dist.Delta(loc)
+
+
+PROGRAMS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "a VAE": lambda: (small(), X),
+    "a mixture prior": lambda: (small(prior=pv.priors.Mixture(3, 2)), X),
+    "by hand": lambda: linear_gaussian(factor=1.3),
+    "without rsample": lambda: (Counts(), torch.randn(9, 4)),
+    "a shared latent": lambda: (Shared(), torch.randn(9, dtype=torch.float64)),
+}
+PARTICLES = {
+    "one": {},
+    "three": {"num_particles": 3, "vectorize_particles": True},
+    "three in turn": {"num_particles": 3, "vectorize_particles": False},
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("particles", PARTICLES)
+def test_trace_elbo_is_that_of_pyro(name: str, particles: str) -> None:
+    program, x = PROGRAMS[name]()
+    losses, gradients = [], []
+    for family in (pv.elbos.Trace_ELBO, pyro.infer.Trace_ELBO):
+        program.zero_grad()
+        elbo = family(**PARTICLES[particles])
+        elbo.loss(program.model, program.guide, x)
+        with seeded(3):
+            loss = elbo.differentiable_loss(program.model, program.guide, x)
+        loss.backward()
+        with seeded(3):
+            torch.testing.assert_close(
+                torch.as_tensor(elbo.loss(program.model, program.guide, x), dtype=loss.dtype),
+                loss.detach(),
+            )
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in program.parameters()])
+    torch.testing.assert_close(*losses)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_fit_with_pyros_own_elbo_gives_the_same_weights(name: str) -> None:
+    program, x = PROGRAMS[name]()
+    other, x = PROGRAMS[name]()
+    other.load_state_dict(program.state_dict())
+    histories = [
+        fit(each, x, elbo=elbo, batch_size=4, lr=0.01, validation=0.3)
+        for each, elbo in ((program, pv.elbos.Trace_ELBO()), (other, pyro.infer.Trace_ELBO()))
+    ]
+    for ours, theirs in zip(program.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    tables = [history.table.drop(columns="seconds") for history in histories]
+    np.testing.assert_allclose(*tables, rtol=1e-4)
+
+
+def test_pyros_elbo_does_not_run_batch_norm_twice() -> None:
+    network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+    one, other = small(encoder=network), small(encoder=network)
+    fit(one, X)
+    fit(other, X, elbo=pyro.infer.Trace_ELBO())
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(one.encoder[1], name), getattr(other.encoder[1], name))
+
+
+def test_the_elbo_is_a_module_with_parameters() -> None:
+    vae = small()
+    loss = pv.elbos.Trace_ELBO(num_particles=2)(vae.model, vae.guide)
+    assert {id(p) for p in loss.parameters()} == {id(p) for p in vae.parameters()}
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.01)
+    before = weights(vae)
+    loss(X).backward()
+    optimizer.step()
+    assert [n for n, p in vae.named_parameters() if torch.equal(p, before[n])] == []
+    assert pv.elbos.Trace_ELBO().per_row(vae.model, vae.guide, X).shape == (50,)
+
+
+# Programs
+
+
+def test_a_program_by_hand_trains() -> None:
+    program, x = linear_gaussian(rows=200)
+    best = program.log_evidence(x).mean()
+    program.weight.data = torch.rand_like(program.weight)
+    history = fit(program, x, lr=0.03, max_epochs=60, batch_size=50)
+    assert history.table.elbo[1] < best - 1.0
+    assert history.table.elbo[60] > best - 0.1
+
+
+def test_a_shared_latent_weighs_rows_by_their_number() -> None:
+    x = torch.randn(40, dtype=torch.float64)
+    program = Shared(spread=0.0)
+    whole = recorded(program, x, batch_size=40, max_epochs=1).gradients[0]
+    parts = recorded(program, x, batch_size=5, max_epochs=1).gradients
+    assert len(parts) == 8
+    for each, full in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.stack(each).mean(), full)
+        assert torch.stack(each).std() > 0.01 * full.abs()
+
+
+def test_the_elbo_of_a_shared_latent_is_spread_over_the_training_rows() -> None:
+    x = torch.randn(40, dtype=torch.float64)
+    program = Shared(spread=0.0)
+    table = fit(program, x[:30], validation=x[30:], batch_size=7, **STILL).table
+    mean, z = program.loc.detach(), (program.loc + program.slope * x).detach()
+    reconstruction = dist.Normal(z, 0.5).log_prob(x)
+    kl = -dist.Normal(mean, 1.0).log_prob(z) - dist.Normal(0.0, 1.0).log_prob(mean) / 30
+    for rows, prefix in ((slice(0, 30), ""), (slice(30, 40), "validation_")):
+        terms = {"reconstruction": reconstruction, "kl": kl, "elbo": reconstruction - kl}
+        for name, term in terms.items():
+            wanted = term[rows].mean().item()
+            np.testing.assert_allclose(table[f"{prefix}{name}"], wanted, rtol=1e-10)
+
+
+def test_a_shared_latent_is_clipped_by_the_mean_over_rows() -> None:
+    x = torch.randn(40, dtype=torch.float64) + 3.0
+    program = Shared(spread=0.0)
+    clipped = recorded(program, x, batch_size=5, max_epochs=1, max_grad_norm=0.01)
+    for step in clipped.gradients:
+        norm = torch.stack([g.norm() for g in step]).norm() / 40
+        assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+class Named(nn.Module):
+    """A decoder stated by `pyro.module`, a guide by `pyro.param` of its own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(2, 6)
+        self.encoder = nn.Linear(6, 2)
+        self.log_scale = nn.Parameter(torch.zeros(2))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        scale = pyro.param("log_scale", self.log_scale).exp()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), scale).to_event(1))
+
+
+class Half(PyroModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](2, 6) if name == "model" else nn.Linear(6, 2)
+        setattr(self, f"scale_{name}", PyroParam(torch.ones(()), dist.constraints.positive))
+        self.shift = nn.Parameter(torch.zeros(()))
+        self.name = name
+
+    def forward(self, x: Tensor) -> None:
+        scale = getattr(self, f"scale_{self.name}")
+        with pyro.plate("data", len(x)):
+            if self.name == "guide":
+                pyro.sample("z", dist.Normal(self.linear(x) + self.shift, scale).to_event(1))
+                return
+            z = pyro.sample("z", dist.Normal(self.shift.expand(2), scale).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.linear(z)).to_event(1), obs=x)
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.guide = Half("model"), Half("guide")
+
+
+class Whole(PyroModule):
+    """A PyroModule whose programs are plain methods, called from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = Halves()
+        self.spread = PyroParam(torch.ones(()), dist.constraints.positive)
+
+    def model(self, x: Tensor) -> None:
+        self.halves.model(x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), self.spread).to_event(1))
+
+
+@pytest.mark.parametrize("make", [Named, Halves, Whole])
+def test_programs_with_parameter_statements_train(make: type[nn.Module]) -> None:
+    programs = [make(), make()]
+    for program in programs:
+        untrained = {"halves.guide." * (make is Whole)} - {""}
+        before = weights(program)
+        fit(program, X, lr=0.01, validation=0.2)
+        unchanged = {n for n, v in program.state_dict().items() if torch.equal(v, before[n])}
+        assert {n for n in unchanged if not any(n.startswith(u) for u in untrained)} == set()
+        assert list(pyro.get_param_store().keys()) == []
+
+
+class Stated(nn.Module):
+    """Its guide states a parameter in one of the ways that no module can own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.scale, self.way = nn.Parameter(torch.ones(2)), way
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), self.scale.exp()).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, True).expand(-1, 6), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        positive = dist.constraints.positive
+        if self.way == "free":
+            scale = pyro.param("scale", torch.ones(2), constraint=positive)
+        elif self.way == "lazy":
+            scale = pyro.param("scale", lambda: torch.ones(2))
+        else:
+            scale = pyro.param("scale", self.scale, constraint=positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), scale).to_event(1))
+
+
+@pytest.mark.parametrize("way", ["free", "lazy", "constrained"])
+def test_a_parameter_that_no_module_owns_is_refused(way: str) -> None:
+    with pytest.raises(ValueError, match=r"^Expected every parameter to belong .*'scale'"):
+        fit(Stated(way), X)
+
+
+def test_two_pyro_params_of_one_name_are_refused() -> None:
+    program = nn.Module()
+    program.model, program.guide = Half("model"), Half("guide")
+    program.guide.scale_model = PyroParam(torch.ones(()))
+    with pytest.raises(ValueError, match=r"^Expected the PyroParams .* two called 'scale_model'"):
+        fit(program, X)
+
+
+# How it ends
+
+
+@contextmanager
+def handler(of: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, of)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupting(at: int, times: int = 1) -> Callable[[Tensor], Tensor]:
+    """Presses Ctrl-C at a minibatch."""
+    count = [0]
+
+    def transform(x: Tensor) -> Tensor:
+        if len(x) == 16:
+            count[0] += 1
+            for _ in range(times if count[0] == at else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+        return x
+
+    return transform
+
+
+def test_ctrl_c_returns_the_best_weights() -> None:
+    vae, train, held_out = small(), X[:40], X[40:]
+    with handler(signal.default_int_handler):
+        history = fit(
+            vae, train, validation=held_out, max_epochs=50, transform=interrupting(8), lr=0.3
+        )
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert history.stopped == "interrupted"
+    assert len(history) == 3
+    elbos = history.table.validation_elbo
+    assert elbos.idxmax() == history.best_epoch
+    assert validation_elbo(vae, held_out) == pytest.approx(elbos.max(), rel=1e-6)
+
+
+def test_ctrl_c_in_the_first_epoch_returns_an_empty_history() -> None:
+    vae = small()
+    before = weights(vae)
+    history = fit(vae, X, transform=interrupting(2), lr=0.01)
+    assert (len(history), history.stopped, history.best_epoch) == (0, "interrupted", 0)
+    assert not torch.equal(
+        weights(vae)["decoder.layers.1.weight"], before["decoder.layers.1.weight"]
+    )
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    vae = small()
+    with handler(signal.default_int_handler):
+        before = torch.get_rng_state()
+        with pytest.raises(KeyboardInterrupt):
+            fit(vae, X, transform=interrupting(2, times=2))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert torch.equal(torch.get_rng_state(), before)
+    assert list(pyro.get_param_store().keys()) == []
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    with handler(signal.SIG_IGN):
+        assert fit(small(), X, transform=interrupting(2)).stopped == "max_epochs"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_it_runs_outside_the_main_thread() -> None:
+    ended: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=lambda: ended.append(fit(small(), X).stopped))
+    thread.start()
+    thread.join()
+    assert ended == ["max_epochs"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+class Spoiling:
+    """Turns one minibatch to NaN, and remembers weights and optimiser as they were before."""
+
+    def __init__(self, program: nn.Module, at: int) -> None:
+        self.program, self.at, self.count = program, at, 0
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.before: dict[str, Tensor] = {}
+        self.state: dict[Any, Tensor] = {}
+
+    def making(self, make: Any) -> Any:
+        def making(parameters: Any) -> torch.optim.Optimizer:
+            self.optimizers.append(make(parameters))
+            return self.optimizers[-1]
+
+        return making
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        entries = self.optimizers[-1].state_dict()["state"]
+        return {
+            f"{i}.{name}": value.clone()
+            for i, entry in entries.items()
+            for name, value in entry.items()
+            if isinstance(value, Tensor)
+        }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.count += len(x) == 16
+        if len(x) == 16 and self.count == self.at:
+            self.before, self.state = weights(self.program), self.optimizer_state()
+            return x * torch.nan
+        return x
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "Adam, fused": functools.partial(torch.optim.Adam, lr=0.01, fused=True),
+    "Adam": functools.partial(torch.optim.Adam, lr=0.01, foreach=False),
+    "AdamW, fused": functools.partial(torch.optim.AdamW, lr=0.01, fused=True, weight_decay=0.1),
+    "SGD, fused": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True),
+    "SGD": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, foreach=False),
+    "RMSprop": functools.partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
+    "Adagrad": functools.partial(torch.optim.Adagrad, lr=0.01, fused=True),
+    "NAdam": functools.partial(torch.optim.NAdam, lr=0.01),
+    "ClippedAdam": functools.partial(
+        pyro.optim.ClippedAdam({}).pt_optim_constructor, lr=0.01, weight_decay=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_bad_batch_changes_nothing(name: str) -> None:
+    vae = small(encoder=nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)))
+    spoiling = Spoiling(vae, at=5)
+    make = spoiling.making(OPTIMIZERS[name])
+    with pytest.raises(FloatingPointError, match="epoch 2, batch 2 of 4, rows ") as caught:
+        fit(vae, as_frame(X.numpy()), transform=spoiling, optimizer=make, lr=None)
+    assert "row 1" in str(caught.value)
+    assert len(caught.value.history) == 1
+    assert caught.value.history.stopped == "not finite"
+    assert_same(weights(vae), spoiling.before)
+    assert_same(spoiling.optimizer_state(), spoiling.state)
+    assert spoiling.state or name == "SGD"
+
+
+def test_a_bad_first_batch_changes_nothing() -> None:
+    vae = small()
+    before = weights(vae)
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 1 of 4") as caught:
+        fit(vae, X, transform=Spoiling_first)
+    assert_same(weights(vae), before)
+    assert len(caught.value.history) == 0
+
+
+def Spoiling_first(x: Tensor) -> Tensor:  # noqa: N802
+    return x * torch.nan if len(x) == 16 else x
+
+
+class Root(nn.Module):
+    """Its loss is finite where its gradient is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(()))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0 * x + self.level.sqrt(), 1.0))
+
+
+def test_a_gradient_that_is_not_finite_is_found() -> None:
+    program = Root()
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 1 of 4"):
+        fit(program, torch.randn(50), max_grad_norm=1.0)
+    assert program.level == 0
+
+
+def test_nan_in_a_programs_own_data_is_found() -> None:
+    x = torch.randn(50)
+    x[33] = torch.nan
+    program = Root()
+    program.level.data += 1.0
+    with pytest.raises(FloatingPointError, match="epoch 1, batch"):
+        fit(program, x)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "a class": {"optimizer": torch.optim.Adam, "lr": 0.02},
+    "a partial": {"optimizer": functools.partial(torch.optim.Adam, lr=0.02)},
+    "a partial, lr beside": {
+        "optimizer": functools.partial(torch.optim.Adam, eps=1e-8),
+        "lr": 0.02,
+    },
+    "Pyro's": {"optimizer": pyro.optim.Adam({"lr": 0.02})},
+    "a function": {"optimizer": lambda p: torch.optim.Adam(p, 0.02, fused=True), "lr": None},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_form_of_the_optimizer_does_not_matter(form: str) -> None:
+    one, other = small(), small()
+    fit(one, X, **FORMS["a class"])
+    fit(other, X, **FORMS[form])
+    assert_same(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains(name: str) -> None:
+    vae = small()
+    history = fit(vae, X, optimizer=OPTIMIZERS[name], max_epochs=15)
+    assert history.table.elbo[15] > history.table.elbo[1]
+
+
+def test_frozen_parameters_stay() -> None:
+    vae = small()
+    vae.encoder.requires_grad_(False)
+    before = weights(vae)
+    fit(vae, X)
+    after = weights(vae)
+    assert torch.equal(after["encoder.layers.1.weight"], before["encoder.layers.1.weight"])
+    assert not torch.equal(after["decoder.layers.1.weight"], before["decoder.layers.1.weight"])

@@ -1,0 +1,66 @@
+"""The README: its Python runs, its tables are complete, its commands are those that there are."""
+
+import inspect
+import re
+from pathlib import Path
+
+import matplotlib  # noqa: F401 - its style is compared before and after
+import pytest
+import typer
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:From S / 4 to S draws:UserWarning")
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = re.sub(r"max_epochs=\d+", "max_epochs=2", "\n".join(blocks("python")))
+    program = re.sub(r"num_samples=\d+", "num_samples=40", program)
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(program, "README.md", "exec"), names)
+    assert names["table"].index.name == "model"
+    assert (tmp_path / "training.png").exists()
+
+
+@pytest.mark.parametrize("room", ["priors", "likelihoods", "posteriors", "networks", "elbos"])
+def test_every_member_stands_in_the_table(room: str) -> None:
+    (line,) = re.findall(rf"^\| `pv\.{room}` \| (.*?) \|", README, re.MULTILINE)
+    classes = {k: v for k, v in vars(getattr(pv, room)).items() if inspect.isclass(v)}
+    members = {
+        name
+        for name, value in classes.items()
+        if (issubclass(value, nn.Module) or hasattr(value, "estimate"))
+        and not inspect.isabstract(value)
+        and name not in ("Objective",)
+    }
+    assert set(re.findall(r"`(\w+)`", line)) == members
+
+
+def test_every_example_stands_in_the_table() -> None:
+    named = set(re.findall(r"\(examples/(\w+\.py)\)", README))
+    assert named == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_commands_are_there() -> None:
+    commands = typer.main.get_command(app).commands
+    lines = [line for block in blocks("sh") for line in block.splitlines() if "pyro-vae " in line]
+    assert len(lines) == 6
+    for line in lines:
+        name, *words = line.split("pyro-vae ")[1].split()
+        known = {flag for option in commands[name].params for flag in option.opts}
+        assert {word for word in words if word.startswith("-")} <= known
+
+
+def test_set_up_is_what_the_gate_runs() -> None:
+    promised = "\n".join(blocks("sh"))
+    assert "pip install . && pyro-vae demo\n" in promised
+    assert "pip install '.[test]' && pytest\n" in promised
