@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 __all__ = [
     "PathLike",
     "load_state",
+    "new_file",
     "new_folder",
     "read_json",
     "read_tensors",
@@ -48,7 +49,7 @@ def write_tensors(
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     said = json.dumps(dict(header))
     metadata = {_HEADER: said, _DIGEST: _digest(own, said)}
-    with _replacing(Path(path)) as beside:
+    with new_file(path, overwrite=True) as beside:
         beside.write_bytes(save(own, metadata))
 
 
@@ -114,7 +115,7 @@ def write_json(path: PathLike, content: Mapping[str, Any]) -> None:
         path: The file.
         content: Numbers, strings, lists and dicts of them.
     """
-    with _replacing(Path(path)) as beside:
+    with new_file(path, overwrite=True) as beside:
         beside.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
 
 
@@ -145,6 +146,33 @@ def sha256(path: PathLike) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_file(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a file beside a path to write to, which takes its name once all is written.
+
+    Arguments:
+        path: The file to make.
+        overwrite: Whether a file of that name may be replaced.
+
+    Raises:
+        ValueError: Where it is there already and may not be replaced.
+        OSError: Where the system refuses.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"Expected a file that is not there yet; got {path}, which exists.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield beside
+        _sync(beside)
+        os.replace(beside, path)
+        _sync(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -190,20 +218,6 @@ def _swap(beside: Path, path: Path) -> None:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        yield beside
-        _sync(beside)
-        os.replace(beside, path)
-        _sync(path.parent)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _sync(path: Path) -> None:

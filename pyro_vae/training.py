@@ -40,7 +40,7 @@ from .importance import RowTerms, Structure, programs_of, row_terms_of, structur
 from .rows import PLATE, Data, Rows
 from .svi import SVI, MakeOptimizer
 
-__all__ = ["History", "device_of", "fit"]
+__all__ = ["History", "fit"]
 
 Transform: TypeAlias = Callable[[Any], Any]
 MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]

@@ -1,6 +1,5 @@
 """The commands: what they take, and what they say."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from rich.console import Console
 from .. import datasets, plots
 from ..checkpoint import load
 from ..contexts import device_of
+from ..files import new_file
 from ..rows import Rows
 from .judgement import Judgement
 from .runs import Settings, column_names, run, save_picture, seen, settings_of
@@ -58,20 +58,6 @@ def _frame(x: np.ndarray, names: list[str]) -> pd.DataFrame:
     flat = x.reshape(len(x), -1)
     numbered = [f"x[{', '.join(map(str, index))}]" for index in np.ndindex(x.shape[1:])]
     return pd.DataFrame(flat, columns=names or numbered)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Gives a file to write beside a path, which takes its name once all is written."""
-    if path.exists():
-        raise ValueError(f"Expected a file that is not there yet; got {path}, which exists.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -229,7 +215,7 @@ def _evaluate(
     rows = seen(rows, settings.get("settings", {}).get("transform"), seed)
     judgement = Judgement.of(program, rows, num_samples, seed)
     if out is not None:
-        with _new_file(out) as beside:
+        with new_file(out) as beside:
             judgement.frame().to_csv(beside)
     judgement.show(f"{len(rows)} rows of {data} under {folder}")
 
@@ -253,5 +239,5 @@ def _sample(
     if out is None:
         sys.stdout.write(_frame(draws, names).to_csv(index=False))
         return
-    with _new_file(out) as beside:
+    with new_file(out) as beside:
         _WRITERS[out.suffix](beside, draws, names)
