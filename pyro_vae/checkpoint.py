@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -130,7 +131,7 @@ def load(
     tensors, _ = read_tensors(folder / _WEIGHTS)
     state = {k.removeprefix("program."): v for k, v in tensors.items() if k.startswith("program.")}
     if into is None:
-        with kept_generators():
+        with kept_generators(), _of_few_levels(folder):
             program = _decode(spec["program"], tensors)
         if not isinstance(program, nn.Module):
             raise ValueError(f"Expected {folder} to hold a program; got {spec['program']!r}.")
@@ -155,13 +156,25 @@ def _checked_spec(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"Expected {folder / _SPEC} to be a specification of pyro_vae; got another."
         )
-    if spec["sha256"].pop(_SPEC, None) != _digest(spec):
+    with _of_few_levels(folder):
+        is_as_saved = spec["sha256"].pop(_SPEC, None) == _digest(spec)
+    if not is_as_saved:
         raise ValueError(f"Expected {folder / _SPEC} as it was saved; got an altered file.")
     if _WEIGHTS not in spec["sha256"]:
         raise ValueError(f"Expected {folder / _SPEC} to record {_WEIGHTS}; got no such record.")
     for name, digest in spec["sha256"].items():
         _check_file(folder, name, digest)
     return spec
+
+
+@contextmanager
+def _of_few_levels(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError(
+            f"Expected {folder / _SPEC} to be a specification of a few levels; got {error}."
+        ) from error
 
 
 def _digest(spec: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "local_parameters",
     "parameters_are_local",
     "seeded",
+    "unmoved_statistics",
 ]
 
 
@@ -68,10 +69,19 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Puts torch's generators, of CPU and CUDA, back to where they are now."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices):
-        yield
+    """Puts torch's generators, of CPU and CUDA, back to where they are now.
+
+    CUDA is not started for it: where it was not running, its generators are told to start, as
+    without the call, from torch's seed.
+    """
+    was_running = torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if was_running else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        if not was_running:
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 class _OwnParameters(Messenger):  # type: ignore[misc]
@@ -166,6 +176,28 @@ def kept_modes(program: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def unmoved_statistics(*modules: nn.Module) -> Iterator[None]:
+    """Lets layers that train normalise by their batch, without noting it in running statistics.
+
+    Arguments:
+        modules: The modules that such layers may be in.
+    """
+    tracking: list[Any] = [
+        layer
+        for module in modules
+        for layer in module.modules()
+        if layer.training and getattr(layer, "track_running_stats", False)
+    ]
+    try:
+        for layer in tracking:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in tracking:
+            layer.track_running_stats = True
 
 
 @contextmanager

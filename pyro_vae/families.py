@@ -163,7 +163,7 @@ class Family(nn.Module):
         self.event_shape = torch.Size(event_shape)
         self.extra = torch.Size(extra)
         self.feature_shape = None if features is None else features.shape[1:]
-        like = torch.empty(0) if features is None else features
+        like = torch.empty(0, dtype=self._fixed_dtype()) if features is None else features
         self.register_buffer("_like", like.new_zeros(()), persistent=False)
         self.heads = nn.ModuleDict()
         self.shared = nn.ParameterDict()
@@ -173,6 +173,14 @@ class Family(nn.Module):
             self._build_parameter(name, word, features)
         self.is_built = True
         return self
+
+    def _fixed_dtype(self) -> torch.dtype:
+        """The widest of torch's default and the fixed tensors, which so keep their values."""
+        dtype = torch.get_default_dtype()
+        for word in self.words.values():
+            if isinstance(word, Tensor) and word.is_floating_point():
+                dtype = torch.promote_types(dtype, word.dtype)
+        return dtype
 
     def _complete_words(self) -> dict[str, Word]:
         left_out = {
@@ -257,7 +265,7 @@ class Family(nn.Module):
     def _values(self, features: Tensor | None) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, head in self.heads.items():
-            values[name] = self.links[name](head(features))
+            values[name] = self.links[name](head(features).to(self._like.dtype))
         for name, parameter in self.shared.items():
             values[name] = self.links[name](parameter).expand(self.shapes[name])
         for name, word in self.words.items():

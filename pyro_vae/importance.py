@@ -1,8 +1,11 @@
 """log p(x, z) and log q(z | x) of a program, per particle and per row, from Pyro's traces."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import pyro
 import torch
@@ -34,7 +37,7 @@ Program: TypeAlias = Callable[..., Any]
 _PARTICLES = "_particles"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Structure:
     """What a program is made of, as a dry run on two rows shows it.
 
@@ -43,23 +46,27 @@ class Structure:
         max_plate_nesting: The number of dims that plates take, from the right.
         latents: The latent sites that have a value for each row.
         global_latents: The latent sites outside the plate `"data"`.
+        global_observed: The observed sites (a `pyro.factor`, say) outside it.
         observed: The observed sites.
         event_shapes: The event shape of each site.
         discrete: Whether each observed site has a mass function, not a density.
-        is_scaled: Whether the program itself scales the rows (by N / B, say).
+        is_scaled: Whether the program scales a site of the rows (by `poutine.scale`, say).
+        is_subsampled: Whether its plate `"data"` is a subsample, which scales the rows by N / B.
     """
 
     rows_dim: int
     max_plate_nesting: int
     latents: tuple[str, ...]
     global_latents: tuple[str, ...]
+    global_observed: tuple[str, ...]
     observed: tuple[str, ...]
     event_shapes: dict[str, torch.Size]
     discrete: dict[str, bool]
     is_scaled: bool
+    is_subsampled: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Densities:
     r"""Log-densities of every site of a program, per particle and row.
 
@@ -81,7 +88,7 @@ class Densities:
     @property
     def log_guide(self) -> Tensor:
         """log q(z | x), shape (num_particles, rows), summed over sites in float64."""
-        return _total(self.guide)
+        return _total(self.guide) if self.guide else torch.zeros_like(self.log_joint)
 
     @property
     def log_weights(self) -> Tensor:
@@ -193,34 +200,34 @@ def densities(
     Raises:
         ValueError: Where there are latent sites outside the plate `"data"`.
     """
-    if known.global_latents:
+    outside = known.global_latents + known.global_observed
+    if outside:
         raise ValueError(
-            f"Expected latent sites in the plate {PLATE!r}, one value for each row; got "
-            f"{', '.join(known.global_latents)} outside it."
+            f"Expected sites in the plate {PLATE!r}, one value for each row; got "
+            f"{', '.join(outside)} outside it."
         )
     particles = pyro.plate(_PARTICLES, num_particles, dim=-known.max_plate_nesting - 1)
     guide_trace, model_trace = _traces(particles(model), particles(guide), args)
     per_row = _PerRow(model_trace, num_particles, known)
     return Densities(
         {name: per_row.log_prob(site) for name, site in _samples(model_trace)},
-        {name: per_row.log_prob(site) for name, site in _samples(guide_trace)},
+        {n: per_row.log_prob(s) for n, s in _samples(guide_trace) if not _is_computed(s)},
         {name: per_row.value(guide_trace.nodes[name]) for name in known.latents},
     )
 
 
-@dataclass(frozen=True)
-class RowTerms:
+class RowTerms(NamedTuple):
     """The two terms of the ELBO of each row, without the scales of an objective.
 
     Arguments:
         reconstruction: log p(x | z) of each row, shape (rows,), in nats.
         kl: log q(z | x) - log p(z) of each row, shape (rows,), in nats.
-        global_kl: The same of the latents that all rows share, shape ().
+        global_kl: The same of the sites that all rows share, shape (), where there are any.
     """
 
     reconstruction: Tensor
     kl: Tensor
-    global_kl: Tensor
+    global_kl: Tensor | None
 
     @property
     def elbo(self) -> Tensor:
@@ -236,7 +243,7 @@ def row_terms(model_trace: Trace, guide_trace: Trace, num_particles: int = 1) ->
         guide_trace: The trace of the guide.
         num_particles: How many particles stand in the traces: terms are their mean.
     """
-    parts: dict[str, Any] = {"reconstruction": 0.0, "kl": 0.0, "global_kl": 0.0}
+    parts: dict[str, Any] = dict.fromkeys(RowTerms._fields, 0.0)
     for sign, trace in ((1.0, guide_trace), (-1.0, model_trace)):
         for _, site in _samples(trace):
             log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
@@ -244,39 +251,42 @@ def row_terms(model_trace: Trace, guide_trace: Trace, num_particles: int = 1) ->
                 continue
             if not _in_rows(site):
                 parts["global_kl"] += sign * log_prob.sum() / num_particles
-            elif site["is_observed"]:
+            elif trace is model_trace and site["is_observed"]:
                 parts["reconstruction"] += _sum_to_rows(log_prob, site) / num_particles
             else:
                 parts["kl"] += sign * _sum_to_rows(log_prob, site) / num_particles
     like = next(value for value in parts.values() if isinstance(value, Tensor))
-    return RowTerms(
-        **{k: v if isinstance(v, Tensor) else like.new_zeros(()) for k, v in parts.items()}
-    )
+    if not isinstance(parts["global_kl"], Tensor):
+        parts["global_kl"] = None
+    zero = like.new_zeros(())
+    return RowTerms(**{k: zero if isinstance(v, float) else v for k, v in parts.items()})
 
 
-def plate_nesting(model: Program, guide: Program, args: tuple[Any, ...]) -> int:
+def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
     """Returns the number of dims that the plates of two programs take, from the right.
 
     Arguments:
         model: The model.
         guide: The guide.
-        args: Their arguments.
+        args: Their positional arguments.
+        kwargs: Their keyword arguments.
     """
     with poutine.block():
-        traces = _traces(model, guide, args)
+        traces = _traces(model, guide, args, kwargs)
     frames = [f for trace in traces for _, site in _samples(trace) for f in _frames(site)]
     return -min((frame.dim for frame in frames), default=0)
 
 
-def row_terms_of(model: Program, guide: Program, *args: Any) -> RowTerms:
+def row_terms_of(model: Program, guide: Program, *args: Any, **kwargs: Any) -> RowTerms:
     """Returns the ELBO's terms of each row at one draw from the guide.
 
     Arguments:
         model: The model.
         guide: The guide.
-        args: Their arguments.
+        args: Their positional arguments.
+        kwargs: Their keyword arguments.
     """
-    guide_trace, model_trace = _traces(model, guide, args)
+    guide_trace, model_trace = _traces(model, guide, args, kwargs)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
     return row_terms(model_trace, guide_trace)
@@ -314,19 +324,22 @@ class _PerRow:
         value, events = site["value"], len(site["fn"].event_shape)
         batch = value.shape[: value.ndim - events]
         value = value.reshape((1,) * (self.nesting - len(batch)) + value.shape)
+        inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, -self.nesting}
+        sizes = [value.shape[dim - events] for dim in sorted(inner)]
+        rest = (*sizes, *value.shape[value.ndim - events :])
         value = value.movedim(self.rows_dim - events, 1)
-        rest = value.shape[2:] if self.nesting == 2 else self._squeezed(value.shape[2:], events)
-        return value.reshape(value.shape[:2] + rest).expand(self.particles, self.rows, *rest)
-
-    @staticmethod
-    def _squeezed(shape: torch.Size, events: int) -> torch.Size:
-        plates, event = shape[: len(shape) - events], shape[len(shape) - events :]
-        return torch.Size(size for size in plates if size > 1) + event
+        return value.reshape(*value.shape[:2], *rest).expand(self.particles, self.rows, *rest)
 
 
-def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[Trace, Trace]:
-    guide_trace = poutine.trace(guide).get_trace(*args)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
+def _traces(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Trace, Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replayed = poutine.replay(model, trace=guide_trace)
+    model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
 
 
@@ -335,7 +348,7 @@ def _samples(trace: Trace) -> list[tuple[str, Any]]:
 
 
 def _total(sites: dict[str, Tensor]) -> Tensor:
-    return sum((log_prob.double() for log_prob in sites.values()), torch.zeros(()))
+    return functools.reduce(operator.add, (log_prob.double() for log_prob in sites.values()))
 
 
 def _structure_of(model: Trace, guide: Trace) -> Structure:
@@ -346,8 +359,9 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
             f"Expected one plate named {PLATE!r} over the rows in model and guide; got plates "
             f"{sorted({frame.name for frame in frames})}."
         )
+    _check_plates(model, guide)
     latent = [name for name, site in _samples(model) if not site["is_observed"]]
-    _check_match(latent, [name for name, _ in _samples(guide)])
+    _check_match(latent, [name for name, site in _samples(guide) if _is_drawn(site)])
     sites = dict(_samples(model))
     observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
     return Structure(
@@ -355,11 +369,24 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
         max_plate_nesting=-min(frame.dim for frame in frames),
         latents=tuple(name for name in latent if _in_rows(sites[name])),
         global_latents=tuple(name for name in latent if not _in_rows(sites[name])),
-        observed=tuple(observed),
+        global_observed=tuple(name for name in observed if not _in_rows(sites[name])),
+        observed=tuple(name for name in observed if _in_rows(sites[name])),
         event_shapes={name: torch.Size(site["fn"].event_shape) for name, site in sites.items()},
-        discrete={name: bool(sites[name]["fn"].support.is_discrete) for name in observed},
-        is_scaled=any(not _is_one(site["scale"]) for site in sites.values()),
+        discrete={name: _is_discrete(sites[name]) for name in observed},
+        is_scaled=any(_in_rows(s) and not _is_one(s["scale"]) for s in sites.values()),
+        is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
     )
+
+
+def _check_plates(model: Trace, guide: Trace) -> None:
+    guided = dict(_samples(guide))
+    for name, site in _samples(model):
+        if name in guided and _in_rows(site) != _in_rows(guided[name]):
+            inside, outside = ("model", "guide") if _in_rows(site) else ("guide", "model")
+            raise ValueError(
+                f"Expected {name!r} to stand in the plate {PLATE!r} of model and guide alike; got "
+                f"it inside in the {inside} and outside in the {outside}."
+            )
 
 
 def _check_match(latent: list[str], guided: list[str]) -> None:
@@ -368,6 +395,17 @@ def _check_match(latent: list[str], guided: list[str]) -> None:
             f"Expected the guide to draw the latent sites of the model, {sorted(latent)}; got "
             f"{sorted(guided)}."
         )
+
+
+def _is_drawn(site: Any) -> bool:
+    return not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+
+
+def _is_discrete(site: Any) -> bool:
+    try:
+        return bool(site["fn"].support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def _frames(site: Any) -> list[Any]:

@@ -20,7 +20,10 @@ SMALLEST = 1e-6
 
 
 class _BoundedExp(Transform):
-    """exp of a value kept within +- 30, so that neither 0 nor inf can come out in float32."""
+    """exp of a value kept within +- 30, so that neither 0 nor inf can come out in float32.
+
+    Gradients pass the bounds (straight-through), so that a value beyond them can come back.
+    """
 
     domain = constraints.real
     codomain = constraints.positive
@@ -33,13 +36,17 @@ class _BoundedExp(Transform):
     __hash__ = Transform.__hash__
 
     def _call(self, x: Tensor) -> Tensor:
-        return x.clamp(-30.0, 30.0).exp()
+        return _bounded(x).exp()
 
     def _inverse(self, y: Tensor) -> Tensor:
         return y.log()
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return x
+        return _bounded(x)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    return x.detach().clamp(-30.0, 30.0) + (x - x.detach())
 
 
 class _BoundedSoftplus(Transform):

@@ -52,30 +52,31 @@ class Rows:
     columns: dict[str, tuple[np.ndarray, ...]]
 
     @classmethod
-    def of(cls, x: Any, *, like: nn.Module | None = None) -> "Rows":
+    def of(cls, x: Any, *, like: nn.Module | None = None, move: bool = True) -> "Rows":
         """Reads rows from a tensor, an array, a pandas frame, an xarray array or a dict of them.
 
         Floating values take the dtype of the weights of `like`, integers and booleans stay; all
-        move to its device.
+        move to its device, if they are to move.
 
         Arguments:
             x: The data, shape (rows, *event), or a dict of such.
             like: The module that will read them.
+            move: Whether they go to its device now, all at once.
 
         Raises:
             ValueError: Where there are no rows, no numbers, or fields of different lengths.
         """
         if isinstance(x, Rows):
-            return x.to_like(like)
+            return x.to_like(like, move=move)
         fields = x if isinstance(x, Mapping) else {"x": x}
         if not fields:
             raise ValueError("Expected at least one field of data; got an empty dict.")
         tensors = {name: _tensor(name, value) for name, value in fields.items()}
         count = _common_length(tensors)
-        first = next(iter(fields.values()))
+        names = _common_names(fields, count)
         columns = {name: _columns(value, tensors[name]) for name, value in fields.items()}
         data = tensors if isinstance(x, Mapping) else tensors["x"]
-        return cls(data, _row_names(first, count), columns).to_like(like)
+        return cls(data, names, columns).to_like(like, move=move)
 
     @property
     def fields(self) -> dict[str, Tensor]:
@@ -121,17 +122,19 @@ class Rows:
         """
         return self._map(lambda tensor: tensor.to(device))
 
-    def to_like(self, module: nn.Module | None) -> "Rows":
+    def to_like(self, module: nn.Module | None, *, move: bool = True) -> "Rows":
         """Moves the rows to a module's device, and floating values to the dtype of its weights.
 
         Arguments:
             module: The module; `None` gives torch's default dtype, and moves nothing.
+            move: Whether to move at all, or only cast.
         """
         like = floating_like(module)
+        is_moved = move and module is not None
 
         def cast(tensor: Tensor) -> Tensor:
             dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.to(tensor.device if module is None else like.device, dtype)
+            return tensor.to(like.device if is_moved else tensor.device, dtype)
 
         return self._map(cast)
 
@@ -217,12 +220,27 @@ def _common_length(tensors: dict[str, Tensor]) -> int:
     return next(iter(lengths.values()))
 
 
-def _row_names(value: Any, count: int) -> np.ndarray:
+def _common_names(fields: Mapping[str, Any], count: int) -> np.ndarray:
+    """The labels of the rows, which every field that has some must agree on."""
+    labelled = {k: n for k, v in fields.items() if (n := _row_names(v)) is not None}
+    if not labelled:
+        return np.arange(count)
+    first = next(iter(labelled))
+    for name, labels in labelled.items():
+        if not np.array_equal(labels, labelled[first]):
+            raise ValueError(
+                "Expected fields whose rows have the same labels in the same order; got others in "
+                f"{name} than in {first}."
+            )
+    return labelled[first]
+
+
+def _row_names(value: Any) -> np.ndarray | None:
     if isinstance(value, pd.DataFrame | pd.Series):
         return _labels(value.index)
     if isinstance(value, xr.DataArray) and value.dims[0] in value.coords:
         return _labels(value.coords[value.dims[0]].to_index())
-    return np.arange(count)
+    return None
 
 
 def _columns(value: Any, tensor: Tensor) -> tuple[np.ndarray, ...]:

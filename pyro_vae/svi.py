@@ -69,43 +69,46 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.is_bad = self.parameters[0].new_zeros((), dtype=torch.float32)
         super().__init__(model, guide, _AsPyroOptim(self.optimizer), loss)
 
-    def update(self, *args: Any) -> Estimate:
+    def update(self, *args: Any, **kwargs: Any) -> Estimate:
         """Takes a step, and returns the estimate that it was taken on, on the device.
 
         Arguments:
             args: What model and guide are called with.
+            kwargs: The same, by name.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        buffers = [(buffer, buffer.clone()) for buffer in self._buffers()]
-        estimate = self.objective(*args)
+        buffers = [_Kept(*place) for place in self._buffers()]
+        estimate = self.objective(*args, **kwargs)
         estimate.loss.backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm) & torch.isfinite(estimate.loss.detach())
-        self.is_bad = torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype))
+        torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype), out=self.is_bad)
         if self.max_grad_norm is not None:
             rows = self.row_weight * len(estimate.terms.reconstruction)
             limit = self.max_grad_norm * rows
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         _step_unless(self.optimizer, self.is_bad)
-        _take_back(self.is_bad.bool(), buffers)
+        for buffer in buffers:
+            buffer.take_back(self.is_bad.bool())
         self.optimizer.zero_grad(set_to_none=True)
         return estimate
 
-    def _buffers(self) -> Iterator[Tensor]:
+    def _buffers(self) -> Iterator[tuple[dict[str, Any], str]]:
         """What a forward pass may change, and a bad one must not: running means, say."""
         for module in self.objective.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield buffer
+                    yield module._buffers, name
 
-    def step(self, *args: Any) -> Tensor:
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes a step, and returns the loss it was taken on, shape (), on the device.
 
         Arguments:
             args: What model and guide are called with.
+            kwargs: The same, by name.
         """
-        return self.update(*args).loss.detach()
+        return self.update(*args, **kwargs).loss.detach()
 
 
 def optimizer_of(
@@ -196,6 +199,23 @@ def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
         if isinstance(value, Tensor)
     }
     return {(id(p), ""): p for p in parameters} | states
+
+
+class _Kept:
+    """A buffer as it was, put back where a step was bad: changed in place, or by assignment."""
+
+    def __init__(self, buffers: dict[str, Any], name: str) -> None:
+        self.buffers, self.name, self.buffer = buffers, name, buffers[name]
+        self.value = self.buffer.clone()
+
+    @torch.no_grad()
+    def take_back(self, is_bad: Tensor) -> None:
+        now = self.buffers[self.name]
+        kept = torch.where(is_bad, self.value, now)
+        if now is self.buffer and 0 not in now.stride():
+            now.copy_(kept)
+        elif now is not self.buffer:
+            self.buffers[self.name] = kept
 
 
 class _AsPyroOptim(PyroOptim):  # type: ignore[misc]

@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from .contexts import (
     local_parameters,
     seeded,
 )
-from .elbos import Trace_ELBO
+from .elbos import Estimator, Trace_ELBO
 from .files import PathLike, load_state, read_tensors, write_tensors
 from .importance import RowTerms, Structure, programs_of, row_terms_of, structure
 from .rows import PLATE, Data, Rows
@@ -46,7 +47,7 @@ Transform: TypeAlias = Callable[[Any], Any]
 MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class History:
     """What happened in a fit, epoch by epoch.
 
@@ -67,10 +68,17 @@ class History:
 
     def plot(self) -> Any:
         """Draws the training curve, and returns the matplotlib figure."""
-        return plots.training(self.table)
+        return plots.training(self)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        kept = self.table["elbo"].get(self.best_epoch, math.nan) if len(self) else math.nan
+        return (
+            f"History({len(self)} epochs, stopped={self.stopped!r}, "
+            f"best_epoch={self.best_epoch}, elbo={kept:.2f})"
+        )
 
 
 def fit(
@@ -219,7 +227,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.kl_weight = torch.ones((), device=self.device)
-        self.steps = math.ceil(len(self.rows) / self.settings.batch_size)
+        self.steps = len(_batches(torch.arange(len(self.rows)), self.settings.batch_size))
         elbo = self.svi.objective.elbo
         if math.isinf(elbo.max_plate_nesting):  # else Pyro spends random numbers to find out
             spread = elbo.vectorize_particles and elbo.num_particles > 1
@@ -235,7 +243,7 @@ class _Run:
             total=self.settings.max_epochs,
             initial=len(self.records),
             unit="epoch",
-            disable=None if progress else True,
+            disable=not (progress and _is_watched()),
         )
         with bar, kept_modes(self.program), _interrupts() as interrupted:
             while len(self.records) < self.settings.max_epochs:
@@ -282,7 +290,7 @@ class _Run:
     def _train(self, interrupted: threading.Event) -> "_Totals | None":
         totals, good = _Totals(self.device), torch.zeros((), device=self.device)
         order = torch.randperm(len(self.rows), device=self.rows.device)
-        batches = order.split(self.settings.batch_size)
+        batches = _batches(order, self.settings.batch_size)
         self.program.train()
         with self._training_handlers() as scale:
             for step, index in enumerate(batches):
@@ -299,7 +307,7 @@ class _Run:
     @contextlib.contextmanager
     def _training_handlers(self) -> Iterator["_ScaledRows"]:
         known = self.structure
-        rows = _ScaledRows(active=bool(known.global_latents) and not known.is_scaled)
+        rows = _ScaledRows(active=_is_shared(known) and not known.is_subsampled)
         annealed = _Annealed(self.kl_weight) if self.settings.warmup else contextlib.nullcontext()
         with pyro.validation_enabled(False), local_parameters(self.program), annealed, rows:
             yield rows
@@ -328,10 +336,10 @@ class _Run:
         if self.held_out is None:
             self.best_epoch = epoch
         elif epoch > self.settings.warmup:
-            best = math.nan
+            best = -math.inf
             if self.best is not None:
                 best = self.records[self.best_epoch - 1]["validation_elbo"]
-            if not record["validation_elbo"] <= best:
+            if self.best is None or math.isnan(best) or record["validation_elbo"] > best:
                 self.best_epoch = epoch
                 self.best = {k: v.clone() for k, v in self.program.state_dict().items()}
 
@@ -398,19 +406,36 @@ class _Run:
         """What must be the same for a checkpoint to be gone on from, as it is at the start."""
         asked = {k: v for k, v in asdict(self.settings).items() if k not in _MAY_CHANGE}
         elbo, optimizer = self.svi.objective.elbo, self.svi.optimizer
-        names = ("num_particles", "vectorize_particles")
         return asked | {
             "rows": self.rows.digest(),
             "validation": None if self.held_out is None else self.held_out.digest(),
             "transform": getattr(self.transform, "__qualname__", type(self.transform).__name__),
-            "elbo": _call(elbo, {name: getattr(elbo, name) for name in names}),
+            "elbo": repr(elbo) if isinstance(elbo, Estimator) else _said_of(elbo),
             "optimizer": _call(optimizer, optimizer.defaults),
             "schedule": self.schedule and _call(self.schedule, self.schedule.state_dict()),
             "trained tensors": len(self.svi.parameters),
         }
 
 
+def _said_of(elbo: pyro.infer.ELBO) -> str:
+    names = ("num_particles", "vectorize_particles")
+    return _call(elbo, {name: getattr(elbo, name) for name in names})
+
+
 _MAY_CHANGE = ("max_epochs", "patience")
+
+
+def _is_shared(known: Structure) -> bool:
+    """Whether the program has sites that all rows share, beside which rows count N / B times."""
+    return bool(known.global_latents or known.global_observed)
+
+
+def _batches(order: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cuts the rows; a last one alone, which batch normalisation refuses, joins those before."""
+    batches = order.split(size)
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        return (*batches[:-2], torch.cat(batches[-2:]))
+    return batches
 
 
 class _Totals:
@@ -423,8 +448,9 @@ class _Totals:
         elbo = terms.elbo.detach().double()
         parts = (elbo, elbo.square(), terms.reconstruction.detach(), terms.kl.detach())
         summed = [part.double().sum() for part in parts]
-        global_kl = terms.global_kl.detach().double() * len(elbo)
-        self.sums += torch.stack([*summed, global_kl])
+        self.sums[:4] += torch.stack(summed)
+        if terms.global_kl is not None:
+            self.sums[4] += terms.global_kl.detach().double() * len(elbo)
 
     def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
         """Means over rows; of the latents that the training rows share, each bears its part."""
@@ -487,6 +513,11 @@ def _interrupts() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _is_watched() -> bool:
+    """Whether somebody sees a progress bar: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def _identity(data: Any) -> Any:
@@ -565,6 +596,13 @@ def _checked_rows(
     else:
         train, held_out = rows, Rows.of(validation, like=program)
     known = _check(program, train, transform, split_seed)
+    if _is_shared(known) and known.is_scaled and not known.is_subsampled:
+        shared = ", ".join(known.global_latents + known.global_observed)
+        raise ValueError(
+            f"Expected rows without a scale of their own beside {shared}, which all share: fit "
+            "weighs rows by N / B; got a poutine.scale. A plate with a subsample_size is weighed "
+            "by Pyro, and left as it is."
+        )
     if held_out is not None:
         _check_alike(train, held_out)
         _check(program, held_out, transform, split_seed)

@@ -11,13 +11,14 @@ import pyro.distributions as dist
 import torch
 import xarray as xr
 from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 from torch.nn.parameter import UninitializedBuffer
 
 from . import priors
-from .contexts import evaluating, parameters_are_local, seeded
+from .contexts import evaluating, parameters_are_local, seeded, unmoved_statistics
 from .families import Family
 from .likelihoods import Likelihood
 from .networks import MLP
@@ -88,15 +89,15 @@ class VAE(nn.Module):
             )
             self.encoder = _as_network(MLP(256, 256) if encoder is None else encoder, "encoder")
             self.decoder = _as_network(MLP(256, 256) if decoder is None else decoder, "decoder")
-            self._build()
+            with torch.autocast(_like_of(self.encoder, self.decoder).device.type, enabled=False):
+                self._build()
 
     def _build(self) -> None:
         told: Any
         for told in (self.encoder, self.decoder, self.prior):
             if hasattr(told, "set_event_shape"):
                 told.set_event_shape(tuple(self.event_shape))
-        networks = nn.ModuleList([self.encoder, self.decoder])
-        like = floating_like(networks)
+        like = _like_of(self.encoder, self.decoder)
         features = _dry(self.encoder, like.new_zeros((2, *self.event_shape)), "encoder")
         self._takes_encode = "encode" in inspect.signature(self.prior.forward).parameters
         self.latent_shape = self._build_posterior(features)
@@ -133,6 +134,8 @@ class VAE(nn.Module):
     def _check_members(self) -> None:
         x = self._like.expand(2, *self.event_shape)
         posterior, prior = self.encode(x), self._prior()
+        _check_placed(posterior, "posterior")
+        _check_placed(prior, "prior")
         if posterior.event_shape != self.latent_shape:
             raise ValueError(
                 f"Expected a posterior of event shape {tuple(self.latent_shape)}, the prior's; "
@@ -150,6 +153,7 @@ class VAE(nn.Module):
                 f"Expected a posterior on the support of the prior, {prior.support}; got draws "
                 f"outside it from {self.posterior}."
             )
+        _check_covered(prior.expand((64, 2)).sample(), many.support, self.posterior)
         if not (many.log_prob(z) + prior.log_prob(z)).isfinite().all():
             raise ValueError(
                 "Expected a prior and a posterior that have a density at the posterior's draws; "
@@ -161,6 +165,7 @@ class VAE(nn.Module):
                 f"Expected a likelihood of event shape {tuple(self.event_shape)}; got "
                 f"{tuple(likelihood.event_shape)} from {self.likelihood}."
             )
+        _check_placed(likelihood, "likelihood")
 
     def model(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
         r"""Draws z from the prior and x from the likelihood, or observes x.
@@ -204,7 +209,10 @@ class VAE(nn.Module):
                 )
 
     def _prior(self) -> Any:
-        return self.prior(self.encode) if self._takes_encode else self.prior()
+        if not self._takes_encode:
+            return self.prior()
+        with unmoved_statistics(self.encoder, self.posterior):
+            return self.prior(self.encode)
 
     def encode(self, x: Tensor) -> Any:
         r"""Returns q(z | x).
@@ -292,7 +300,8 @@ class VAE(nn.Module):
             )
         rows = Rows.of(x, like=self)
         self.check(rows)
-        size = max(1, _MAX_ELEMENTS // (num_samples * self.event_shape.numel()))
+        shapes = (self.event_shape, self.latent_shape, *self._feature_shapes)
+        size = max(1, _MAX_ELEMENTS // (num_samples * max(s.numel() for s in shapes)))
         with evaluating(self), seeded(seed):
             parts = [self._replicates(c, num_samples, prob) for c in rows.chunks(size)]
         arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -301,8 +310,7 @@ class VAE(nn.Module):
     def _replicates(self, rows: Rows, num_samples: int, prob: float) -> dict[str, Tensor]:
         z = self.encode(rows.fields["x"]).expand((num_samples, len(rows))).sample()
         draws = self.decode(z).sample().double()
-        tail = (1.0 - prob) / 2.0
-        lower, upper = _quantiles(draws, (tail, 1.0 - tail))
+        lower, upper = _central(draws, prob)
         return {
             "mean": draws.mean(0),
             "mcse": draws.std(0) / num_samples**0.5,
@@ -352,9 +360,12 @@ def _folded(
     return network(value.reshape(-1, *event_shape)).reshape(rows + feature_shape)
 
 
-def _quantiles(draws: Tensor, probs: tuple[float, ...]) -> list[Tensor]:
+def _central(draws: Tensor, prob: float) -> tuple[Tensor, Tensor]:
+    """The draws that bound the central interval, as many below as above."""
+    outside = round((1.0 - prob) / 2.0 * (len(draws) + 1)) - 1
+    outside = min(max(outside, 0), (len(draws) - 1) // 2)
     ordered = draws.sort(0).values
-    return [ordered[min(int(p * len(draws)), len(draws) - 1)] for p in probs]
+    return ordered[outside], ordered[len(draws) - 1 - outside]
 
 
 def _as_prior(prior: Any) -> nn.Module:
@@ -391,7 +402,8 @@ def _as_network(network: Any, what: str) -> nn.Module:
 def _copied(module: nn.Module) -> nn.Module:
     """A deep copy; lazy buffers, which refuse to be copied, are made anew."""
     lazy = [buffer for buffer in module.buffers() if isinstance(buffer, UninitializedBuffer)]
-    memo = {id(buffer): UninitializedBuffer() for buffer in lazy}
+    make: Any = UninitializedBuffer
+    memo = {id(b): make(device=b.device, dtype=b.dtype) for b in lazy}
     return copy.deepcopy(module, memo)
 
 
@@ -405,10 +417,36 @@ def _refused(call: Callable[..., Any], *args: Any) -> Any:
     """Calls what the members are made of, whose errors say that they do not fit each other."""
     try:
         return call(*args)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
             f"Expected members that fit each other; got {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_placed(distribution: Any, what: str) -> None:
+    if not isinstance(distribution, TorchDistributionMixin):
+        raise ValueError(
+            f"Expected a {what} that returns a Pyro distribution; got {distribution} of "
+            f"{type(distribution).__module__}: take it from pyro.distributions."
+        )
+    try:
+        draws = distribution.expand((3, 2)).sample()
+        distribution.expand((3, 2)).log_prob(draws)
+        shape = tuple(draws.shape)
+    except Exception as error:
+        raise ValueError(
+            f"Expected a {what} that stands in a plate, with an expand() that works; got "
+            f"{distribution}: {type(error).__name__}: {error}"
+        ) from error
+    if shape != (3, 2, *distribution.event_shape):
+        raise ValueError(
+            f"Expected a {what} that stands in a plate, with draws of shape "
+            f"{(3, 2, *distribution.event_shape)}; got {shape} from {distribution}."
+        )
+
+
+def _like_of(*networks: nn.Module) -> Tensor:
+    return floating_like(nn.ModuleList(networks))
 
 
 def _dry(network: nn.Module, inputs: Tensor, what: str) -> Tensor:
@@ -431,6 +469,16 @@ def _dry(network: nn.Module, inputs: Tensor, what: str) -> Tensor:
             f"{shape}."
         )
     return features
+
+
+def _check_covered(z: Tensor, support: Any, posterior: nn.Module) -> None:
+    """Refuses a posterior that cannot reach where the prior is: importance weights miss it."""
+    if support.check(z).double().mean() < 0.9:
+        raise ValueError(
+            f"Expected a posterior that covers the support of the prior; got one on {support} "
+            f"alone, from {posterior}: take one on the real line, which is carried over to the "
+            "prior's support."
+        )
 
 
 def _is_real(support: Any) -> bool:

@@ -727,3 +727,19 @@ def test_a_folder_that_is_read_only_passes(tmp_path: Path) -> None:
         pv.save(small(), tmp_path / "locked" / "vae")
     with pytest.raises(PermissionError):
         fit(small(), tmp_path / "locked" / "run")
+
+
+@pytest.mark.parametrize("depth", [300, 450, 900, 5000])
+def test_a_spec_of_many_levels_is_refused(depth: int, tmp_path: Path) -> None:
+    def nested() -> Any:
+        return functools.reduce(lambda inner, _: [inner], range(depth), [])
+
+    folder = pv.save(small(), tmp_path / "vae")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)
+    try:
+        edit(folder, lambda s: s["program"]["arguments"].update(likelihood=nested()))
+    finally:
+        sys.setrecursionlimit(limit)
+    with pytest.raises(ValueError, match="^Expected "):
+        pv.load(folder)

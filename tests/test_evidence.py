@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
 from pyro_vae.evidence import good_k, log_evidence, pareto_k, summary
-from pyro_vae.evidence.importance_sampling import estimates
+from pyro_vae.evidence.importance_sampling import checked_rows, estimates, point_masses
+from pyro_vae.rows import Rows
 
 MODERN = int(az.__version__.split(".")[0]) >= 1
 
@@ -316,3 +317,49 @@ def test_bad_input_is_refused(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_data_are_checked_in_pieces_and_moved_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "pyro_vae.evidence.importance_sampling.CHECKED_AT_ONCE"
+    monkeypatch.setattr(place, 4)
+    vae, x = wide_vae(), torch.zeros(10, 4, dtype=torch.float64)
+    sizes: list[int] = []
+    moves: list[int] = []
+    real = Rows.to_like
+    monkeypatch.setattr(vae, "check", lambda rows: sizes.append(len(rows)))
+    monkeypatch.setattr(
+        Rows,
+        "to_like",
+        lambda rows, module, *, move=True: (
+            moves.append(len(rows)) if move and module is not None else None,
+            real(rows, module, move=move),
+        )[1],
+    )
+    rows = checked_rows(vae, x)
+    assert sizes == [4, 4, 2]
+    assert rows.fields["x"].dtype == torch.float32
+    assert max(moves) == 4
+    log_evidence(vae, x, 8, max_elements=300)
+    assert max(moves) < 10
+
+
+def test_a_refused_row_is_counted_from_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_vae.evidence.importance_sampling.CHECKED_AT_ONCE", 4)
+    x = torch.zeros(10, 4)
+    x[9] = torch.nan
+    with pytest.raises(ValueError, match="row 1. Rows are counted from row 8 here"):
+        checked_rows(wide_vae(), x)
+
+
+class Noted(LinearGaussian):
+    """A guide that observes a point."""
+
+    def guide(self, x: Tensor) -> None:
+        import pyro
+
+        super().guide(x)
+        pyro.sample("noted", dist.Delta(torch.tensor(0.0)), obs=torch.tensor(0.0))
+
+
+def test_an_observed_point_is_no_point_mass() -> None:
+    assert point_masses(Noted(PROGRAM.weight), Rows.of(X)) == []

@@ -393,7 +393,7 @@ def test_a_dict_of_fields() -> None:
 
 
 def test_the_last_batch_may_be_smaller_and_the_first_larger_than_the_data() -> None:
-    program, x = linear_gaussian(rows=33)
+    program, x = linear_gaussian(rows=34)
     assert len(recorded(program, x, batch_size=16, max_epochs=1).gradients) == 3
     assert len(recorded(program, x, batch_size=10**9, max_epochs=1).gradients) == 1
 
@@ -975,3 +975,58 @@ def test_frozen_parameters_stay() -> None:
     after = weights(vae)
     assert torch.equal(after["encoder.layers.1.weight"], before["encoder.layers.1.weight"])
     assert not torch.equal(after["decoder.layers.1.weight"], before["decoder.layers.1.weight"])
+
+
+class Tempered(Shared):
+    def model(self, x: Tensor) -> Any:
+        with pyro.poutine.scale(scale=0.999):
+            return super().model(x)
+
+
+def test_a_scale_beside_shared_latents_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected rows without a scale of their own beside"):
+        fit(Tempered(), torch.randn(20))
+
+
+def test_the_users_elbo_is_left_alone() -> None:
+    elbo = pv.elbos.Trace_ELBO(num_particles=3)
+    before = dict(vars(elbo))
+    fit(small(), X, elbo=elbo)
+    assert vars(elbo) == before
+    cells = {"cells": torch.randn(20, 3).double(), "flag": torch.ones(20).double()}
+    fit(Grid(), cells, elbo=elbo)
+
+
+def test_a_row_alone_joins_the_batch_before_it() -> None:
+    lone = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    program = small(encoder=lone)
+    assert len(recorded(program, X[:33], batch_size=16, max_epochs=1).gradients) == 2
+
+
+class Averaging(nn.Module):
+    """Assigns a buffer anew, where batch normalisation changes it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("view", torch.zeros(1).expand(6))
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return self.linear(x)
+
+
+def test_a_bad_step_takes_back_a_buffer_assigned_anew() -> None:
+    vae = small(encoder=Averaging())
+    svi = pv.svi.SVI(vae.model, vae.guide, torch.optim.Adam, pv.elbos.Trace_ELBO())
+    svi.update(X)
+    before = weights(vae)
+    with pyro.validation_enabled(False):
+        svi.update(X / 0.0)
+    assert svi.is_bad == 1.0
+    assert_same(weights(vae), before)
+
+
+def test_history_in_one_line() -> None:
+    assert repr(fit(small(), X)).startswith("History(2 epochs, stopped='max_epochs', best_epoch=2")

@@ -366,3 +366,89 @@ def test_a_known_structure_saves_the_dry_run() -> None:
     assert calls == [1]
     assert found.model.keys() == {"z", "x"}
     assert found.guide.keys() == {"z"}
+
+
+class Simple(nn.Module):
+    """x ~ N(z, 1), with what each test adds."""
+
+    def __init__(self, model_plate: str = "data", guide_plate: str = "data") -> None:
+        super().__init__()
+        self.plates = (model_plate, guide_plate)
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate(self.plates[0], len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate(self.plates[1], len(x)):
+            pyro.sample("z", dist.Normal(self.loc + 0.5 * x, 0.5**0.5))
+
+
+class WithFactor(Simple):
+    def model(self, x: Tensor) -> None:
+        pyro.factor("penalty", torch.tensor(-7.0))
+        super().model(x)
+
+
+class WithDeterministic(Simple):
+    def guide(self, x: Tensor) -> None:
+        pyro.deterministic("shift", self.loc)
+        super().guide(x)
+
+
+class WithAuxiliary(Simple):
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            q = dist.Normal(self.loc + 0.5 * x, 0.5**0.5)
+            u = pyro.sample("u", q, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(u))
+
+
+def test_a_factor_outside_the_plate_is_refused_per_row() -> None:
+    x = torch.randn(4)
+    assert structure(WithFactor(), x).global_observed == ("penalty",)
+    with pytest.raises(ValueError, match=r"Expected sites in the plate 'data'.*got penalty"):
+        log_densities(WithFactor(), x, 3)
+
+
+@pytest.mark.parametrize("plates", [("data", "rows"), ("rows", "data")])
+def test_a_plate_of_the_model_or_the_guide_alone_is_refused(plates: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="Expected 'z' to stand in the plate 'data' of model and"):
+        structure(Simple(*plates), torch.randn(4))
+
+
+def test_auxiliary_and_deterministic_sites_of_a_guide() -> None:
+    x = torch.randn(4)
+    exact = dist.Normal(0.0, 2.0**0.5).log_prob(x)
+    for program in (Simple(), WithDeterministic(), WithAuxiliary()):
+        found = log_densities(program, x, 3)
+        assert found.values.keys() == {"z"}
+        weights = found.log_weights.float()
+        torch.testing.assert_close(weights, exact.expand(3, 4), atol=1e-5, rtol=0)
+
+
+def test_keywords_reach_the_programs() -> None:
+    class Shifted(Simple):
+        def model(self, x: Tensor, *, shift: float = 0.0) -> None:
+            super().model(x + shift)
+
+        def guide(self, x: Tensor, *, shift: float = 0.0) -> None:
+            super().guide(x + shift)
+
+    program, x = Shifted(), torch.randn(4)
+    elbo = pv.elbos.Trace_ELBO()
+    svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.Adam({}), elbo)
+    assert svi.step(x, shift=1.0) == pytest.approx(
+        -dist.Normal(0.0, 2.0**0.5).log_prob(x + 1.0).sum().item(), abs=1e-4
+    )
+
+
+def test_a_bound_of_each_row_needs_latents_of_each_row() -> None:
+    elbo = pv.elbos.Trace_ELBO()
+    assert elbo.per_row(Simple().model, Simple().guide, torch.randn(4)).shape == (4,)
+    program = Regression()
+    x = torch.randn(6)
+    with pytest.raises(ValueError, match="Expected latent sites that have a value for each row"):
+        elbo.per_row(program.model, program.guide, x)

@@ -15,7 +15,7 @@ from cases import DECODERS, ENCODERS, LIKELIHOODS, POSTERIORS, PRIORS, Case, mem
 from pyro import poutine
 from quadrature import base_of, grid, integral, mass_of, p_of_counts, p_of_line, p_of_plane, square
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 import pyro_vae as pv
 from pyro_vae.importance import log_densities
@@ -363,7 +363,50 @@ def test_members_accept_their_data_and_refuse_the_rest(example: tuple[pv.VAE, Te
 
 Refused = tuple[Callable[[], Any], str]
 NORMAL = pv.likelihoods.Normal()
+
+
+class Returns(nn.Module):
+    """A member of the user's own, that returns what it is told."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, features: Any = None) -> Any:
+        return self.make(features)
+
+
+def torchs(features: Any) -> Any:
+    loc = torch.zeros(2) if features is None else torch.zeros(len(features), 3)
+    return Independent(torch.distributions.Normal(loc, 1.0), 1)
+
+
+def lost(features: Any) -> Any:
+    return {}["loc"]
+
+
 REFUSED: dict[str, Refused] = {
+    "prior of torch": (
+        lambda: swapped(prior=Returns(torchs)),
+        "prior that returns a Pyro distribution; got .*take it from pyro.distributions",
+    ),
+    "likelihood of torch": (
+        lambda: swapped(likelihood=Returns(torchs)),
+        "likelihood that returns a Pyro distribution",
+    ),
+    "posterior of torch": (
+        lambda: swapped(prior=3, posterior=Returns(torchs)),
+        "posterior that returns a Pyro distribution",
+    ),
+    "likelihood of no plate": (
+        lambda: swapped(likelihood=dist.SoftAsymmetricLaplace),
+        "likelihood that stands in a plate",
+    ),
+    "prior of no plate": (
+        lambda: swapped(prior=Returns(lambda _: dist.LKJ(2, torch.tensor(1.0)))),
+        "stands in a plate|fit each other",
+    ),
+    "member of a lost name": (lambda: swapped(likelihood=Returns(lost)), "KeyError: 'loc'"),
     "scalar prior": (
         lambda: swapped(prior=dist.Normal(0.0, 1.0)),
         r"event shape \(\): write .expand\(\[1\]\).to_event\(1\)",
@@ -540,6 +583,13 @@ def test_plain_distributions_are_taken_apart(name: str, used: bool) -> None:
     prior.double()
     assert prior().sample().dtype == torch.float64
     assert {value.dtype for value in prior.state_dict().values()} <= {torch.float64}
+
+
+def test_a_normal_is_taken_apart_by_its_factor() -> None:
+    normal = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3))
+    assert set(pv.priors.from_distribution(normal).words) == {"loc", "scale_tril"}
+    named = pv.priors.Prior(dist.MultivariateNormal, 3, covariance_matrix=torch.eye(3))
+    assert "covariance_matrix" in named.words
 
 
 def test_a_mixture_of_any_family() -> None:

@@ -18,7 +18,9 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from pyro_vae.contexts import seeded
 from pyro_vae.importance import log_densities, structure
+from pyro_vae.vae import _central
 
 ROWS = 7
 
@@ -595,3 +597,93 @@ def test_it_shows_what_it_is_made_of() -> None:
     text = repr(small(prior=pv.priors.Mixture(3, 2)))
     for word in ("event_shape=(4,)", "latent_shape=(2,)", "Mixture", "Bernoulli", "Normal"):
         assert word in text
+
+
+def test_a_rate_that_left_its_bounds_comes_back() -> None:
+    vae, x = small(likelihood=pv.likelihoods.Poisson()), bits()
+    bias = vae.likelihood.heads["rate"].linear.bias
+    with torch.no_grad():
+        bias.fill_(40.0)
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.1}), infer.Trace_ELBO())
+    trained(svi, x, steps=3)
+    assert (bias < 40.0).all()
+
+
+class Seen(nn.Linear):
+    """A network that notes how many rows it sees at once."""
+
+    most = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.most = max(self.most, len(x))
+        return super().forward(x)
+
+
+def test_reconstructions_are_cut_by_the_largest_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = small(decoder=Seen(2, 50))
+    monkeypatch.setattr("pyro_vae.vae._MAX_ELEMENTS", 50 * 3 * 2)
+    vae.decoder.most = 0
+    vae.reconstruct(bits(), num_samples=3)
+    assert vae.decoder.most == 3 * 2
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 10, 199, 200])
+@pytest.mark.parametrize("prob", [0.01, 0.5, 0.9, 0.999])
+def test_intervals_leave_out_as_many_below_as_above(num_samples: int, prob: float) -> None:
+    draws = torch.randperm(num_samples).double()[:, None]
+    lower, upper = _central(draws, prob)
+    assert lower.item() + upper.item() == num_samples - 1
+    assert lower <= upper
+    between = (upper - lower).item() / (num_samples + 1)
+    assert abs(between - prob) < 2 / num_samples or lower == 0
+
+
+class Normalised(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+
+
+def test_running_statistics_are_those_of_the_data_alone() -> None:
+    prior = pv.priors.VampPrior(5, 2, 100.0 + torch.rand(5, 4))
+    vae, x = small(prior=prior, encoder=Normalised()), bits(50, 4)
+    alone = copy.deepcopy(vae.encoder)
+    alone(x)
+    loss = infer.Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
+    loss.backward()
+    assert vae.prior.pseudo_inputs.grad.abs().sum() > 0
+    for name, value in alone.named_buffers():
+        torch.testing.assert_close(vae.encoder.get_buffer(name), value)
+    assert vae.encoder[1].track_running_stats
+
+
+def test_a_lazy_buffer_is_copied_with_its_dtype() -> None:
+    encoder = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d()).double()
+    vae = small(encoder=encoder, decoder=nn.Linear(2, 3).double())
+    assert vae.encoder[1].running_mean.dtype == torch.float64
+    assert encoder[1].running_mean.dtype == torch.float64
+
+
+def test_autocast_leaves_weights_and_densities_in_full_precision() -> None:
+    x = bits()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vae = small(posterior=pv.posteriors.MultivariateNormal())
+        assert {p.dtype for p in vae.state_dict().values()} == {torch.float32}
+        posterior = vae.encode(x)
+        z = posterior.rsample()
+        assert posterior.log_prob(z).dtype == torch.float32
+        assert vae.decode(z).log_prob(x).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_cuda_is_not_started_to_keep_its_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    torch.manual_seed(7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", told.append)
+    with seeded(3):
+        first = torch.rand(())
+    assert told == [3, 7]
+    with seeded(3):
+        assert torch.rand(()) == first

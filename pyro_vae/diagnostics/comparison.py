@@ -101,7 +101,7 @@ def _naming(name: str) -> Iterator[None]:
 def _measures(program: nn.Module, x: Any) -> dict[str, str]:
     rows = checked_rows(program, x)
     with evaluating(program):
-        found = structure(program, rows.x)
+        found = structure(program, rows[:2].to_like(program).x)
     return {site: "mass" if found.discrete[site] else "density" for site in data_sites(found)}
 
 

@@ -67,7 +67,8 @@ def active_units(
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
         pieces = [
-            _moments(program, rows.select(piece), plan, num_samples) for piece in plan.pieces()
+            _moments(program, rows[piece].to_like(program).x, plan, num_samples)
+            for piece in plan.pieces()
         ]
     tables = []
     for site in pieces[0]:

@@ -84,11 +84,14 @@ def to_arviz(
         plan = Plan.of(program, rows, num_samples, max_elements)
         run = _Run(program, plan.structure)
         points = point_masses(program, rows)
-        pieces = [run.observed(rows.select(piece)) for piece in plan.pieces()]
+        pieces = [run.observed(rows[piece].to_like(program).x) for piece in plan.pieces()]
         observed = _joined(pieces, axis=0)
         num_predictive = _num_predictive(num_predictive, num_samples, observed, max_elements)
         draws = _joined(
-            [run.draws(rows.select(p), plan, num_samples, num_predictive) for p in plan.pieces()],
+            [
+                run.draws(rows[piece].to_like(program).x, plan, num_samples, num_predictive)
+                for piece in plan.pieces()
+            ],
             axis=1,
         )
     groups = {name: _dataset(values, rows, sampled=True) for name, values in draws.items()}
@@ -171,8 +174,9 @@ class _Run:
         value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
         plates = self.known.max_plate_nesting
         value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
+        frames = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+        inner = [value.shape[dim - events] for dim in sorted(frames - {self.known.rows_dim})]
         value = value.movedim(self.known.rows_dim - events, 0)
-        inner = [size for size in value.shape[1:plates] if size > 1]
         return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
 
 

@@ -1,5 +1,6 @@
 """What an estimator of the ELBO gives, and the module that a pair of programs makes with it."""
 
+import copy
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -18,10 +19,13 @@ class Estimate(NamedTuple):
 
     Arguments:
         loss: Minus the objective, summed over rows, in nats; its gradient is the estimator's.
+        per_row: The objective of each row, shape (rows,), in nats, without a scale that all rows
+            share; `None` where there are latents that all rows share.
         terms: The terms of the ELBO of each row, as they are without annealing.
     """
 
     loss: Tensor
+    per_row: Tensor | None
     terms: RowTerms
 
 
@@ -36,54 +40,69 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     """
 
     @abstractmethod
-    def estimate(self, model: Program, guide: Program, *args: Any) -> Estimate:
+    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
+            kwargs: The same, by name.
         """
 
-    def per_row(self, model: Program, guide: Program, *args: Any) -> Tensor:
+    def per_row(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the objective of each row, shape (rows,), in nats.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
-        """
-        return self.estimate(model, guide, *args).terms.elbo
+            kwargs: The same, by name.
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
+        Raises:
+            ValueError: Where there are latents that all rows share.
+        """
+        per_row = self.estimate(model, guide, *args, **kwargs).per_row
+        if per_row is None:
+            raise ValueError(
+                "Expected latent sites that have a value for each row; got some that all share."
+            )
+        return per_row
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Returns minus the objective, summed over rows, shape (), with its gradient.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
+            kwargs: The same, by name.
         """
-        return self.estimate(model, guide, *args).loss
+        return self.estimate(model, guide, *args, **kwargs).loss
 
-    def loss(self, model: Program, guide: Program, *args: Any) -> Tensor:
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Returns minus the objective, summed over rows, shape (), without gradient.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
+            kwargs: The same, by name.
         """
-        return self.differentiable_loss(model, guide, *args).detach()
+        return self.differentiable_loss(model, guide, *args, **kwargs).detach()
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any) -> Tensor:
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, and adds its gradient to the parameters' `.grad`.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
+            kwargs: The same, by name.
         """
-        loss = self.differentiable_loss(model, guide, *args)
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward(retain_graph=self.retain_graph)
         return loss.detach()
 
@@ -119,23 +138,25 @@ class Objective(nn.Module):
         owners = dict.fromkeys(o for o in (_owner(model), _owner(guide)) if o is not None)
         self.programs = nn.ModuleList(owners)
         self.pair = (model, guide)
-        self.elbo = elbo
+        self.elbo = copy.copy(elbo)
 
-    def forward(self, *args: Any) -> Estimate:
+    def forward(self, *args: Any, **kwargs: Any) -> Estimate:
         """Returns an estimate of the objective.
 
         Arguments:
             args: What model and guide are called with.
+            kwargs: The same, by name.
         """
         if isinstance(self.elbo, Estimator):
-            return self.elbo.estimate(*self.pair, *args)
-        return self._foreign(*args)
+            return self.elbo.estimate(*self.pair, *args, **kwargs)
+        return self._foreign(*args, **kwargs)
 
-    def _foreign(self, *args: Any) -> Estimate:
+    def _foreign(self, *args: Any, **kwargs: Any) -> Estimate:
         """Pyro's own ELBOs tell no terms: one pass more tells them, with the same noise."""
         with kept_generators(), kept_buffers(self), torch.no_grad():
-            terms = row_terms_of(*self.pair, *args)
-        return Estimate(self.elbo.differentiable_loss(*self.pair, *args), terms)
+            terms = row_terms_of(*self.pair, *args, **kwargs)
+        loss = self.elbo.differentiable_loss(*self.pair, *args, **kwargs)
+        return Estimate(loss, None, terms)
 
 
 class _Loss(nn.Module):
@@ -143,8 +164,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, *args: Any) -> Tensor:
-        return self.objective(*args).loss
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.objective(*args, **kwargs).loss
 
 
 def _owner(program: Program) -> nn.Module | None:

@@ -1,5 +1,6 @@
 """The evidence lower bound by draws from the guide."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.infer
@@ -53,40 +54,41 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
             **options,
         )
 
-    def estimate(self, model: Program, guide: Program, *args: Any) -> Estimate:
+    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
+            kwargs: The same, by name.
         """
-        estimates = [
-            self._of_traces(*traces) for traces in self._get_traces(model, guide, args, {})
-        ]
-        count = len(estimates)
-        terms = (
-            torch.stack(part).mean(0) for part in zip(*(e[1] for e in estimates), strict=True)
-        )
-        loss = torch.stack([e[0] for e in estimates]).sum() / count
-        return Estimate(loss, RowTerms(*terms))
+        traces = self._get_traces(model, guide, args, kwargs)
+        losses, terms = zip(*(self._of_traces(*pair) for pair in traces), strict=True)
+        mean = _mean_terms(terms)
+        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+        return Estimate(loss, mean.elbo if mean.global_kl is None else None, mean)
 
     def _guess_max_plate_nesting(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Does what Pyro's does, and says nothing."""
         vectorized = self.vectorize_particles and self.num_particles > 1
-        self.max_plate_nesting = plate_nesting(model, guide, args) + int(vectorized)
+        nesting = plate_nesting(model, guide, *args, **kwargs)
+        self.max_plate_nesting = nesting + int(vectorized)
 
-    def _of_traces(
-        self, model_trace: Trace, guide_trace: Trace
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
-        terms = row_terms(model_trace, guide_trace, particles)
         surrogate = self._surrogate(model_trace, guide_trace)
-        value = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
-        loss = -(surrogate + (value - surrogate).detach()) / particles
-        return loss, (terms.reconstruction, terms.kl, terms.global_kl)
+        value: Any = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+        loss = -(value.detach() + surrogate - surrogate.detach()) / particles
+        return loss, row_terms(model_trace, guide_trace, particles)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_particles={self.num_particles}, "
+            f"vectorize_particles={self.vectorize_particles})"
+        )
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
         total: Any = model_trace.log_prob_sum()
@@ -102,3 +104,11 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
                 weight = log_r.sum_to(site["cond_indep_stack"])
                 total = total + (weight * score_function_term).sum()
         return total
+
+
+def _mean_terms(terms: Sequence[RowTerms]) -> RowTerms:
+    if len(terms) == 1:
+        return terms[0]
+    parts: Any = zip(*terms, strict=True)
+    means = [None if part[0] is None else torch.stack(part).mean(0) for part in parts]
+    return RowTerms._make(means)

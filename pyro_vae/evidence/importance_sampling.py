@@ -3,6 +3,8 @@
 import ctypes
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 MAX_ELEMENTS = 2**24
+CHECKED_AT_ONCE = 2**14
 
 ATTRIBUTES = {
     "log_evidence": {
@@ -147,7 +150,8 @@ def log_evidence(
         pieces = []
         with _bar(len(rows) * num_samples, shown=progress) as bar:
             for piece in plan.pieces():
-                log_weights = _log_weights(program, rows.select(piece), plan, num_samples)
+                x = rows[piece].to_like(program).x
+                log_weights = _log_weights(program, x, plan, num_samples)
                 pieces.append(estimates(log_weights))
                 bar.update(num_samples * (piece.stop - piece.start))
     values = {name: np.concatenate([piece[name] for piece in pieces]) for name in ATTRIBUTES}
@@ -213,6 +217,8 @@ def _over(evidence: xr.Dataset) -> np.ndarray:
 def checked_rows(program: Any, x: Any) -> Rows:
     """Reads data as a program's rows, and lets the program's own `check` refuse them.
 
+    They take its dtype and stay on their own device, to be moved piece by piece.
+
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data.
@@ -226,11 +232,23 @@ def checked_rows(program: Any, x: Any) -> Rows:
             "Expected a program: an nn.Module with methods model(x) and guide(x); got "
             f"{type(program).__name__}."
         )
-    rows = Rows.of(x, like=program)
+    rows = Rows.of(x, like=program, move=False)
     check = getattr(program, "check", None)
     if callable(check):
-        check(rows.x)
+        for start in range(0, len(rows), CHECKED_AT_ONCE):
+            with _counted_from(start):
+                check(rows[start : start + CHECKED_AT_ONCE].to_like(program).x)
     return rows
+
+
+@contextmanager
+def _counted_from(start: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if start == 0:
+            raise
+        raise ValueError(f"{error} Rows are counted from row {start} here.") from error
 
 
 def checked_count(name: str, value: Any, *, least: int) -> int:
@@ -309,17 +327,19 @@ def labelled(
 
 
 def point_masses(program: Any, rows: Rows) -> list[str]:
-    """Names the sites of the guide that are point masses.
+    """Names the latent sites of the guide that are point masses.
 
     Arguments:
         program: The program.
         rows: Its data, of which two rows are read.
     """
-    trace = poutine.trace(program.guide).get_trace(rows.select(slice(0, 2)))
+    trace = poutine.trace(program.guide).get_trace(rows[:2].to_like(program).x)
     return [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and isinstance(_innermost(site["fn"]), dist.Delta)
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and isinstance(_innermost(site["fn"]), dist.Delta)
     ]
 
 
@@ -364,7 +384,7 @@ class Plan:
             num_samples: The number of draws of each row.
             max_elements: The bound.
         """
-        found = structure(program, rows.x)
+        found = structure(program, rows[:2].to_like(program).x)
         elements = _elements_per_draw(program, rows, found)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         draws = min(num_samples, max(1, max_elements // (at_once * elements)))
@@ -434,7 +454,7 @@ def _stored_elements(tensor: Tensor) -> int:
 
 
 def _tensor_sizes(program: nn.Module, rows: Rows, shape: Structure, side: int) -> list[int]:
-    few = rows.select(torch.arange(side, device=rows.device) % len(rows))
+    few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
     noted = _TensorSizes()
     with noted:
         log_densities(program, few, side, structure=shape)

@@ -175,7 +175,8 @@ def _fixed_words(base: Distribution) -> dict[str, Word]:
     signature = inspect.signature(type(base).__init__).parameters
     names = [name for name in signature if name not in ("self", "validate_args")]
     for group in ALTERNATIVES:
-        known = [name for name in group if name in vars(base)] or list(group)
+        own = [name for name in group if name in names]
+        known = [name for name in own if name in vars(base) or name == "scale_tril"] or list(group)
         names = [name for name in names if name not in group or name == known[0]]
     values = {name: getattr(base, name, None) for name in names}
     return {k: v for k, v in values.items() if isinstance(v, Tensor | int | float | str)}
