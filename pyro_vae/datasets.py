@@ -131,7 +131,8 @@ def load(
 
     Arguments:
         name: The name, or the path of the file.
-        key: The array of an `.npz` to take; by default `x`, or `images`, or the only one.
+        key: The array of an `.npz` to take; by default `x`, or `images`, or the only one, or the
+            only one of two dims or more.
         label: The array of an `.npz`, or the column of a table, that holds the labels; by default
             `y` or `labels` of an `.npz`, and no column.
         header: Whether the first line of a `.csv` names its columns.
@@ -282,14 +283,15 @@ def _npz(path: Path, ask: _Ask) -> _Read:
     with path.open("rb") as file:
         with _reading(path, what):
             archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
-        x, y = _members(archive.files, path, ask)
+        x, y = _members(archive, path, ask)
         with _reading(path, what):
             arrays = {name: np.asarray(archive[name]) for name in (x, y) if name is not None}
     labels = None if y is None else _labels_of(arrays[y], f"{y} of {path}")
     return _rows_of(arrays[x], f"{x} of {path}"), labels
 
 
-def _members(names: list[str], path: Path, ask: _Ask) -> tuple[str, str | None]:
+def _members(archive: np.lib.npyio.NpzFile, path: Path, ask: _Ask) -> tuple[str, str | None]:
+    names = archive.files
     for asked in (ask.key, ask.label):
         if asked is not None and asked not in names:
             raise ValueError(f"Expected one of {names} of {path}; got {asked!r}.")
@@ -298,8 +300,25 @@ def _members(names: list[str], path: Path, ask: _Ask) -> tuple[str, str | None]:
     others = [name for name in names if name != y]
     x = ask.key or next((name for name in ("x", "images") if name in others), None)
     if x is None and len(others) != 1:
+        with _reading(path, "an archive of NumPy arrays"):
+            others = [name for name in others if _is_wide(archive, name)] or others
+    if x is None and len(others) != 1:
         raise ValueError(f"Expected key= to name one of {others} of {path}; got None.")
     return x or others[0], y
+
+
+def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
+    """Whether an array has two dims or more, by its header."""
+    if archive.zip is None or f"{name}.npy" not in archive.zip.namelist():
+        return False
+    with archive.zip.open(f"{name}.npy") as file:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if is_first
+            else np.lib.format.read_array_header_2_0
+        )
+        return len(read(file)[0]) >= 2
 
 
 def _csv(path: Path, ask: _Ask) -> _Read:

@@ -47,10 +47,12 @@ def training(history: Any, *, figure: Canvas | None = None) -> Canvas:
         raise ValueError(f"Expected a history with a column 'elbo'; got {history!r}.")
     figure = _figure(figure, (9.0, 3.6))
     bound, parts = figure.subplots(1, 2)
+    banded = "validation_elbo" if "validation_elbo_se" in table else "elbo"
     for prefix, label, color in (("", "training", "C0"), ("validation_", "validation", "C1")):
-        _curve(bound, table, f"{prefix}elbo", label, color, band=True)
+        named = "± 1 s.e. over rows" if f"{prefix}elbo" == banded else None
+        _curve(bound, table, f"{prefix}elbo", label, color, band=True, band_label=named)
         _curve(parts, table, f"{prefix}reconstruction", f"{label}: E log p(x | z)", color)
-        _curve(parts, table, f"{prefix}kl", f"{label}: KL(q(z | x), p(z))", color, style="--")
+        _curve(parts, table, f"{prefix}kl", f"{label}: KL, one draw", color, style="--")
     best = getattr(history, "best_epoch", None)
     if best is not None:
         bound.axvline(best, color="0.6", linewidth=1.0, zorder=0, label=f"best epoch, {best}")
@@ -70,6 +72,7 @@ def _curve(
     *,
     style: str = "-",
     band: bool = False,
+    band_label: str | None = None,
 ) -> None:
     if column not in table:
         return
@@ -79,7 +82,8 @@ def _curve(
     if band and f"{column}_se" in table:
         error = table[f"{column}_se"]
         low, high = values - error, values + error
-        axes.fill_between(table.index, low, high, color=color, alpha=0.25, linewidth=0)
+        shade: dict[str, Any] = {"color": color, "alpha": 0.25, "linewidth": 0}
+        axes.fill_between(table.index, low, high, label=band_label, **shade)
 
 
 def _settle(axes: Axes, table: pd.DataFrame, columns: list[str]) -> None:

@@ -73,6 +73,7 @@ def build(target: Callable[..., Any], call: Call, **given: Any) -> Any:
         {'a': None, 'b': None}
     """
     signature = inspect.signature(target)
+    _check_keywords(signature, call)
     try:
         said = signature.bind_partial(*call.args, **call.kwargs).arguments
         unsaid = {k: v for k, v in given.items() if k in signature.parameters and k not in said}
@@ -98,6 +99,20 @@ def near(name: str, names: Iterable[str]) -> str:
     if found:
         return f"did you mean {' or '.join(repr(by_lower[lower]) for lower in found)}?"
     return f"there are {', '.join(sorted(by_lower.values()))}"
+
+
+def _check_keywords(signature: inspect.Signature, call: Call) -> None:
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if inspect.Parameter.VAR_KEYWORD in kinds.values():
+        return
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [name for name, kind in kinds.items() if kind in by_name]
+    for name in call.kwargs:
+        if name not in known:
+            raise ValueError(
+                f"Expected an argument of {call.name}{_plain(signature)}; got {name!r}: "
+                f"{near(name, known)}"
+            )
 
 
 def _shown(node: ast.expr) -> str:

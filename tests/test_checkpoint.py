@@ -729,7 +729,7 @@ def test_a_folder_that_is_read_only_passes(tmp_path: Path) -> None:
         fit(small(), tmp_path / "locked" / "run")
 
 
-@pytest.mark.parametrize("depth", [300, 450, 900, 5000])
+@pytest.mark.parametrize("depth", [300, 450, 900])
 def test_a_spec_of_many_levels_is_refused(depth: int, tmp_path: Path) -> None:
     def nested() -> Any:
         return functools.reduce(lambda inner, _: [inner], range(depth), [])

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib  # noqa: F401 - its style is compared before and after
@@ -16,7 +17,7 @@ import xarray as xr
 
 import pyro_vae as pv
 from pyro_vae import specs
-from pyro_vae.cli import main, member
+from pyro_vae.cli import main, member, runs
 from pyro_vae.files import read_tensors
 
 SMALL = ["--max-epochs", "2", "--hidden", "16", "--latent", "2", "--num-samples", "40"]
@@ -132,7 +133,9 @@ BAD_MEMBERS = {
     ("ELBO", "Estimator"): "Trace_ELBO",
     ("likelihood", "Likelihood"): "name of a likelihood",
     ("likelihood", "Binomial"): "Binomial.total_count.*missing a required argument",
-    ("likelihood", "Binomial(n=16)"): "unexpected keyword argument 'n'",
+    ("likelihood", "Binomial(n=16)"): "argument of Binomial.*; got 'n': there are",
+    ("likelihood", "Binomial(total_cuont=16)"): "got 'total_cuont': did you mean 'total_count'",
+    ("likelihood", "Normal(scale=Shared(inti=0.5))"): "got 'inti': did you mean 'init'",
     ("likelihood", "Normal(1.0, 2.0)"): "too many positional arguments",
     ("likelihood", "Gumbel(1.0)"): "positional",
     ("likelihood", "Gumbel(skale=1.0)"): "perhaps 'scale'",
@@ -229,7 +232,12 @@ def test_fit_evaluate_and_sample_a_table(table: str, capsys: pytest.CaptureFixtu
     assert len(pd.read_csv("r/history.csv", index_col="epoch")) == 2
 
     assert run("evaluate", "r", table, "--label", "group", "--out", "all.csv") == 0
-    assert "80 rows of table.csv" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "80 rows of table.csv" in said
+    assert "read the 16 held out, named in r/fit.json (held_out_rows)" in said
+    Path("other.csv").write_bytes(Path(table).read_bytes())
+    assert run("evaluate", "r", "other.csv", "--label", "group", "--num-samples", "40") == 0
+    assert "held out" not in capsys.readouterr().out
     again = pd.read_csv("all.csv", index_col="row")
     held_out = again.loc[evidence.index, "log_evidence"]
     assert np.corrcoef(held_out, evidence["log_evidence"])[0, 1] > 0.9
@@ -306,6 +314,50 @@ def test_ctrl_c_leaves_a_complete_run(table: str) -> None:
     assert files("r") == FILES
     assert pv.load("r").sample(1, seed=0).shape == (1, 4)
     assert not Path("r.unfinished").exists()
+
+
+def test_a_second_ctrl_c_is_one_line(
+    table: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Judgement, "of", interrupted)
+    fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL, "--out", "r"]
+    assert run(*fit) == 130
+    assert capsys.readouterr().err == "interrupted; go on with --resume\n"
+    assert files("r.unfinished") == ["checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize("value", ["", "-1.0"])
+def test_held_out_rows_are_checked_before_the_fit(
+    table: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.read_csv(table, index_col=0).drop(columns="group").abs() + 0.1
+    _, test = pv.datasets.Dataset("table", frame).split(test=0.2, seed=0)
+    frame.loc[test.x.index[3], "age"] = float(value or "nan")
+    frame.to_csv("bad.csv")
+    monkeypatch.setattr(runs, "fit", lambda *_, **__: pytest.fail("the fit began"))
+    assert run("fit", "bad.csv", "--likelihood", "Gamma", "--out", "r", *SMALL) == 2
+    assert "at column 2 in 1 of 16 rows, the first of them row 3" in capsys.readouterr().err
+    assert not Path("r.unfinished").exists()
+
+
+def history(
+    elbo: list[float], stopped: str = "max_epochs", se: float = 1.0
+) -> pv.training.History:
+    epochs = pd.Index(range(1, len(elbo) + 1), name="epoch")
+    table = pd.DataFrame({"validation_elbo": elbo, "validation_elbo_se": se}, index=epochs)
+    return pv.training.History(table, int(table["validation_elbo"].idxmax()), stopped)
+
+
+def test_a_fit_that_still_rises_is_said_to() -> None:
+    rising = history([0.2 * epoch for epoch in range(100)])
+    assert runs.is_rising(rising)
+    assert not runs.is_rising(replace(rising, stopped="patience"))
+    assert not runs.is_rising(replace(rising, best_epoch=95))
+    assert not runs.is_rising(history([0.05 * epoch for epoch in range(100)]))
+    assert not runs.is_rising(history([1.0]))
 
 
 def test_an_unfinished_run_is_gone_on_from(table: str) -> None:

@@ -143,8 +143,13 @@ def test_npz_members(tmp_path: Path) -> None:
     np.savez(
         path, counts=np.eye(3), genes=np.array(["a", "b", "c"]), kind=np.array(["u", "v", "w"])
     )
-    with pytest.raises(ValueError, match=r"Expected key= to name one of \['counts', 'genes'"):
-        load(path)
+    assert load(path).x.tolist() == np.eye(3).tolist()
+    np.savez(tmp_path / "two.npz", a=np.eye(3), b=np.eye(2), size=np.array(3))
+    with pytest.raises(ValueError, match=r"Expected key= to name one of \['a', 'b'\] of"):
+        load(tmp_path / "two.npz")
+    np.savez(tmp_path / "none.npz", a=np.arange(3), b=np.arange(2))
+    with pytest.raises(ValueError, match=r"Expected key= to name one of \['a', 'b'\] of"):
+        load(tmp_path / "none.npz")
     data = load(path, key="counts", label="kind")
     assert data.x.tolist() == np.eye(3).tolist()
     assert data.y.tolist() == ["u", "v", "w"]

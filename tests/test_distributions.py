@@ -194,8 +194,39 @@ def test_data_outside_the_support_are_refused(name: str) -> None:
     x = family(features).sample().float()
     family.check(x)
     x[2] = torch.tensor(row)
-    with pytest.raises(ValueError, match="in the support of .* in 1 of 4 rows, .* row 2"):
+    with pytest.raises(ValueError, match=r"in the support of .* in 1 of 4 rows, .* row 2\W"):
         family.check(x)
+
+
+SAID = {
+    "0 or 1 (binarize grey levels, or take ContinuousBernoulli or Beta); got 0.5": (
+        pv.likelihoods.Bernoulli(),
+        0.5,
+    ),
+    "Binomial, integers from 0 to 16; got 17.0": (pv.likelihoods.Binomial(16), 17.0),
+    "Poisson, integers >= 0; got -1.0": (pv.likelihoods.Poisson(), -1.0),
+    "Beta, values in [0, 1]; got 1.5": (pv.likelihoods.Beta(), 1.5),
+    "Gamma, values >= 0; got -2.0": (pv.likelihoods.Gamma(), -2.0),
+    "LogNormal, values > 0; got -2.0": (pv.likelihoods.LogNormal(), -2.0),
+    "[0, 1] (the log-density is infinite at 0.0); got 0.0": (pv.likelihoods.Beta(), 0.0),
+    "without NaN; got NaN": (pv.likelihoods.Normal(), float("nan")),
+    "finite data; got -inf": (pv.likelihoods.Normal(), float("-inf")),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_refusal_names_the_value_and_its_column(said: str) -> None:
+    likelihood, value = SAID[said]
+    features = torch.randn(4, 5)
+    family = likelihood.build((6,), features)
+    x = family(features).sample().float()
+    x[1:, 4] = value
+    with pytest.raises(ValueError, match="Expected .*; got ") as error:
+        family.check(x)
+    assert f"{said} at column 4 in 3 of 4 rows, the first of them row 1." in str(error.value)
+    images = likelihood.build((1, 6), features)
+    with pytest.raises(ValueError, match=r"at column \[0, 4\] in 3 of 4 rows"):
+        images.check(x[:, None])
 
 
 @pytest.mark.parametrize(
@@ -519,3 +550,21 @@ def test_a_fixed_tensor_keeps_its_dtype_until_it_is_cast() -> None:
         doubles = {name: copy.deepcopy(network).double() for name, network in networks.items()}
         double = pv.VAE((4,), given, pv.likelihoods.Normal(), **doubles)
         assert (double.prior().base_dist.loc == tenth).all()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "value"),
+    [
+        (pv.likelihoods.Poisson(), -1.0),
+        (pv.likelihoods.Poisson(), 0.5),
+        (pv.likelihoods.Beta(), 1.0),
+    ],
+)
+def test_the_value_that_is_refused_is_named(likelihood: Any, value: float) -> None:
+    vae = pv.VAE((5,), 2, likelihood)
+    x = torch.full((3, 5), 0.25) if value == 1.0 else torch.zeros(3, 5)
+    x[1, 3] = value
+    with pytest.raises(
+        ValueError, match=rf"got {value} in 1 of 3 rows, the first of them row 1, column 3"
+    ):
+        vae.check(x)

@@ -610,3 +610,9 @@ def test_components_and_pseudo_inputs_start_apart() -> None:
     vamp = swapped(prior=pv.priors.VampPrior(5, 2, rows)).prior.pseudo_inputs
     assert ((vamp[:, None] == rows).all(-1).sum(1) == 1).all()
     assert torch.pdist(vamp.detach()).min() > 0
+
+
+@pytest.mark.parametrize("posterior", [dist.LogNormal, dist.Exponential, dist.Beta])
+def test_a_posterior_that_misses_a_part_of_the_prior_is_refused(posterior: type) -> None:
+    with pytest.raises(ValueError, match="Expected a posterior that covers the support of the"):
+        pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), posterior)

@@ -122,6 +122,16 @@ def test_axes_are_labelled() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == list(TABLE_OF_WINES)
 
 
+def test_the_curves_of_a_fit_say_what_they_are() -> None:
+    for history, banded in ((HISTORY, 3), (TABLE[["elbo", "elbo_se", "kl"]], 1)):
+        bound, parts = (
+            axes.get_legend_handles_labels()[1] for axes in plots.training(history).axes
+        )
+        assert bound.count("± 1 s.e. over rows") == 1
+        assert "training: KL, one draw" in parts
+        assert len(bound) > banded
+
+
 def test_the_plunge_of_the_first_epochs_does_not_hide_the_rest() -> None:
     bound = plots.training(HISTORY).axes[0]
     assert bound.get_ylim()[0] > -1000

@@ -1,5 +1,6 @@
 """The commands: what they take, and what they say."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ..contexts import device_of
 from ..files import new_file
 from ..rows import Rows
 from .judgement import Judgement
-from .runs import Settings, column_names, run, save_picture, seen, settings_of
+from .runs import EVIDENCE, SETTINGS, Settings, column_names, run, save_picture, seen, settings_of
 
 __all__ = ["app", "main"]
 
@@ -58,6 +59,16 @@ def _frame(x: np.ndarray, names: list[str]) -> pd.DataFrame:
     flat = x.reshape(len(x), -1)
     numbered = [f"x[{', '.join(map(str, index))}]" for index in np.ndindex(x.shape[1:])]
     return pd.DataFrame(flat, columns=names or numbered)
+
+
+@contextmanager
+def _interruptible(advice: str) -> Iterator[None]:
+    """Makes Ctrl-C one line, and the exit code that shells know it by."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        Console(stderr=True).print(f"interrupted; {advice}", highlight=False)
+        raise typer.Exit(128 + signal.SIGINT) from error
 
 
 @contextmanager
@@ -150,7 +161,7 @@ def _demo(
     )
     Console().print(said, highlight=False)
     is_ours = not out.exists() or settings_of(out).get("command") == "demo"
-    with _one_thread():
+    with _one_thread(), _interruptible("ask again to start anew"):
         run(ask, out, resume=False, overwrite=is_ours, command="demo")
 
 
@@ -189,7 +200,8 @@ def _fit(
     asked = {k: v for k, v in locals().items() if k in Settings.__dataclass_fields__}
     if resume and overwrite:
         raise ValueError("Expected --resume or --overwrite; got both.")
-    run(Settings(**asked), out, resume=resume, overwrite=overwrite, command="fit")
+    with _interruptible("go on with --resume"):
+        run(Settings(**asked), out, resume=resume, overwrite=overwrite, command="fit")
 
 
 @app.command("evaluate")
@@ -218,6 +230,18 @@ def _evaluate(
         with new_file(out) as beside:
             judgement.frame().to_csv(beside)
     judgement.show(f"{len(rows)} rows of {data} under {folder}")
+    if _is_of_the_fit(data, key, settings.get("settings", {})):
+        said = (
+            f"Most of these rows trained the run: read the {len(settings['held_out_rows'])} held "
+            f"out, named in {folder / SETTINGS} (held_out_rows), with their evidence in "
+            f"{folder / EVIDENCE}."
+        )
+        Console().print(said, markup=False, highlight=False)
+
+
+def _is_of_the_fit(data: str, key: str | None, fitted: dict[str, Any]) -> bool:
+    same = [Path(name).expanduser().resolve() for name in (data, fitted.get("data", ""))]
+    return same[0] == same[1] and key == fitted.get("key")
 
 
 @app.command("sample")

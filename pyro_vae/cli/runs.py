@@ -26,7 +26,7 @@ from ..vae import VAE
 from .judgement import Judgement
 from .members import member
 
-__all__ = ["Settings", "column_names", "run", "save_picture", "seen", "settings_of"]
+__all__ = ["Settings", "column_names", "is_rising", "run", "save_picture", "seen", "settings_of"]
 
 CHECKPOINT, EVIDENCE, HISTORY = "checkpoint.safetensors", "evidence.csv", "history.csv"
 SETTINGS, POSTERIOR, PICTURES = "fit.json", "posterior.nc", "pictures"
@@ -234,11 +234,29 @@ class Run:
             f"{epochs} epochs ({self.history.stopped}), weights of epoch {best}, {seconds:.0f} s",
             highlight=False,
         )
+        if is_rising(self.history):
+            said = "still rising at max_epochs: more --max-epochs, or a larger --lr"
+            console.print(said, highlight=False)
         self.judgement.show(f"{len(self.rows)} rows held out from {self.ask.data}")
         for name in self.pictures():
             file = out / PICTURES / f"{name}.png"
             console.print(f"{name:16} {file}", soft_wrap=True, markup=False, highlight=False)
         console.print(f"{'run':16} {out}", soft_wrap=True, markup=False, highlight=False)
+
+
+def is_rising(history: History) -> bool:
+    """Says whether the ELBO gained more than its error in the last tenth of a fit.
+
+    Arguments:
+        history: The history of the fit.
+    """
+    epochs, best = len(history), history.best_epoch
+    if history.stopped != "max_epochs" or epochs < 2 or best <= 0.95 * epochs:
+        return False
+    column = "validation_elbo" if "validation_elbo" in history.table else "elbo"
+    elbo = history.table[column]
+    before = min(epochs - max(1, epochs // 10), best - 1)
+    return bool(elbo[best] - elbo[before] > history.table[f"{column}_se"][best])
 
 
 def run(ask: Settings, out: Path, *, resume: bool, overwrite: bool, command: str) -> None:
@@ -263,6 +281,9 @@ def run(ask: Settings, out: Path, *, resume: bool, overwrite: bool, command: str
     _check_free(out, working, replaced=resume or overwrite)
     data = Data.of(ask)
     program = _program(ask, data.train)
+    if callable(check := getattr(program, "check", None)):
+        for part in (data.train, data.test):
+            check(seen(part, ask.transform, ask.seed))
     if not resume:
         shutil.rmtree(working, ignore_errors=True)
     elif not checkpoint.exists() and (out / CHECKPOINT).exists():

@@ -52,11 +52,12 @@ def compare(
         progress: Whether to show bars.
 
     Returns:
-        A row a program, the best first: `log_evidence` and its standard error `se` over rows;
-        `difference` from the best, row by row, and its `difference_se`; `trend`, by how much the
-        difference moves from S / 4 to S, and its `trend_se` (of the best: of `log_evidence`
-        itself); `elbo`; `pareto_k_over`, the share of rows whose Pareto k is over its limit. Its
-        `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`.
+        A row a program, the best first, equal ones in the order given: `log_evidence` and its
+        standard error `se` over rows; `difference` from the best, row by row, and its
+        `difference_se`; `trend`, by how much the difference moves from S / 4 to S, and its
+        `trend_se` (of the best: of `log_evidence` itself); `elbo`; `pareto_k_over`, the share of
+        rows whose Pareto k is over its limit. Its `attrs` hold `num_samples`, `seed`, `num_rows`,
+        `good_k` and a `remark`.
 
     Raises:
         ValueError: Where there is no program, one is none, or their likelihoods have different
@@ -123,9 +124,9 @@ def _same_measures(one: dict[str, str], other: dict[str, str]) -> bool:
 
 def _table(evidence: dict[str, xr.Dataset]) -> pd.DataFrame:
     means = {name: float(data["log_evidence"].mean()) for name, data in evidence.items()}
-    order = sorted(means, key=lambda name: -np.inf if np.isnan(means[name]) else means[name])
-    best = order[-1]
-    rows = {name: _line(evidence[name], evidence[best]) for name in reversed(order)}
+    order = sorted(means, key=lambda name: np.inf if np.isnan(means[name]) else -means[name])
+    best = order[0]
+    rows = {name: _line(evidence[name], evidence[best]) for name in order}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 

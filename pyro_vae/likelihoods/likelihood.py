@@ -49,22 +49,25 @@ class Likelihood(Family):
         """
         nan = torch.isnan(x)
         if nan.any():
-            raise ValueError(f"Expected data without NaN; got NaN in {_where(nan)}.")
+            raise ValueError(f"Expected data without NaN; got {_found(x, nan)}.")
         infinite = torch.isinf(x)
         if infinite.any():
-            raise ValueError(f"Expected finite data; got an infinite value in {_where(infinite)}.")
+            raise ValueError(f"Expected finite data; got {_found(x, infinite)}.")
         with torch.enable_grad():
             example = self._at_zero()
-        support: Any = example.support
-        if not _is_learned(support):
-            outside = _outside(support, x)
-            if not outside.any():
-                outside = _at_infinite_edge(example, support, x)
-            if outside.any():
-                raise ValueError(
-                    f"Expected data in the support of {self.distribution.__name__}, "
-                    f"{_name(support)}; got {_worst(x, outside)} in {_where(outside)}."
-                )
+        base = _base(example.support)
+        if _is_learned(base):
+            return
+        outside = _outside(base, x)
+        if is_inside := not outside.any():
+            outside = _at_infinite_edge(example, base, x)
+        if outside.any():
+            edge = f" (the log-density is infinite at {_first(x, outside)})"
+            remark = edge if is_inside else _hint(base)
+            raise ValueError(
+                f"Expected data in the support of {self.distribution.__name__}, "
+                f"{_name(base)}{remark}; got {_found(x, outside)}."
+            )
 
     def _at_zero(self) -> Distribution:
         if self.feature_shape is None:
@@ -72,9 +75,9 @@ class Likelihood(Family):
         return self(self._like.new_zeros((1, *self.feature_shape)))
 
 
-def _outside(support: constraints.Constraint, x: Tensor) -> Tensor:
-    bad = ~support.check(x)
-    base = _base(support)
+def _outside(base: Any, x: Tensor) -> Tensor:
+    """The elements off the support; the rows, where it is one of vectors."""
+    bad: Tensor = ~base.check(x)
     if base.is_discrete:
         bad = bad | _over_event(x != x.round(), bad)
     if isinstance(base, type(constraints.multinomial(1))):
@@ -82,9 +85,8 @@ def _outside(support: constraints.Constraint, x: Tensor) -> Tensor:
     return bad
 
 
-def _at_infinite_edge(example: Distribution, support: Any, x: Tensor) -> Tensor:
-    """The rows on an edge of the support where the log-density is infinite."""
-    base = _base(support)
+def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
+    """The elements on an edge of the support, of rows where the log-density is infinite."""
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
     if isinstance(base, type(constraints.simplex)):
         edges = [0.0]
@@ -96,45 +98,64 @@ def _at_infinite_edge(example: Distribution, support: Any, x: Tensor) -> Tensor:
     if bad.any():
         with torch.no_grad():
             bad[bad.clone()] = ~example.log_prob(x[bad]).isfinite()
-    return bad
+    return is_edge & bad.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _over_event(elements: Tensor, bad: Tensor) -> Tensor:
     return elements.flatten(bad.ndim).any(-1) if elements.ndim > bad.ndim else elements
 
 
-def _base(support: constraints.Constraint) -> constraints.Constraint:
+def _base(support: Any) -> Any:
     while isinstance(support, type(constraints.independent(constraints.real, 1))):
         support = support.base_constraint
     return support
 
 
-def _is_learned(support: constraints.Constraint) -> bool:
-    bounds = vars(_base(support)).values()
-    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in bounds)
+def _is_learned(base: constraints.Constraint) -> bool:
+    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in vars(base).values())
 
 
-def _where(bad: Tensor) -> str:
+def _found(x: Tensor, bad: Tensor) -> str:
+    """The first bad value, its place in its row, and the rows that have one."""
     rows = bad.reshape(len(bad), -1).any(-1).nonzero().flatten()
-    return f"{len(rows)} of {len(bad)} rows, the first of them row {int(rows[0])}"
+    _, *place = bad.nonzero()[0].tolist()
+    column = f" at column {place[0] if len(place) == 1 else place}" if place else ""
+    where = f"{len(rows)} of {len(bad)} rows, the first of them row {int(rows[0])}"
+    return f"{_first(x, bad)}{column} in {where}"
 
 
-def _worst(x: Tensor, outside: Tensor) -> Any:
-    value = x[outside].flatten()
-    return (
-        value[0].item() if outside.shape == x.shape else f"{x[outside][0].flatten()[:4].tolist()}"
-    )
+def _first(x: Tensor, bad: Tensor) -> str:
+    value = x[tuple(bad.nonzero()[0].tolist())]
+    if value.ndim == 0:
+        return str(value.item()).replace("nan", "NaN")
+    few = value.flatten()[:8].tolist()
+    return f"{few} ({value.numel()} values with sum {value.sum().item():g})"
 
 
-def _name(support: constraints.Constraint) -> str:
-    base = _base(support)
-    bounds = {
-        name: value.unique().tolist() if isinstance(value, Tensor) else value
-        for name, value in vars(base).items()
-        if name in ("lower_bound", "upper_bound")
-    }
-    said = ", ".join(
-        f"{k} {v[0] if isinstance(v, list) and len(v) == 1 else v}" for k, v in bounds.items()
-    )
-    kind = type(base).__name__.lstrip("_")
-    return f"{kind}({said})" if said else kind
+def _hint(base: constraints.Constraint) -> str:
+    is_binary = isinstance(base, type(constraints.boolean))
+    return " (binarize grey levels, or take ContinuousBernoulli or Beta)" if is_binary else ""
+
+
+def _name(base: constraints.Constraint) -> str:
+    low, high = (_bound(base, name) for name in ("lower_bound", "upper_bound"))
+    for kind, said in (
+        (constraints.boolean, "0 or 1"),
+        (constraints.simplex, "values >= 0 with sum 1"),
+        (constraints.multinomial(1), f"integers >= 0 with sum {high}"),
+        (constraints.integer_interval(0, 1), f"integers from {low} to {high}"),
+        (constraints.nonnegative_integer, f"integers >= {low}"),
+        (constraints.interval(0, 1), f"values in [{low}, {high}]"),
+        (constraints.half_open_interval(0, 1), f"values in [{low}, {high})"),
+        (constraints.greater_than(0), f"values > {low}"),
+        (constraints.greater_than_eq(0), f"values >= {low}"),
+        (constraints.less_than(0), f"values < {high}"),
+    ):
+        if type(base) is type(kind):
+            return said
+    return type(base).__name__.lstrip("_")
+
+
+def _bound(base: constraints.Constraint, name: str) -> str:
+    values = torch.as_tensor(getattr(base, name, torch.nan)).unique().tolist()
+    return " ... ".join(f"{value:.7g}" for value in sorted({values[0], values[-1]}))
