@@ -15,7 +15,8 @@ class MLP(nn.Module):
 
     .. math:: h_0 = \mathrm{flatten}(x), \qquad h_l = \sigma(W_l h_{l-1} + b_l)
 
-    The number of inputs is read off the first batch. A family puts its own linear layer behind.
+    The layers are made at the first batch, in a VAE when it is built, from its seed. A family
+    puts its own linear layer behind.
 
     Arguments:
         hidden: The numbers of units of the layers; without any the network only flattens.
@@ -35,9 +36,8 @@ class MLP(nn.Module):
         self.hidden = _sizes("hidden units", hidden)
         self.activation = activation
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in pairwise((0, *self.hidden)):
-            linear = nn.Linear(inputs, outputs) if inputs else nn.LazyLinear(outputs)
-            layers += [linear, activation()]
+        for outputs in self.hidden:
+            layers += [nn.LazyLinear(outputs), activation()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,11 +68,9 @@ class Convolution(nn.Module):
         self.channels = _sizes("channels", channels, at_least=1)
         self.activation = activation
         layers: list[nn.Module] = []
-        for inputs, outputs in pairwise((0, *self.channels)):
+        for outputs in self.channels:
             sizes: Any = {"kernel_size": 3, "stride": 2, "padding": 1}
-            layers.append(
-                nn.Conv2d(inputs, outputs, **sizes) if inputs else nn.LazyConv2d(outputs, **sizes)
-            )
+            layers.append(nn.LazyConv2d(outputs, **sizes))
             layers.append(activation())
         self.layers = nn.Sequential(*layers, nn.Flatten())
 

@@ -687,3 +687,14 @@ def test_cuda_is_not_started_to_keep_its_generators(monkeypatch: pytest.MonkeyPa
     assert told == [3, 7]
     with seeded(3):
         assert torch.rand(()) == first
+
+
+def test_a_seed_gives_all_weights_and_leaves_the_generator() -> None:
+    def built() -> pv.VAE:
+        networks = {"encoder": pv.networks.MLP(8, 8), "decoder": pv.networks.MLP(8, 8)}
+        return pv.VAE((6,), 2, pv.likelihoods.Bernoulli(), **networks, seed=0)
+
+    before = torch.get_rng_state()
+    one, other = built().state_dict(), built().state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], other[name]) for name in one)
