@@ -18,6 +18,8 @@ from . import svi as svi
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .diagnostics import compare as compare
+from .diagnostics import compare_elbos as compare_elbos
+from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
 from .evidence import log_evidence as log_evidence
 from .families import Family as Family

@@ -1,6 +1,5 @@
 """Data to fit: a few named sets, and files of numbers."""
 
-import difflib
 import errno
 import gzip
 import lzma
@@ -24,6 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from .checks import closest
 
 __all__ = ["Dataset", "binarize", "load"]
 
@@ -216,10 +217,7 @@ def _reader(path: Path) -> Callable[[Path, _Ask], _Read]:
             return read
     if _IDX.search(name.removesuffix(".gz")):
         return _idx
-    near = [
-        *difflib.get_close_matches(str(path).lower(), _NAMED),
-        *difflib.get_close_matches(path.suffix.lower(), _FILES),
-    ]
+    near = [*closest(str(path), _NAMED), *closest(path.suffix, _FILES)]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ValueError(
         f"Expected one of {', '.join(_NAMED)}, or a file ending in {', '.join(_FILES)} or "

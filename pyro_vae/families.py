@@ -1,6 +1,5 @@
 """Families: any Pyro distribution, its parameters computed from features by its constraints."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
+from .checks import is_size, perhaps, short
 from .links import Link, link_of
 
 __all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "Word"]
@@ -283,7 +283,7 @@ class Family(nn.Module):
     def extra_repr(self) -> str:
         """The words, as they were written."""
         named = [self.distribution.__name__] if _takes_class(type(self)) else []
-        return ", ".join(named + [f"{name}={_short(word)}" for name, word in self.words.items()])
+        return ", ".join(named + [f"{name}={short(word)}" for name, word in self.words.items()])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -352,8 +352,7 @@ def _check_words(
     signature = _signature(distribution)
     for name, word in words.items():
         if name not in signature and name not in known:
-            near = difflib.get_close_matches(name, [*signature, *known], n=1)
-            hint = f", perhaps {near[0]!r}" if near else ""
+            hint = perhaps(name, [*signature, *known])
             raise ValueError(
                 f"Expected parameters of {distribution.__name__} out of {sorted(signature)}"
                 f"{hint}; got {name!r}."
@@ -377,12 +376,12 @@ def _check_fixed(name: str, word: float | Tensor, constraint: Any) -> None:
     if constraints.is_dependent(constraint) or value.ndim < constraint.event_dim:
         return
     if not constraint.check(value).all():
-        raise ValueError(f"Expected {name} to lie in {constraint}; got {_short(word)}.")
+        raise ValueError(f"Expected {name} to lie in {constraint}; got {short(word)}.")
 
 
 def _check_named(shape: Any) -> None:
     sizes = shape if isinstance(shape, tuple | list) else (shape,)
-    if shape is not None and not all(type(size) is int and size > 0 for size in sizes):
+    if shape is not None and not all(map(is_size, sizes)):
         raise ValueError(f"Expected a size, or a tuple of sizes; got shape={shape!r}.")
 
 
@@ -446,10 +445,6 @@ def _takes_class(family: type[Family]) -> bool:
     return "distribution" in inspect.signature(family.__init__).parameters
 
 
-def _short(word: Word) -> str:
-    return f"tensor of shape {tuple(word.shape)}" if isinstance(word, Tensor) else repr(word)
-
-
 def _call(name: str, **arguments: Any) -> str:
-    said = ", ".join(f"{k}={_short(v)}" for k, v in arguments.items() if v is not None)
+    said = ", ".join(f"{k}={short(v)}" for k, v in arguments.items() if v is not None)
     return f"{name}({said})"

@@ -1,5 +1,6 @@
 """log p(x, z) and log q(z | x) of a program, per particle and per row, from Pyro's traces."""
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable, Mapping
@@ -20,16 +21,21 @@ from .rows import PLATE, Data, Rows
 
 __all__ = [
     "Densities",
+    "Particles",
     "Program",
     "RowTerms",
     "Structure",
     "densities",
+    "draw",
+    "is_one_scale",
+    "latent_sites",
     "log_densities",
     "plate_nesting",
     "programs_of",
     "row_terms",
     "row_terms_of",
     "structure",
+    "sum_to_rows",
 ]
 
 Program: TypeAlias = Callable[..., Any]
@@ -52,6 +58,7 @@ class Structure:
         discrete: Whether each observed site has a mass function, not a density.
         is_scaled: Whether the program scales a site of the rows (by `poutine.scale`, say).
         is_subsampled: Whether its plate `"data"` is a subsample, which scales the rows by N / B.
+        unreparameterised: The latent sites that the guide draws without an `rsample`.
     """
 
     rows_dim: int
@@ -64,6 +71,7 @@ class Structure:
     discrete: dict[str, bool]
     is_scaled: bool
     is_subsampled: bool
+    unreparameterised: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +112,29 @@ class Densities:
     def kl(self) -> Tensor:
         """log q(z | x) - log p(z), whose mean is the KL divergence, (num_particles, rows)."""
         return self.reconstruction - self.log_weights
+
+    def tempered(self, kl_weight: Tensor | float) -> Tensor:
+        r"""Returns the log-weights with a weight on the KL terms, (num_particles, rows).
+
+        .. math:: \log p(x \mid z) + \beta\, (\log p(z) - \log q(z \mid x))
+
+        Arguments:
+            kl_weight: The weight :math:`\beta`, shape ().
+        """
+        if not isinstance(kl_weight, Tensor) and kl_weight == 1.0:
+            return self.log_weights
+        return self.reconstruction - kl_weight * self.kl
+
+    def tempered_joint(self, kl_weight: Tensor | float) -> Tensor:
+        """Returns log p(x | z) + weight * log p(z), (num_particles, rows).
+
+        Arguments:
+            kl_weight: The weight, shape ().
+        """
+        if not isinstance(kl_weight, Tensor) and kl_weight == 1.0:
+            return self.log_joint
+        reconstruction = self.reconstruction
+        return reconstruction + kl_weight * (self.log_joint - reconstruction)
 
 
 def programs_of(program: nn.Module) -> tuple[Program, Program]:
@@ -148,11 +179,8 @@ def structure(program: nn.Module, x: Data) -> Structure:
     return _structure_of(model, guide)
 
 
-_inspected = structure
-
-
 def log_densities(
-    program: nn.Module, x: Data, num_particles: int, *, structure: Structure | None = None
+    program: nn.Module, x: Data, num_particles: int, *, known: Structure | None = None
 ) -> Densities:
     r"""Draws z from the guide and scores it under model and guide.
 
@@ -165,7 +193,7 @@ def log_densities(
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
         x: A tensor of shape (rows, *event), or a dict of them.
         num_particles: The number of draws for each row.
-        structure: The program's structure, where it is known already.
+        known: What the program is made of, where that is known already.
 
     Raises:
         ValueError: Where the program has latent sites outside the plate `"data"`, as these have
@@ -177,7 +205,7 @@ def log_densities(
         >>> log_densities(vae, torch.ones(3, 4), 5).log_weights.shape
         torch.Size([5, 3])
     """
-    known = _inspected(program, x) if structure is None else structure
+    known = structure(program, x) if known is None else known
     return densities(*programs_of(program), (x,), num_particles, known)
 
 
@@ -200,20 +228,171 @@ def densities(
     Raises:
         ValueError: Where there are latent sites outside the plate `"data"`.
     """
-    outside = known.global_latents + known.global_observed
+    return draw(model, guide, args, {}, num_particles, known.max_plate_nesting).densities()
+
+
+@dataclass(frozen=True, eq=False)
+class Particles:
+    r"""Draws of the latents of each row, and the traces of the guide and of the model at them.
+
+    Arguments:
+        model: The trace of the model.
+        guide: The trace of the guide.
+        num_particles: The number of draws K of each row.
+        dim: The dim of the draws, negative, left of every plate.
+        rows_dim: The dim of the plate `"data"`, negative.
+        num_rows: How many rows it has.
+    """
+
+    model: Trace
+    guide: Trace
+    num_particles: int
+    dim: int
+    rows_dim: int
+    num_rows: int
+
+    def densities(self) -> Densities:
+        """The log-densities of every site, without scales, per particle and row."""
+        drawn = [name for name, _ in latent_sites(self.guide) if name in self.model.nodes]
+        return Densities(
+            {name: self._log_prob(site) for name, site in _samples(self.model)},
+            {n: self._log_prob(s) for n, s in _samples(self.guide) if not _is_computed(s)},
+            {name: self._value(self.guide.nodes[name]) for name in drawn},
+        )
+
+    def scale(self) -> Any:
+        """The scale that all sites of the rows share, N / B under a subsampling plate, say.
+
+        Raises:
+            ValueError: Where they have different ones.
+        """
+        sites = [s for t in (self.model, self.guide) for _, s in _samples(t)]
+        scales = [site["scale"] for site in sites if not _is_computed(site)]
+        if isinstance(scales[0], Tensor) and scales[0].ndim:
+            raise ValueError(
+                "Expected one scale for all rows; got a poutine.scale of shape "
+                f"{tuple(scales[0].shape)}: Trace_ELBO takes it."
+            )
+        if not all(is_one_scale(scale, scales[0]) for scale in scales):
+            raise ValueError(
+                "Expected one scale (a number, or one tensor) for all sites of the rows; got "
+                "different ones, from a poutine.scale around some of them or of a tensor: a "
+                "weight on the KL terms is BetaELBO's, or fit's warmup."
+            )
+        return scales[0]
+
+    def spread(self, values: Tensor, site: Any) -> Tensor:
+        """Brings numbers (num_particles, rows) to dims that broadcast with a site's draws.
+
+        Arguments:
+            values: The numbers.
+            site: The site.
+        """
+        shape = [1] * site["value"].ndim
+        events = len(site["fn"].event_shape)
+        shape[self.dim - events] = len(values)
+        shape[self.rows_dim - events] = self.num_rows
+        return values.reshape(shape)
+
+    def _log_prob(self, site: Any) -> Tensor:
+        raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        return self.to_rows(scale_and_mask(raw, mask=site["mask"]))
+
+    def to_rows(self, log_prob: Tensor) -> Tensor:
+        """Sums over all dims but those of particles and rows, (num_particles, rows).
+
+        Arguments:
+            log_prob: The log-probability of a site, over its plates.
+        """
+        log_prob = log_prob.reshape((1,) * (-self.dim - log_prob.ndim) + log_prob.shape)
+        inner = [d for d in range(self.dim + 1, 0) if d != self.rows_dim]
+        if inner:
+            log_prob = log_prob.sum(inner)
+        return log_prob.reshape(log_prob.shape[0], -1).expand(self.num_particles, self.num_rows)
+
+    def _value(self, site: Any) -> Tensor:
+        value, events = site["value"], len(site["fn"].event_shape)
+        batch = value.shape[: value.ndim - events]
+        value = value.reshape((1,) * (-self.dim - len(batch)) + value.shape)
+        inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, self.dim}
+        sizes = [value.shape[dim - events] for dim in sorted(inner)]
+        rest = (*sizes, *value.shape[value.ndim - events :])
+        value = value.movedim(self.rows_dim - events, 1)
+        value = value.reshape(*value.shape[:2], *rest)
+        return value.expand(self.num_particles, self.num_rows, *rest)
+
+
+def draw(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_particles: int,
+    max_plate_nesting: int,
+    handler: Any = None,
+) -> Particles:
+    """Draws z from the guide, in one pass, and runs the model at the draws.
+
+    Arguments:
+        model: The model.
+        guide: The guide.
+        args: Their positional arguments.
+        kwargs: The same, by name.
+        num_particles: The number of draws for each row.
+        max_plate_nesting: The number of dims that plates take, from the right.
+        handler: A handler of Pyro's to run the guide under, which sees a draw before its trace.
+
+    Raises:
+        ValueError: Where there are sites outside the plate `"data"`, or latent ones of the model
+            that the guide does not draw.
+    """
+    particles = pyro.plate(_PARTICLES, num_particles, dim=-max_plate_nesting - 1)
+    guide_trace, model_trace = _traces(particles(model), particles(guide), args, kwargs, handler)
+    _check_in_rows(model_trace, guide_trace)
+    _check_drawn(model_trace, guide_trace)
+    frames = [
+        frame
+        for _, site in _samples(model_trace)
+        for frame in site["cond_indep_stack"]
+        if frame.name == PLATE
+    ]
+    rows_dim, num_rows = frames[0].dim, max(frame.size for frame in frames)
+    dim = -max_plate_nesting - 1
+    return Particles(model_trace, guide_trace, num_particles, dim, rows_dim, num_rows)
+
+
+def _check_in_rows(model: Trace, guide: Trace) -> None:
+    sites = {**dict(_samples(guide)), **dict(_samples(model))}
+    outside = [n for n, site in sites.items() if not _in_rows(site) and not _is_computed(site)]
     if outside:
         raise ValueError(
             f"Expected sites in the plate {PLATE!r}, one value for each row; got "
             f"{', '.join(outside)} outside it."
         )
-    particles = pyro.plate(_PARTICLES, num_particles, dim=-known.max_plate_nesting - 1)
-    guide_trace, model_trace = _traces(particles(model), particles(guide), args)
-    per_row = _PerRow(model_trace, num_particles, known)
-    return Densities(
-        {name: per_row.log_prob(site) for name, site in _samples(model_trace)},
-        {n: per_row.log_prob(s) for n, s in _samples(guide_trace) if not _is_computed(s)},
-        {name: per_row.value(guide_trace.nodes[name]) for name in known.latents},
-    )
+
+
+def _check_drawn(model: Trace, guide: Trace) -> None:
+    latent = [n for n, s in _samples(model) if not s["is_observed"]]
+    missing = [name for name in latent if name not in guide.nodes]
+    if missing:
+        raise ValueError(
+            f"Expected the guide to draw the latent sites of the model, {latent}; got none for "
+            f"{', '.join(missing)}."
+        )
+
+
+def latent_sites(guide: Trace) -> list[tuple[str, Any]]:
+    """Returns the sites that a guide draws, by name.
+
+    Arguments:
+        guide: Its trace.
+    """
+    return [(n, s) for n, s in _samples(guide) if not s["is_observed"] and not _is_computed(s)]
+
+
+def _unreparameterised(guide: Trace) -> tuple[str, ...]:
+    sites = latent_sites(guide)
+    return tuple(name for name, site in sites if not getattr(site["fn"], "has_rsample", False))
 
 
 class RowTerms(NamedTuple):
@@ -235,26 +414,33 @@ class RowTerms(NamedTuple):
         return self.reconstruction - self.kl
 
 
-def row_terms(model_trace: Trace, guide_trace: Trace, num_particles: int = 1) -> RowTerms:
+def row_terms(
+    model_trace: Trace,
+    guide_trace: Trace,
+    num_particles: int = 1,
+    divergences: Mapping[str, Tensor] = MappingProxyType({}),
+) -> RowTerms:
     """Reads the ELBO's terms off two traces whose log-probabilities are computed.
 
     Arguments:
         model_trace: The trace of the model.
         guide_trace: The trace of the guide.
         num_particles: How many particles stand in the traces: terms are their mean.
+        divergences: By site the KL divergence, over the site's plates, where it is known.
     """
     parts: dict[str, Any] = dict.fromkeys(RowTerms._fields, 0.0)
     for sign, trace in ((1.0, guide_trace), (-1.0, model_trace)):
-        for _, site in _samples(trace):
-            log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-            if _is_computed(site):
+        for name, site in _samples(trace):
+            if _is_computed(site) or (name in divergences and trace is model_trace):
                 continue
+            log_prob = divergences.get(name, site["unscaled_log_prob"])
+            log_prob = scale_and_mask(log_prob, mask=site["mask"])
             if not _in_rows(site):
                 parts["global_kl"] += sign * log_prob.sum() / num_particles
             elif trace is model_trace and site["is_observed"]:
-                parts["reconstruction"] += _sum_to_rows(log_prob, site) / num_particles
+                parts["reconstruction"] += sum_to_rows(log_prob, site) / num_particles
             else:
-                parts["kl"] += sign * _sum_to_rows(log_prob, site) / num_particles
+                parts["kl"] += sign * sum_to_rows(log_prob, site) / num_particles
     like = next(value for value in parts.values() if isinstance(value, Tensor))
     if not isinstance(parts["global_kl"], Tensor):
         parts["global_kl"] = None
@@ -292,43 +478,15 @@ def row_terms_of(model: Program, guide: Program, *args: Any, **kwargs: Any) -> R
     return row_terms(model_trace, guide_trace)
 
 
-def _sum_to_rows(log_prob: Tensor, site: Any) -> Tensor:
+def sum_to_rows(log_prob: Tensor, site: Any) -> Tensor:
+    """Sums a log-probability of a site over all dims but its rows', shape (rows,).
+
+    Arguments:
+        log_prob: Numbers over the plates of the site.
+        site: The site, in the plate `"data"`.
+    """
     dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == PLATE)
     return log_prob.movedim(dim, 0).flatten(1).sum(1) if log_prob.ndim > 1 else log_prob
-
-
-class _PerRow:
-    """Brings what stands at a site to the dims (num_particles, rows)."""
-
-    def __init__(self, model_trace: Trace, num_particles: int, known: Structure) -> None:
-        self.particles = num_particles
-        self.nesting = known.max_plate_nesting + 1
-        self.rows_dim = known.rows_dim
-        self.rows = max(
-            frame.size
-            for _, site in _samples(model_trace)
-            for frame in site["cond_indep_stack"]
-            if frame.name == PLATE
-        )
-
-    def log_prob(self, site: Any) -> Tensor:
-        raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        log_prob = scale_and_mask(raw, mask=site["mask"])
-        log_prob = log_prob.reshape((1,) * (self.nesting - log_prob.ndim) + log_prob.shape)
-        inner = [d for d in range(-self.nesting + 1, 0) if d != self.rows_dim]
-        if inner:
-            log_prob = log_prob.sum(inner)
-        return log_prob.reshape(log_prob.shape[0], -1).expand(self.particles, self.rows)
-
-    def value(self, site: Any) -> Tensor:
-        value, events = site["value"], len(site["fn"].event_shape)
-        batch = value.shape[: value.ndim - events]
-        value = value.reshape((1,) * (self.nesting - len(batch)) + value.shape)
-        inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, -self.nesting}
-        sizes = [value.shape[dim - events] for dim in sorted(inner)]
-        rest = (*sizes, *value.shape[value.ndim - events :])
-        value = value.movedim(self.rows_dim - events, 1)
-        return value.reshape(*value.shape[:2], *rest).expand(self.particles, self.rows, *rest)
 
 
 def _traces(
@@ -336,8 +494,10 @@ def _traces(
     guide: Program,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] = MappingProxyType({}),
+    handler: Any = None,
 ) -> tuple[Trace, Trace]:
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    with contextlib.nullcontext() if handler is None else handler:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replayed = poutine.replay(model, trace=guide_trace)
     model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
@@ -375,6 +535,7 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
         discrete={name: _is_discrete(sites[name]) for name in observed},
         is_scaled=any(_in_rows(s) and not _is_one(s["scale"]) for s in sites.values()),
         is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
+        unreparameterised=_unreparameterised(guide),
     )
 
 
@@ -422,3 +583,18 @@ def _is_computed(site: Any) -> bool:
 
 def _is_one(scale: Any) -> bool:
     return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def is_one_scale(scale: Any, other: Any) -> bool:
+    """Whether two scales are known to be one, without asking a device for a tensor's value.
+
+    Arguments:
+        scale: A number or a tensor.
+        other: Another.
+    """
+    return (
+        scale is other
+        or not isinstance(scale, Tensor)
+        and not isinstance(other, Tensor)
+        and scale == other
+    )

@@ -1,7 +1,6 @@
 """Links: from the unconstrained output of a network to a parameter, bounded away from the edge."""
 
-import difflib
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pyro.distributions.constraints as constraints
 import torch
@@ -12,7 +11,9 @@ from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, Transform
 
-__all__ = ["Link", "SMALLEST", "link_of", "named_links"]
+from .checks import perhaps
+
+__all__ = ["Link", "SMALLEST", "base_of", "link_of", "named_links"]
 
 Link: TypeAlias = str | Transform
 
@@ -143,19 +144,28 @@ def link_of(constraint: Constraint, link: Link | None = None) -> Transform:
         return link
     if constraints.is_dependent(constraint):
         return transforms.identity_transform
-    return _default(_base(constraint))
+    return _default(base_of(constraint))
 
 
 def _named(name: str) -> Transform:
     links = named_links()
     if name not in links:
-        near = difflib.get_close_matches(name, links, n=1)
-        hint = f", perhaps {near[0]!r}" if near else ""
-        raise ValueError(f"Expected a link out of {sorted(links)}{hint}; got {name!r}.")
+        raise ValueError(
+            f"Expected a link out of {sorted(links)}{perhaps(name, links)}; got {name!r}."
+        )
     return links[name]
 
 
-def _base(constraint: Constraint) -> Constraint:
+def base_of(constraint: Any) -> Any:
+    """Returns what a constraint asks of single values, or of the vectors that it speaks of.
+
+    Arguments:
+        constraint: A constraint, with the dims that `Independent` has put around it, or none.
+
+    Example:
+        >>> base_of(constraints.independent(constraints.positive, 2))
+        GreaterThan(lower_bound=0.0)
+    """
     while isinstance(constraint, type(constraints.independent(constraints.real, 1))):
         constraint = constraint.base_constraint
     return constraint

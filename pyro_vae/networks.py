@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checks import is_size
+
 __all__ = ["MLP", "Convolution", "Deconvolution"]
 
 
@@ -134,9 +136,7 @@ class Deconvolution(nn.Module):
 
 
 def _sizes(what: str, sizes: tuple[int, ...], *, at_least: int = 0) -> tuple[int, ...]:
-    if len(sizes) < at_least or not all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
-    ):
+    if len(sizes) < at_least or not all(map(is_size, sizes)):
         raise ValueError(f"Expected positive numbers of {what}; got {sizes}.")
     return sizes
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from .checks import checked_count
 from .contexts import evaluating, seeded
 from .rows import Rows
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
     Canvas: TypeAlias = Figure | SubFigure
 
-__all__ = ["latents", "pareto_k", "prior_samples", "reconstructions", "training"]
+__all__ = [
+    "estimators",
+    "latents",
+    "pareto_k",
+    "prior_samples",
+    "reconstructions",
+    "training",
+]
 
 SMALLEST_SQUARE = 8
 MOST_TICKS = 30
@@ -132,9 +140,9 @@ def reconstructions(
         >>> figure = reconstructions(vae, torch.ones(10, 64))
         >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
     """
-    _check_size(size)
+    checked_count("size", size)
     reconstruct = _method(program, "reconstruct")
-    rows = Rows.of(x, like=program)[slice(0, size)]
+    rows = Rows.of(x, like=program, move=False)[slice(0, size)]
     replicates = reconstruct(rows, seed=seed)
     data = _only_field(rows)
     shape = _image_shape(data.shape[1:], rows, image_shape)
@@ -261,7 +269,7 @@ def prior_samples(
         >>> figure = prior_samples(vae, seed=0)
         >>> figure.savefig("samples.png")  # doctest: +SKIP
     """
-    _check_size(size)
+    checked_count("size", size)
     drawn = program
     if isinstance(program, torch.nn.Module):
         drawn = _method(program, "sample")(size, seed=seed)
@@ -344,10 +352,13 @@ def _latent_means(program: Any, x: Any, num_samples: int, seed: int | None) -> n
         encode = _method(program, "encode")
         if x is None:
             raise ValueError("Expected rows x to encode; got None.")
-        rows = Rows.of(x, like=program)
+        rows = Rows.of(x, like=program, move=False)
         with seeded(seed), evaluating(program):
-            chunks = [_posterior_mean(encode(c.x), num_samples) for c in rows.chunks(256)]
-        means = torch.cat(chunks).double().cpu().numpy()
+            chunks = [
+                _posterior_mean(encode(chunk.to_like(program).x), num_samples).cpu()
+                for chunk in rows.chunks(256)
+            ]
+        means = torch.cat(chunks).double().numpy()
     if means.ndim < 2:
         raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
     return means.reshape(len(means), -1)
@@ -499,17 +510,71 @@ def pareto_k(evidence: xr.Dataset, *, figure: Canvas | None = None) -> Canvas:
     return figure
 
 
+def estimators(curves: pd.DataFrame, *, figure: Canvas | None = None) -> Canvas:
+    """Draws signal-to-noise and cost of estimators against the number of draws K.
+
+    Arguments:
+        curves: What `curves` of a :func:`pyro_vae.compare_elbos` comparison returns.
+        figure: Where to draw.
+
+    Raises:
+        ValueError: Where it is no such table.
+    """
+    needed = {"estimator", "num_particles", "ms"}
+    if not needed <= set(getattr(curves, "columns", ())) or not len(curves):
+        raise ValueError(f"Expected a table with the columns {sorted(needed)}; got {curves!r}.")
+    groups = [g for g in ("encoder", "decoder") if f"snr_{g}" in curves]
+    panels = [(f"snr_{g}", f"Signal-to-noise, {g}", "median of |mean| / s.d.") for g in groups]
+    panels.append(("ms", "Cost", "ms a step"))
+    figure = _figure(figure, (3.3 * len(panels) + 2.0, 3.6))
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    counts = sorted(curves["num_particles"].dropna().unique())
+    for axes, (column, title, label) in zip(grid, panels, strict=True):
+        _against_particles(axes, curves, column)
+        floor = f"snr_floor_{column.removeprefix('snr_')}"
+        if floor in curves:
+            axes.axhline(
+                curves[floor].max(), color="0.5", linewidth=4.0, alpha=0.5, label="noise floor"
+            )
+        _particle_axes(axes, counts)
+        axes.set(title=title, ylabel=label)
+    _legend(figure, handles=grid[0].get_legend_handles_labels()[0])
+    return figure
+
+
+def _against_particles(axes: Axes, curves: pd.DataFrame, column: str) -> None:
+    finite = np.isfinite(curves[column].to_numpy(dtype=np.float64)) & (curves[column] > 0)
+    for i, name in enumerate(dict.fromkeys(curves["estimator"])):
+        own = curves[(curves["estimator"] == name) & finite]
+        style: dict[str, Any] = {"color": f"C{i % 10}", "label": name, "linewidth": 1.5}
+        if own["num_particles"].isna().any():
+            axes.axhline(own[column].iloc[0], linestyle="--", **style)
+        else:
+            marker = "os^vDPX*<>"[i % 10]
+            axes.plot(own["num_particles"], own[column], marker=marker, markersize=5, **style)
+
+
+def _particle_axes(axes: Axes, counts: list[float]) -> None:
+    """Logarithmic both ways, with a tick at each K."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set(xscale="log", yscale="log", xlabel="draws K")
+    if counts:
+        axes.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
+        axes.set_xticks(counts, [f"{count:g}" for count in counts])
+    low, high = axes.get_ylim()
+    if high < 1000 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+
+
 def _figure(figure: Canvas | None, size: tuple[float, float]) -> Canvas:
     if figure is not None:
         return figure
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
-
-
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"Expected size to be at least 1; got {size}.")
 
 
 def _only_field(rows: Rows) -> np.ndarray:

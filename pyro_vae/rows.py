@@ -1,8 +1,10 @@
 """What a row is: counting, naming, indexing, chunks and device of a tensor or a dict of them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +18,8 @@ __all__ = ["Data", "PLATE", "Rows", "floating_like"]
 Data: TypeAlias = Tensor | dict[str, Tensor]
 
 PLATE = "data"
+
+ASKED_AT_ONCE = 2**14
 
 
 def floating_like(module: nn.Module | None) -> Tensor:
@@ -114,6 +118,21 @@ class Rows:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
+    def ask(self, check: Callable[["Rows"], Any], like: nn.Module | None) -> None:
+        """Lets a function refuse rows, which it is shown piece by piece, as a module reads them.
+
+        Arguments:
+            check: A function of rows that raises ValueError where it refuses them.
+            like: The module to whose device and dtype each piece goes.
+
+        Raises:
+            ValueError: What the function raises, and from which row on it counts.
+        """
+        for start in range(0, len(self), ASKED_AT_ONCE):
+            piece = self[start : start + ASKED_AT_ONCE].to_like(like)
+            with _counted_from(start):
+                check(piece)
+
     def to(self, device: torch.device | str) -> "Rows":
         """Moves the rows to a device.
 
@@ -147,16 +166,25 @@ class Rows:
                 digest.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def labelled(self, arrays: dict[str, Tensor], **attrs: Any) -> xr.Dataset:
+    def labelled(
+        self,
+        arrays: dict[str, Tensor],
+        about: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+        **attrs: Any,
+    ) -> xr.Dataset:
         """Puts the names of rows and columns on arrays that have the shape of these rows' field.
 
         Arguments:
             arrays: For each variable a tensor of shape (rows, *event).
+            about: For a variable what it says of itself: `long_name`, `units`.
             attrs: What else the data set says of itself.
         """
         dims = self.dims("x")
         coords = {"datum": self.names} | dict(zip(dims, self.columns["x"], strict=True))
-        variables = {k: (("datum", *dims), v.cpu().numpy()) for k, v in arrays.items()}
+        variables = {
+            name: (("datum", *dims), array.cpu().numpy(), dict(about.get(name, {})))
+            for name, array in arrays.items()
+        }
         return xr.Dataset(variables, coords, attrs)
 
     def dims(self, field: str) -> tuple[str, ...]:
@@ -170,6 +198,16 @@ class Rows:
     def _map(self, function: Any) -> "Rows":
         fields = {name: function(tensor) for name, tensor in self.fields.items()}
         return Rows(fields if isinstance(self.x, dict) else fields["x"], self.names, self.columns)
+
+
+@contextmanager
+def _counted_from(start: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if start == 0:
+            raise
+        raise ValueError(f"{error} Rows are counted from row {start} here.") from error
 
 
 def _tensor(name: str, value: Any) -> Tensor:

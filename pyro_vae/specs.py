@@ -1,11 +1,12 @@
 """Members written as text, `Mixture(10, 8)`: read as literals, never evaluated."""
 
 import ast
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+
+from .checks import closest
 
 __all__ = ["Call", "build", "near", "parse"]
 
@@ -94,11 +95,10 @@ def near(name: str, names: Iterable[str]) -> str:
         >>> near("binomail", ["Binomial", "Normal"])
         "did you mean 'Binomial' or 'Normal'?"
     """
-    by_lower = {right.lower(): right for right in names}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-    if found:
-        return f"did you mean {' or '.join(repr(by_lower[lower]) for lower in found)}?"
-    return f"there are {', '.join(sorted(by_lower.values()))}"
+    known = set(names)
+    if found := closest(name, sorted(known)):
+        return f"did you mean {' or '.join(map(repr, found))}?"
+    return f"there are {', '.join(sorted(known))}"
 
 
 def _check_keywords(signature: inspect.Signature, call: Call) -> None:

@@ -5,7 +5,6 @@ import functools
 import inspect
 import json
 import math
-import numbers
 import signal
 import sys
 import threading
@@ -20,13 +19,13 @@ import pyro
 import pyro.infer
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from . import plots
+from .checks import checked_count, checked_positive
 from .contexts import (
     device_of,
     evaluating,
@@ -39,6 +38,16 @@ from .elbos import Estimator, Trace_ELBO
 from .files import PathLike, load_state, read_tensors, write_tensors
 from .importance import RowTerms, Structure, programs_of, row_terms_of, structure
 from .rows import PLATE, Data, Rows
+from .states import (
+    call_of,
+    generator_states,
+    joined_state,
+    plain,
+    set_generator_states,
+    split_state,
+    under,
+    unplain,
+)
 from .svi import SVI, MakeOptimizer
 
 __all__ = ["History", "fit"]
@@ -52,12 +61,15 @@ class History:
     """What happened in a fit, epoch by epoch.
 
     Arguments:
-        table: Indexed by `epoch`: `elbo`, `elbo_se` (over rows), `reconstruction` and `kl` of the
-            training rows under the changing weights of the epoch, the same with `validation_` of
-            the rows held out, `kl_weight`, and `seconds`. In nats per row; never annealed.
+        table: Indexed by `epoch`: `elbo`, `reconstruction` and `kl`, each followed by its standard
+            error over rows (`elbo_se`, `reconstruction_se`, `kl_se`), of the training rows under
+            the changing weights of the epoch; the same with `validation_` of the rows held out;
+            `kl_weight`, and `seconds`. In nats per row; never annealed. The errors are over rows
+            and their draws of z; latents that all rows share add nothing to them.
         best_epoch: The epoch whose weights the program has. (After Ctrl-C without validation they
             have gone on from there.)
-        stopped: Why the fit ended: `"max_epochs"`, `"patience"` or `"interrupted"`.
+        stopped: Why the fit ended: `"max_epochs"`, `"max_seconds"`, `"patience"` or
+            `"interrupted"`.
         seed: The seed of the fit.
     """
 
@@ -92,6 +104,7 @@ def fit(
     schedule: MakeSchedule | None = None,
     batch_size: int = 128,
     max_epochs: int = 100,
+    max_seconds: float | None = None,
     patience: int | None = 20,
     warmup: int = 0,
     max_grad_norm: float | None = None,
@@ -125,6 +138,8 @@ def fit(
             epoch.
         batch_size: The rows of a minibatch; the last one of an epoch may be smaller.
         max_epochs: The most passes over the rows.
+        max_seconds: The time after which to stop, at the end of the epoch in which it runs out:
+            the history's `seconds`, summed, those before a resume too. `None` for no limit.
         patience: The epochs without gain after which to stop; `None` for never.
         warmup: The epochs in which the weight of the KL terms climbs from 0 to 1. The history
             tells the ELBO without it; the best weights are sought after it.
@@ -154,13 +169,16 @@ def fit(
         (2, 'max_epochs')
     """
     settings = _Settings(
-        lr=_positive("lr", lr),
-        batch_size=_count("batch_size", batch_size),
-        max_epochs=_count("max_epochs", max_epochs),
-        patience=None if patience is None else _count("patience", patience),
-        warmup=_count("warmup", warmup, least=0),
-        max_grad_norm=_positive("max_grad_norm", max_grad_norm),
-        seed=None if seed is None else _count("seed", seed, least=0),
+        lr=None if lr is None else checked_positive("lr", lr),
+        batch_size=checked_count("batch_size", batch_size),
+        max_epochs=checked_count("max_epochs", max_epochs),
+        max_seconds=None if max_seconds is None else checked_positive("max_seconds", max_seconds),
+        patience=None if patience is None else checked_count("patience", patience),
+        warmup=checked_count("warmup", warmup, least=0),
+        max_grad_norm=(
+            None if max_grad_norm is None else checked_positive("max_grad_norm", max_grad_norm)
+        ),
+        seed=None if seed is None else checked_count("seed", seed, least=0),
     )
     pair, target, change = programs_of(program), device_of(device), transform or _identity
     path = _checkpoint_path(checkpoint, resume=resume)
@@ -169,6 +187,7 @@ def fit(
     rows, held_out, known = _checked_rows(program, x, validation, change, split_seed)
     objective = Trace_ELBO() if elbo is None else elbo
     svi = SVI(*pair, optimizer, objective, lr=settings.lr, max_grad_norm=settings.max_grad_norm)
+    svi.objective.check(known)
     run = _Run(
         program=program,
         svi=svi,
@@ -193,6 +212,7 @@ class _Settings:
     lr: float | None
     batch_size: int
     max_epochs: int
+    max_seconds: float | None
     patience: int | None
     warmup: int
     max_grad_norm: float | None
@@ -232,6 +252,8 @@ class _Run:
         if math.isinf(elbo.max_plate_nesting):  # else Pyro spends random numbers to find out
             spread = elbo.vectorize_particles and elbo.num_particles > 1
             elbo.max_plate_nesting = self.structure.max_plate_nesting + int(spread)
+        if self.settings.warmup:
+            self.svi.objective.weigh_kl(self.kl_weight)
 
     def finish(self, *, progress: bool) -> History:
         """Runs the epochs that are left."""
@@ -249,6 +271,9 @@ class _Run:
             while len(self.records) < self.settings.max_epochs:
                 if self._is_out_of_patience():
                     stopped = "patience"
+                    break
+                if self._is_out_of_time():
+                    stopped = "max_seconds"
                     break
                 if not self._epoch(interrupted):
                     stopped = "interrupted"
@@ -308,13 +333,13 @@ class _Run:
     def _training_handlers(self) -> Iterator["_ScaledRows"]:
         known = self.structure
         rows = _ScaledRows(active=_is_shared(known) and not known.is_subsampled)
-        annealed = _Annealed(self.kl_weight) if self.settings.warmup else contextlib.nullcontext()
-        with pyro.validation_enabled(False), local_parameters(self.program), annealed, rows:
+        with pyro.validation_enabled(False), local_parameters(self.program), rows:
             yield rows
 
     def _anneal(self, steps: int) -> None:
         if self.settings.warmup:
             self.kl_weight.fill_(min(1.0, steps / (self.settings.warmup * self.steps)))
+        self.svi.objective.at_step(steps - 1)
 
     def _validate(self, rows: Rows) -> "_Totals":
         totals = _Totals(self.device)
@@ -348,6 +373,10 @@ class _Run:
             return False
         return len(self.records) - self.best_epoch >= self.settings.patience
 
+    def _is_out_of_time(self) -> bool:
+        limit = self.settings.max_seconds
+        return limit is not None and sum(record["seconds"] for record in self.records) >= limit
+
     def _shown(self) -> dict[str, str]:
         record = self.records[-1]
         names = [name for name in ("elbo", "validation_elbo") if name in record]
@@ -372,16 +401,16 @@ class _Run:
         """Writes all that the next epoch depends on."""
         tensors = {f"program.{k}": v for k, v in self.program.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in (self.best or {}).items()}
-        state, options = _split_state(self.svi.optimizer.state_dict())
+        state, options = split_state(self.svi.optimizer.state_dict())
         tensors |= {f"optimizer.{k}": v for k, v in state.items()}
-        tensors |= {f"generator.{k}": v for k, v in _generators().items()}
+        tensors |= {f"generator.{k}": v for k, v in generator_states().items()}
         header = {
             "kind": "checkpoint",
             "fit": self._identity,
             "records": self.records,
             "best_epoch": self.best_epoch,
             "optimizer": options,
-            "schedule": None if self.schedule is None else _plain(self.schedule.state_dict()),
+            "schedule": None if self.schedule is None else plain(self.schedule.state_dict()),
             "split_seed": self.split_seed,
         }
         write_tensors(path, tensors, header)
@@ -391,15 +420,15 @@ class _Run:
         if header.get("kind") != "checkpoint":
             raise ValueError(f"Expected {self.path} to be a checkpoint; got {header.get('kind')}.")
         _check_identity(self._identity, header["fit"])
-        load_state(self.program, _under("program.", tensors, self.device), self.path)
+        load_state(self.program, under("program.", tensors, self.device), self.path)
         self.program.to(self.device)
-        self.best = _under("best.", tensors, self.device) or None
+        self.best = under("best.", tensors, self.device) or None
         self.best_epoch, self.records = header["best_epoch"], header["records"]
-        state = _under("optimizer.", tensors, self.device)
-        self.svi.optimizer.load_state_dict(_joined_state(state, header["optimizer"]))
+        state = under("optimizer.", tensors, self.device)
+        self.svi.optimizer.load_state_dict(joined_state(state, header["optimizer"]))
         if self.schedule is not None:
-            self.schedule.load_state_dict(_unplain(header["schedule"]))
-        _set_generators(_under("generator.", tensors, "cpu"))
+            self.schedule.load_state_dict(unplain(header["schedule"]))
+        set_generator_states(under("generator.", tensors, "cpu"))
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
@@ -411,18 +440,18 @@ class _Run:
             "validation": None if self.held_out is None else self.held_out.digest(),
             "transform": getattr(self.transform, "__qualname__", type(self.transform).__name__),
             "elbo": repr(elbo) if isinstance(elbo, Estimator) else _said_of(elbo),
-            "optimizer": _call(optimizer, optimizer.defaults),
-            "schedule": self.schedule and _call(self.schedule, self.schedule.state_dict()),
+            "optimizer": call_of(optimizer, optimizer.defaults),
+            "schedule": self.schedule and call_of(self.schedule, self.schedule.state_dict()),
             "trained tensors": len(self.svi.parameters),
         }
 
 
 def _said_of(elbo: pyro.infer.ELBO) -> str:
     names = ("num_particles", "vectorize_particles")
-    return _call(elbo, {name: getattr(elbo, name) for name in names})
+    return call_of(elbo, {name: getattr(elbo, name) for name in names})
 
 
-_MAY_CHANGE = ("max_epochs", "patience")
+_MAY_CHANGE = ("max_epochs", "max_seconds", "patience")
 
 
 def _is_shared(known: Structure) -> bool:
@@ -439,43 +468,31 @@ def _batches(order: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 class _Totals:
-    """Sums over rows, kept on the device until the epoch is over."""
+    """Sums over rows and of squares, kept on the device until the epoch is over."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
 
     def add(self, terms: RowTerms) -> None:
-        elbo = terms.elbo.detach().double()
-        parts = (elbo, elbo.square(), terms.reconstruction.detach(), terms.kl.detach())
-        summed = [part.double().sum() for part in parts]
-        self.sums[:4] += torch.stack(summed)
+        parts = [p.detach().double() for p in (terms.elbo, terms.reconstruction, terms.kl)]
+        summed = [total for part in parts for total in (part.sum(), part.square().sum())]
+        self.sums[:6] += torch.stack(summed)
         if terms.global_kl is not None:
-            self.sums[4] += terms.global_kl.detach().double() * len(elbo)
+            self.sums[6] += terms.global_kl.detach().double() * len(parts[0])
 
     def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
         """Means over rows; of the latents that the training rows share, each bears its part."""
-        sums = self.sums.tolist()
-        elbo, square, reconstruction, kl, global_kl = (total / num_rows for total in sums)
+        *means, global_kl = (total / num_rows for total in self.sums.tolist())
         shared = global_kl / num_sharing
-        variance = max(square - elbo**2, 0.0) / max(num_rows - 1, 1)
-        return {
-            "elbo": elbo - shared,
-            "elbo_se": math.sqrt(variance) if num_rows > 1 else math.nan,
-            "reconstruction": reconstruction,
-            "kl": kl + shared,
-        }
-
-
-class _Annealed(Messenger):  # type: ignore[misc]
-    """Weighs the latent sites, in the model and in the guide."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            msg["scale"] = msg["scale"] * self.weight
+        record = {}
+        for i, (name, borne) in enumerate(
+            {"elbo": -shared, "reconstruction": 0.0, "kl": shared}.items()
+        ):
+            mean, square = means[2 * i : 2 * i + 2]
+            variance = max(square - mean**2, 0.0) / max(num_rows - 1, 1)
+            record[name] = mean + borne
+            record[f"{name}_se"] = math.sqrt(variance) if num_rows > 1 else math.nan
+        return record
 
 
 class _ScaledRows(Messenger):  # type: ignore[misc]
@@ -522,22 +539,6 @@ def _is_watched() -> bool:
 
 def _identity(data: Any) -> Any:
     return data
-
-
-def _count(name: str, value: Any, *, least: int = 1) -> int:
-    is_count = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_count or not least <= value < 2**63:
-        raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")
-    return int(value)
-
-
-def _positive(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"Expected {name} to be a positive number; got {value!r}.")
-    return float(value)
 
 
 def _checkpoint_path(checkpoint: PathLike | None, *, resume: bool) -> Path | None:
@@ -588,13 +589,13 @@ def _checked_rows(
 ) -> tuple[Rows, Rows | None, Structure]:
     if not callable(transform):
         raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
-    rows = Rows.of(x, like=program)
+    rows = Rows.of(x, like=program, move=False)
     if validation is None:
         train, held_out = rows, None
     elif isinstance(validation, float | int) and not isinstance(validation, bool):
         train, held_out = _split(rows, validation, split_seed)
     else:
-        train, held_out = rows, Rows.of(validation, like=program)
+        train, held_out = rows, Rows.of(validation, like=program, move=False)
     known = _check(program, train, transform, split_seed)
     if _is_shared(known) and known.is_scaled and not known.is_subsampled:
         shared = ", ".join(known.global_latents + known.global_observed)
@@ -633,16 +634,19 @@ def _split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
 def _check(program: nn.Module, rows: Rows, transform: Transform, seed: int) -> Structure:
     """Asks the program, where it has a `check`, about all rows as it will see them."""
     check = getattr(program, "check", None)
+
+    def ask(piece: Rows) -> None:
+        seen = transform(piece.x)
+        if (count := len(Rows.of(seen, like=program))) != len(piece):
+            raise ValueError(
+                f"Expected a transform that keeps the {len(piece)} rows; got {count} from it."
+            )
+        if callable(check):
+            check(seen)
+
     with seeded(seed):
-        for chunk in rows.chunks(16384):
-            seen = transform(chunk.x)
-            if (count := len(Rows.of(seen, like=program))) != len(chunk):
-                raise ValueError(
-                    f"Expected a transform that keeps the {len(chunk)} rows; got {count} from it."
-                )
-            if callable(check):
-                check(seen)
-        return structure(program, transform(rows[slice(0, 2)].x))
+        rows.ask(ask, program)
+        return structure(program, transform(rows[slice(0, 2)].to_like(program).x))
 
 
 def _placed(rows: Rows, device: torch.device) -> Rows:
@@ -652,78 +656,6 @@ def _placed(rows: Rows, device: torch.device) -> Rows:
         if size > torch.cuda.mem_get_info(device)[0] / 2:
             return rows.to("cpu")
     return rows.to(device)
-
-
-def _split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                plain[f"{index}.{name}"] = value
-    return tensors, {"plain": _plain(plain), "param_groups": _plain(state["param_groups"])}
-
-
-def _joined_state(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**_unplain(options["plain"]), **tensors}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": _unplain(options["param_groups"])}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it; a dict whose keys are not strings becomes a list of pairs."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        items = [(k, _plain(v)) for k, v in value.items() if not callable(v)]
-        if all(isinstance(k, str) for k, _ in items):
-            return dict(items)
-        return {_PAIRS: [list(item) for item in items]}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _unplain(value: Any) -> Any:
-    if isinstance(value, dict):
-        items = value[_PAIRS] if _PAIRS in value else value.items()
-        return {k: _unplain(v) for k, v in items}
-    return [_unplain(v) for v in value] if isinstance(value, list) else value
-
-
-_PAIRS = "(pairs)"
-
-
-def _call(maker: Any, options: dict[str, Any]) -> str:
-    said = ", ".join(f"{name}={value}" for name, value in _plain(options).items())
-    return f"{type(maker).__name__}({said})"
-
-
-def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _set_generators(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for i in range(devices):
-        if f"cuda{i}" in states:
-            torch.cuda.set_rng_state(states[f"cuda{i}"], i)
-
-
-def _under(prefix: str, tensors: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor.to(device)
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def _check_identity(now: dict[str, Any], then: dict[str, Any]) -> None:

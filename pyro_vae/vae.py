@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,20 @@ from torch.distributions import Distribution, biject_to
 from torch.nn.parameter import UninitializedBuffer
 
 from . import priors
-from .contexts import evaluating, parameters_are_local, seeded, unmoved_statistics
+from .checks import checked_shape, is_size
+from .contexts import (
+    evaluating,
+    kept_modes,
+    parameters_are_local,
+    seeded,
+    unmoved_statistics,
+)
 from .families import Family
 from .likelihoods import Likelihood
+from .links import base_of
 from .networks import MLP
 from .posteriors import Normal, Posterior
-from .priors.prior import check_prior_shape, checked_shape
+from .priors.prior import check_prior_shape
 from .rows import PLATE, Rows, floating_like
 
 __all__ = ["VAE"]
@@ -247,7 +256,7 @@ class VAE(nn.Module):
             ValueError: Where the shape is another, or a value is NaN, infinite or outside the
                 likelihood's support.
         """
-        rows = Rows.of(x, like=self)
+        rows = Rows.of(x, like=self, move=False)
         if isinstance(rows.x, dict):
             raise ValueError(f"Expected one tensor of data; got fields {sorted(rows.x)}.")
         if rows.x.shape[1:] != self.event_shape:
@@ -256,7 +265,7 @@ class VAE(nn.Module):
                 f"{tuple(rows.x.shape)}."
             )
         if hasattr(self.likelihood, "check"):
-            self.likelihood.check(self._cast(rows.x))
+            rows.ask(lambda piece: self.likelihood.check(self._cast(piece.fields["x"])), self)
 
     def sample(self, size: int, *, seed: int | None = None) -> Tensor:
         r"""Draws new rows from the prior predictive p(x).
@@ -291,32 +300,34 @@ class VAE(nn.Module):
             ValueError: Where x is refused by :meth:`check`, or an argument is out of range.
 
         Returns:
-            A data set over `datum` and the columns of x with `mean`, `mcse` (of the mean),
-            `lower` and `upper`.
+            A data set over `datum` and the columns of x, in the units of x: the `mean` of x', the
+            bounds `lower` and `upper` of the interval, and their Monte Carlo standard errors
+            `mcse`, `lower_mcse`, `upper_mcse`. That of a bound is half the distance between the
+            draws in order one binomial standard deviation, sqrt(S p (1 - p)) with p the
+            probability outside on one side, below and above its rank; where the draws end
+            before, it is scaled up from those that there are.
         """
         if not (isinstance(num_samples, int) and num_samples > 1 and 0.0 < prob < 1.0):
             raise ValueError(
                 f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
             )
-        rows = Rows.of(x, like=self)
+        rows = Rows.of(x, like=self, move=False)
         self.check(rows)
         shapes = (self.event_shape, self.latent_shape, *self._feature_shapes)
         size = max(1, _MAX_ELEMENTS // (num_samples * max(s.numel() for s in shapes)))
         with evaluating(self), seeded(seed):
-            parts = [self._replicates(c, num_samples, prob) for c in rows.chunks(size)]
+            parts = [
+                self._replicates(chunk.to_like(self), num_samples, prob)
+                for chunk in rows.chunks(size)
+            ]
         arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return rows.labelled(arrays, num_samples=num_samples, prob=prob)
+        return rows.labelled(arrays, _ATTRIBUTES, num_samples=num_samples, prob=prob)
 
     def _replicates(self, rows: Rows, num_samples: int, prob: float) -> dict[str, Tensor]:
         z = self.encode(rows.fields["x"]).expand((num_samples, len(rows))).sample()
         draws = self.decode(z).sample().double()
-        lower, upper = _central(draws, prob)
-        return {
-            "mean": draws.mean(0),
-            "mcse": draws.std(0) / num_samples**0.5,
-            "lower": lower,
-            "upper": upper,
-        }
+        moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
+        return {name: v.cpu() for name, v in (moments | _central(draws, prob)).items()}
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self._like.dtype)
@@ -333,6 +344,18 @@ class VAE(nn.Module):
 
 _MAX_ELEMENTS = 2**24
 
+_ATTRIBUTES = {
+    name: {"long_name": said, "units": "those of x"}
+    for name, said in {
+        "mean": "mean of the replicates of x",
+        "mcse": "Monte Carlo standard error of mean",
+        "lower": "lower bound of the central interval of the replicates of x",
+        "lower_mcse": "Monte Carlo standard error of lower (from order statistics)",
+        "upper": "upper bound of the central interval of the replicates of x",
+        "upper_mcse": "Monte Carlo standard error of upper (from order statistics)",
+    }.items()
+}
+
 
 def _own(parameter: nn.Parameter) -> Tensor:
     value: Any = parameter.view_as(parameter)
@@ -346,7 +369,7 @@ _param_site = effectful(_own, type="param")
 def _size(x: Tensor | None, size: int | None) -> int:
     if x is not None:
         return len(x)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if size is None or not is_size(size):
         raise ValueError(f"Expected rows x, or a positive size to draw; got size={size!r}.")
     return size
 
@@ -360,12 +383,21 @@ def _folded(
     return network(value.reshape(-1, *event_shape)).reshape(rows + feature_shape)
 
 
-def _central(draws: Tensor, prob: float) -> tuple[Tensor, Tensor]:
-    """The draws that bound the central interval, as many below as above."""
-    outside = round((1.0 - prob) / 2.0 * (len(draws) + 1)) - 1
-    outside = min(max(outside, 0), (len(draws) - 1) // 2)
-    ordered = draws.sort(0).values
-    return ordered[outside], ordered[len(draws) - 1 - outside]
+def _central(draws: Tensor, prob: float) -> dict[str, Tensor]:
+    """The draws that bound the central interval, as many below as above, and their errors."""
+    size, share = len(draws), (1.0 - prob) / 2.0
+    outside = min(max(round(share * (size + 1)) - 1, 0), (size - 1) // 2)
+    step = max(1, round(math.sqrt(size * share * (1.0 - share))))
+    inner, outer = min(outside + step, size - 1), max(outside - step, 0)
+    scale = step / (inner - outer)
+    from_below = draws.sort(0).values
+    from_above = from_below.flip(0)
+    return {
+        "lower": from_below[outside],
+        "lower_mcse": (from_below[inner] - from_below[outer]) * scale,
+        "upper": from_above[outside],
+        "upper_mcse": (from_above[outer] - from_above[inner]) * scale,
+    }
 
 
 def _as_prior(prior: Any) -> nn.Module:
@@ -450,18 +482,14 @@ def _like_of(*networks: nn.Module) -> Tensor:
 
 
 def _dry(network: nn.Module, inputs: Tensor, what: str) -> Tensor:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     try:
-        with torch.no_grad():
+        with kept_modes(network), torch.no_grad():
+            network.eval()
             features = network(inputs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"Expected the {what} to take rows of shape {tuple(inputs.shape)}; got {error}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(inputs):
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
@@ -482,6 +510,4 @@ def _check_covered(z: Tensor, support: Any, posterior: nn.Module) -> None:
 
 
 def _is_real(support: Any) -> bool:
-    while isinstance(support, type(constraints.independent(constraints.real, 1))):
-        support = support.base_constraint
-    return isinstance(support, type(constraints.real))
+    return isinstance(base_of(support), type(constraints.real))

@@ -15,6 +15,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_vae.rows import Rows
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
@@ -48,6 +50,21 @@ def shared_state() -> dict[str, Any]:
         "handlers": list(pyro.poutine.runtime._PYRO_STACK),
         "style of matplotlib": dict(matplotlib.rcParams.copy()),
     }
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows went at once to the device of a module, each time that some did."""
+    sizes: list[int] = []
+    real = Rows.to_like
+
+    def noted(rows: Rows, module: Any, *, move: bool = True) -> Rows:
+        if move and module is not None:
+            sizes.append(len(rows))
+        return real(rows, module, move=move)
+
+    monkeypatch.setattr(Rows, "to_like", noted)
+    return sizes
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_vae.links import base_of
+
 
 class Grid(NamedTuple):
     """Points of the integral, their weights (of a step in each dim), their places s."""
@@ -34,12 +36,6 @@ def grid(support: constraints.Constraint, size: int, reach: float = 3.2) -> Grid
     slope = torch.autograd.grad(x.sum(), s)[0]
     step = 2 * reach / (size - 1)
     return Grid(x.detach(), slope * step, s.detach())
-
-
-def base_of(support: constraints.Constraint) -> constraints.Constraint:
-    while isinstance(support, type(constraints.independent(constraints.real, 1))):
-        support = support.base_constraint
-    return support
 
 
 def square(line: Grid) -> tuple[Tensor, Tensor]:

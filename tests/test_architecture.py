@@ -16,7 +16,18 @@ import pyro_vae
 
 PACKAGE = Path(pyro_vae.__file__).parent
 FLOORS = [
-    {"contexts", "datasets", "files", "links", "networks", "plots", "rows", "specs"},
+    {
+        "checks",
+        "contexts",
+        "datasets",
+        "files",
+        "links",
+        "networks",
+        "plots",
+        "rows",
+        "specs",
+        "states",
+    },
     {"families"},
     {"priors", "likelihoods", "posteriors"},
     {"vae"},

@@ -262,6 +262,47 @@ def test_fit_and_evaluate_images(images: str, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines()[-3].startswith('"x[0, 0, 0]"')
 
 
+def test_compare_elbos(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", table, "--likelihood", "StudentT(df=4.0)", "--label", "group", *SMALL]
+    assert run(*fit, "--out", "r") == 0
+    few = ["--num-repeats", "4", "--num-samples", "40", "--label", "group"]
+    capsys.readouterr()
+    asked = ["compare-elbos", "r", table, "--elbos", "STL, PIWAE(2, 3),RWS(2)", *few]
+    assert run(*asked, "--rows", "10") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "10 rows held out from table.csv under r" in said
+    assert "log p(x): IWAE(40), a lower bound" in said
+    for word in ("STL", "PIWAE(2, 3)", "RWS(2)", "efficiency", "encoder", "decoder"):
+        assert word in said
+    assert said.endswith("drawn r/pictures/estimators.png")
+    assert files("r") == sorted([*FILES, "pictures/estimators.png"])
+    Path("other.csv").write_bytes(Path(table).read_bytes())
+    assert run("compare-elbos", "r", "other.csv", *few, "--rows", "5", "--plot", "p.png") == 0
+    assert "5 rows of other.csv" in " ".join(capsys.readouterr().out.split())
+    assert Path("p.png").stat().st_size > 5000
+    for elbos, message in (
+        ("IWAE", "num_particles"),
+        ("STL, STL", "got STL twice"),
+        ("STL,", "Expected"),
+        ("IWEA(5)", "did you mean 'IWAE'"),
+        ("MMD(1.0), TVO(1)", "at least 2"),
+    ):
+        assert run("compare-elbos", "r", table, "--elbos", elbos, *few) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_compare_elbos_where_log_evidence_is_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    vae = pv.VAE(3, 2, pv.likelihoods.Normal(scale=pv.Shared()), decoder=torch.nn.Identity())
+    pv.save(vae, "pca")
+    np.save("x.npy", np.random.default_rng(0).normal(size=(9, 3)))
+    asked = ["compare-elbos", "pca", "x.npy", "--elbos", "STL,IWAE(2)", "--num-repeats", "4"]
+    assert run(*asked) == 0
+    assert "log p(x): exact; that of the gradient" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_point_mass_has_no_evidence(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL]
     assert run(*fit, "--posterior", "Delta", "--out", "r") == 0
@@ -453,7 +494,7 @@ def test_columns_in_another_order_are_refused(
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("pyro-vae ")
-    for command in ("demo", "fit", "evaluate", "sample"):
+    for command in ("demo", "fit", "evaluate", "compare-elbos", "sample"):
         assert run(command, "--help") == 0
         assert "Usage: pyro-vae" in capsys.readouterr().out
     assert run("fit", "digits", "--out", "new") == 2

@@ -283,6 +283,8 @@ def test_compare_puts_the_best_first() -> None:
         table["log_evidence"], [exact["true"].mean(), exact["wrong"].mean()]
     )
     assert table.loc["wrong", "difference_se"] < table.loc["wrong", "se"]
+    np.testing.assert_allclose(table["elbo_se"], table["se"])
+    assert table.columns.to_list()[-3:] == ["elbo", "elbo_se", "pareto_k_over"]
     assert "training seed" in table.attrs["remark"]
     assert table.attrs["num_samples"] == 50
     assert table.attrs["num_rows"] == 60
@@ -310,6 +312,14 @@ def test_compare_of_twins() -> None:
     table = compare({"a": program, "b": program}, x, 50)
     assert (table["difference"] == 0).all()
     assert (table["difference_se"] == 0).all()
+    assert table.index.to_list() == ["a", "b"]
+    assert compare({"b": program, "a": program}, x, 50).index.to_list() == ["b", "a"]
+
+
+def test_compare_keeps_the_order_of_ties() -> None:
+    same = vae()
+    assert compare({"a": same, "b": same}, COUNTS, 20).index.to_list() == ["a", "b"]
+    assert compare({"b": same, "a": same}, COUNTS, 20).index.to_list() == ["b", "a"]
 
 
 def other(likelihood: nn.Module) -> nn.Module:

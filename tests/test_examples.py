@@ -8,9 +8,18 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--max-epochs", "2", "--num-samples", "40", "--seed", "0"]
+ARGUMENTS = {
+    "compare_elbos.py": [
+        *("--max-epochs", "1", "--rows", "4", "--num-samples", "16", "--num-repeats", "4"),
+        *("--num-particles", "1", "2"),
+    ],
+    "signal_to_noise.py": "--num-particles 1 4 --num-repeats 50 --num-seeds 2".split(),
+}
 SAYS = {
+    "compare_elbos.py": ["IWAE(16)", "snr_encoder", "efficiency", "drawn: compare_elbos.png"],
     "posterior_diagnostics.py": ["z[0, 0]", "Pareto k", "alcohol", "written and read back"],
     "quickstart.py": ["epoch 2", "log_evidence", "pareto_k_over", "upper"],
+    "signal_to_noise.py": ["DReG", "encoder", "noise floor", "drawn: signal_to_noise.png"],
     "swap_the_likelihood.py": ["beta-binomial", "categorical", "difference_se", "training seed"],
     "swap_the_prior.py": ["student t", "mixture of 10", "vamp, 50 rows", "difference_se"],
     "your_own_program.py": ["conditional", "plain", "z_dim_0", "log_evidence"],
@@ -23,11 +32,17 @@ def test_every_example_has_a_case() -> None:
 
 @pytest.mark.filterwarnings("ignore:From S / 4 to S draws:UserWarning")
 @pytest.mark.parametrize("name", SAYS)
-def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location(f"example_{Path(name).stem}", EXAMPLES / name)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    example.main(SMALL)
+    example.main(ARGUMENTS.get(name, SMALL))
     said = capsys.readouterr().out
     assert [word for word in SAYS[name] if word not in said] == []
 

@@ -1,11 +1,14 @@
 """fit: what it leaves alone, what it reports, what it optimises, and how it ends."""
 
 import functools
+import itertools
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 import xarray as xr
 from programs import Grid, linear_gaussian
 from pyro.nn import PyroModule, PyroParam
+from small_vae import GREY, X, assert_same, small, weights
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
@@ -24,33 +28,12 @@ import pyro_vae as pv
 from pyro_vae.contexts import evaluating, seeded
 from pyro_vae.importance import log_densities
 
-X = (torch.rand(50, 6, generator=torch.Generator().manual_seed(1)) < 0.3).float()
-GREY = torch.rand(50, 6, generator=torch.Generator().manual_seed(2))
 QUICK: dict[str, Any] = {"batch_size": 16, "max_epochs": 2, "seed": 0, "device": "cpu"}
 STILL: dict[str, Any] = {"optimizer": torch.optim.SGD, "lr": 1e-30}
 
 
 def fit(program: nn.Module, x: Any, **options: Any) -> pv.History:
     return pv.fit(program, x, **QUICK | {"progress": False} | options)
-
-
-def small(seed: int = 0, **members: Any) -> pv.VAE:
-    asked = {
-        "prior": 2,
-        "likelihood": pv.likelihoods.Bernoulli(),
-        "encoder": pv.networks.MLP(8),
-        "decoder": pv.networks.MLP(8),
-    }
-    return pv.VAE((6,), **asked | members, seed=seed)
-
-
-def weights(program: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in program.state_dict().items()}
-
-
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def validation_elbo(program: nn.Module, rows: Tensor, seed: int = 0) -> float:
@@ -232,7 +215,7 @@ def test_float64_and_another_default_dtype() -> None:
 
 
 def test_history_columns() -> None:
-    terms = ["elbo", "elbo_se", "reconstruction", "kl"]
+    terms = ["elbo", "elbo_se", "reconstruction", "reconstruction_se", "kl", "kl_se"]
     history = fit(small(), X, max_epochs=3)
     assert history.table.columns.tolist() == [*terms, "seconds"]
     assert (history.table.index.name, history.table.index.tolist()) == ("epoch", [1, 2, 3])
@@ -266,6 +249,28 @@ def test_the_terms_are_those_of_log_densities() -> None:
     reconstruction = float(densities.reconstruction.mean())
     assert record.validation_reconstruction == pytest.approx(reconstruction, rel=1e-6)
     assert record.validation_kl == pytest.approx(float(densities.kl.mean()), rel=1e-5)
+    for name in ("reconstruction", "kl"):
+        error = float(getattr(densities, name).std()) / 20**0.5
+        assert record[f"validation_{name}_se"] == pytest.approx(error, rel=1e-5)
+
+
+def test_rows_are_checked_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, moved: list[int]
+) -> None:
+    monkeypatch.setattr("pyro_vae.rows.ASKED_AT_ONCE", 4)
+    fit(small(), X, validation=X[:9], max_epochs=1)
+    assert max(moved) == 4
+    bad = X.clone()
+    bad[17, 2] = torch.nan
+    with pytest.raises(ValueError, match="row 1. Rows are counted from row 16 here"):
+        fit(small(), bad)
+
+
+def test_one_row_has_no_errors() -> None:
+    record = fit(small(), X, validation=X[:1], max_epochs=1).table.loc[1]
+    names = [f"validation_{name}_se" for name in ("elbo", "reconstruction", "kl")]
+    assert record[names].isna().all()
+    assert record[["elbo_se", "reconstruction_se", "kl_se"]].notna().all()
 
 
 def test_more_particles_report_the_mean_over_them() -> None:
@@ -593,7 +598,7 @@ def test_the_elbo_is_a_module_with_parameters() -> None:
     loss(X).backward()
     optimizer.step()
     assert [n for n, p in vae.named_parameters() if torch.equal(p, before[n])] == []
-    assert pv.elbos.Trace_ELBO().per_row(vae.model, vae.guide, X).shape == (50,)
+    assert pv.elbos.Trace_ELBO().per_row(vae.model, vae.guide, X).value.shape == (50,)
 
 
 # Programs
@@ -631,6 +636,8 @@ def test_the_elbo_of_a_shared_latent_is_spread_over_the_training_rows() -> None:
         for name, term in terms.items():
             wanted = term[rows].mean().item()
             np.testing.assert_allclose(table[f"{prefix}{name}"], wanted, rtol=1e-10)
+            error = (term[rows].std() / len(term[rows]) ** 0.5).item()
+            np.testing.assert_allclose(table[f"{prefix}{name}_se"], error, rtol=1e-8)
 
 
 def test_a_shared_latent_is_clipped_by_the_mean_over_rows() -> None:
@@ -813,6 +820,32 @@ def test_a_second_ctrl_c_interrupts() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert torch.equal(torch.get_rng_state(), before)
     assert list(pyro.get_param_store().keys()) == []
+
+
+def test_max_seconds_stops_after_the_epoch_it_runs_out_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a clock on which each epoch takes a second; a resume goes on counting."""
+    ticks = itertools.count()
+    monkeypatch.setattr("pyro_vae.training.time.perf_counter", lambda: float(next(ticks)))
+    vae, whole = small(), small()
+    options: dict[str, Any] = {"max_epochs": 7, "checkpoint": tmp_path / "checkpoint"}
+    history = fit(vae, X, max_seconds=1.5, **options)
+    assert (len(history), history.stopped, history.best_epoch) == (2, "max_seconds", 2)
+    again = fit(vae, X, max_seconds=2.0, resume=True, **options)
+    assert (len(again), again.stopped) == (2, "max_seconds")
+    longer = fit(vae, X, max_seconds=5, resume=True, **options)
+    assert (len(longer), longer.stopped) == (5, "max_seconds")
+    last = fit(vae, X, resume=True, **options)
+    assert (len(last), last.stopped) == (7, "max_epochs")
+    fit(whole, X, max_epochs=7)
+    assert_same(weights(vae), weights(whole))
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, math.inf, math.nan, True, "1"])
+def test_max_seconds_is_a_positive_number(limit: Any) -> None:
+    with pytest.raises(ValueError, match="max_seconds"):
+        fit(small(), X, max_seconds=limit)
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

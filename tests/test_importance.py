@@ -196,7 +196,7 @@ def test_terms_of_rows_agree_with_the_densities() -> None:
     terms = row_terms_of(program.model, program.guide, x)
     assert terms.elbo.shape == (ROWS,)
     torch.manual_seed(3)
-    found = log_densities(program, x, 1, structure=structure(program, x))
+    found = log_densities(program, x, 1, known=structure(program, x))
     torch.testing.assert_close(terms.reconstruction, found.reconstruction[0])
     torch.testing.assert_close(terms.kl, found.kl[0])
 
@@ -362,7 +362,7 @@ def test_a_known_structure_saves_the_dry_run() -> None:
     known = structure(vae, x)
     calls: list[int] = []
     vae.encoder.register_forward_hook(lambda *_: calls.append(1))
-    found: Densities = log_densities(vae, x, PARTICLES, structure=known)
+    found: Densities = log_densities(vae, x, PARTICLES, known=known)
     assert calls == [1]
     assert found.model.keys() == {"z", "x"}
     assert found.guide.keys() == {"z"}
@@ -447,7 +447,7 @@ def test_keywords_reach_the_programs() -> None:
 
 def test_a_bound_of_each_row_needs_latents_of_each_row() -> None:
     elbo = pv.elbos.Trace_ELBO()
-    assert elbo.per_row(Simple().model, Simple().guide, torch.randn(4)).shape == (4,)
+    assert elbo.per_row(Simple().model, Simple().guide, torch.randn(4)).value.shape == (4,)
     program = Regression()
     x = torch.randn(6)
     with pytest.raises(ValueError, match="Expected latent sites that have a value for each row"):

@@ -13,12 +13,14 @@ import pytest
 import torch
 from cases import DECODERS, ENCODERS, LIKELIHOODS, POSTERIORS, PRIORS, Case, members
 from pyro import poutine
-from quadrature import base_of, grid, integral, mass_of, p_of_counts, p_of_line, p_of_plane, square
+from quadrature import grid, integral, mass_of, p_of_counts, p_of_line, p_of_plane, square
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 import pyro_vae as pv
 from pyro_vae.importance import log_densities
+from pyro_vae.likelihoods import scoring
+from pyro_vae.links import base_of
 
 DRAWS = 4000
 P = 1e-4
@@ -616,3 +618,15 @@ def test_components_and_pseudo_inputs_start_apart() -> None:
 def test_a_posterior_that_misses_a_part_of_the_prior_is_refused(posterior: type) -> None:
     with pytest.raises(ValueError, match="Expected a posterior that covers the support of the"):
         pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), posterior)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_is_scored_as_torch_does_to_the_last_bit(dtype: torch.dtype) -> None:
+    logits = (5.0 * torch.randn(7, 3, 50, dtype=dtype)).requires_grad_()
+    x = torch.rand(3, 50, dtype=dtype).round()
+    ours, torchs = (
+        kind(logits=logits).to_event(1).log_prob(x) for kind in (scoring.Bernoulli, dist.Bernoulli)
+    )
+    assert torch.equal(ours, torchs)
+    gradients = (torch.autograd.grad(value.sum(), logits)[0] for value in (ours, torchs))
+    assert torch.equal(*gradients)

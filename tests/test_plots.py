@@ -169,7 +169,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "an empty history": (lambda: plots.training(TABLE.iloc[:0]), "column 'elbo'"),
     "no reconstruct": (lambda: plots.reconstructions(nn.Linear(5, 2), rows(5)), "reconstruct"),
     "no sample": (lambda: plots.prior_samples(nn.Linear(5, 2)), "method sample"),
-    "no size": (lambda: plots.prior_samples(vae(5), size=0), "size to be at least 1; got 0"),
+    "no size": (
+        lambda: plots.prior_samples(vae(5), size=0),
+        "size to be an integer of at least 1; got 0",
+    ),
     "fields": (lambda: plots.prior_samples({"a": rows(5)}), "fields .'a'."),
     "another image": (
         lambda: plots.reconstructions(vae(5), rows(5), image_shape=(2, 2)),

@@ -139,3 +139,5 @@ def test_labelled_arrays() -> None:
     found = rows.labelled({"mean": torch.from_numpy(VALUES)}, note="n")
     assert found["mean"].sel(datum="x", x_dim_0="b") == VALUES[1, 1]
     assert found.attrs == {"note": "n"}
+    about = {"mean": {"units": "m"}}
+    assert rows.labelled({"mean": torch.from_numpy(VALUES)}, about)["mean"].attrs == about["mean"]

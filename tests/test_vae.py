@@ -168,7 +168,7 @@ def test_importance_folds_particles_into_the_rows() -> None:
     vae, x = counted(), bits()
     known = structure(vae, x)
     vae.encoder.shapes, vae.decoder.shapes = [], []
-    log_densities(vae, x, 6, structure=known)
+    log_densities(vae, x, 6, known=known)
     assert vae.encoder.shapes == [(ROWS, 4)]
     assert vae.decoder.shapes == [(6 * ROWS, 2)]
 
@@ -456,6 +456,54 @@ def test_reconstructions_are_the_posterior_predictive() -> None:
     assert (abs(found["lower"].values - (mean - half)) < error).all()
     assert (abs(found["upper"].values - (mean + half)) < error).all()
     assert (found.attrs["num_samples"], found.attrs["prob"]) == (4000, 0.8)
+    for name in ("lower_mcse", "upper_mcse"):
+        np.testing.assert_allclose(found[name].mean(), (error / 5).mean(), rtol=0.15)
+    assert {name: v.attrs["units"] for name, v in found.items()} == dict.fromkeys(
+        ["mean", "mcse", "lower", "lower_mcse", "upper", "upper_mcse"], "those of x"
+    )
+    assert all(variable.attrs["long_name"] for variable in found.values())
+
+
+@pytest.mark.parametrize(("num_samples", "prob"), [(20, 0.98), (200, 0.9), (201, 0.5), (50, 0.01)])
+def test_the_errors_of_an_interval_are_those_of_other_draws(num_samples: int, prob: float) -> None:
+    draws = torch.randn(num_samples, 4000, dtype=torch.float64)
+    found = _central(draws, prob)
+    for name in ("lower", "upper"):
+        assert found[f"{name}_mcse"].mean() == pytest.approx(found[name].std().item(), rel=0.3)
+
+
+def test_the_error_of_a_bound_is_half_the_distance_of_the_draws_around_it() -> None:
+    found = _central(torch.arange(200.0).square()[torch.randperm(200), None], 0.9)
+    assert found["lower"].item() == 9**2
+    assert found["lower_mcse"].item() == (12**2 - 6**2) / 2
+    assert found["upper"].item() == 190**2
+    assert found["upper_mcse"].item() == (193**2 - 187**2) / 2
+    few = _central(torch.tensor([3.0, 1.0])[:, None], 0.9)
+    assert {name: value.item() for name, value in few.items()} == {
+        "lower": 1.0,
+        "lower_mcse": 2.0,
+        "upper": 3.0,
+        "upper_mcse": 2.0,
+    }
+
+
+def test_rows_are_checked_and_encoded_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, moved: list[int]
+) -> None:
+    vae, x = small(), bits(10, 4).double()
+    monkeypatch.setattr("pyro_vae.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.vae._MAX_ELEMENTS", 3 * 8 * 2)
+    vae.check(x)
+    assert moved == [4, 4, 2]
+    moved.clear()
+    vae.reconstruct(x, num_samples=3)
+    assert moved == [4, 4, 2] + [2] * 5
+    moved.clear()
+    pv.plots.latents(vae, bits(300, 4))
+    assert moved == [256, 44]
+    x[9] = 0.5
+    with pytest.raises(ValueError, match=r"Bernoulli.* row 1\. Rows are counted from row 8 here"):
+        vae.check(x)
 
 
 def test_reconstructions_are_chunked_without_a_change_of_shape(
@@ -631,7 +679,8 @@ def test_reconstructions_are_cut_by_the_largest_layer(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("prob", [0.01, 0.5, 0.9, 0.999])
 def test_intervals_leave_out_as_many_below_as_above(num_samples: int, prob: float) -> None:
     draws = torch.randperm(num_samples).double()[:, None]
-    lower, upper = _central(draws, prob)
+    found = _central(draws, prob)
+    lower, upper = found["lower"], found["upper"]
     assert lower.item() + upper.item() == num_samples - 1
     assert lower <= upper
     between = (upper - lower).item() / (num_samples + 1)

@@ -1,4 +1,4 @@
-"""The command line: `pyro-vae demo`, `fit DATA`, `evaluate RUN DATA`, `sample RUN`."""
+"""The command line: `pyro-vae demo`, `fit DATA`, `evaluate RUN DATA`, `sample RUN`, ..."""
 
 from .commands import app as app
 from .commands import main as main

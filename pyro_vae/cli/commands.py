@@ -17,10 +17,23 @@ from rich.console import Console
 from .. import datasets, plots
 from ..checkpoint import load
 from ..contexts import device_of
+from ..diagnostics import compare_elbos
+from ..evidence import linear_gaussian
 from ..files import new_file
 from ..rows import Rows
-from .judgement import Judgement
-from .runs import EVIDENCE, SETTINGS, Settings, column_names, run, save_picture, seen, settings_of
+from .judgement import Judgement, show_estimators
+from .members import members
+from .runs import (
+    EVIDENCE,
+    PICTURES,
+    SETTINGS,
+    Settings,
+    column_names,
+    run,
+    save_picture,
+    seen,
+    settings_of,
+)
 
 __all__ = ["app", "main"]
 
@@ -30,6 +43,9 @@ _WRITERS: dict[str, Callable[[Path, np.ndarray, list[str]], None]] = {
     ".npz": lambda path, x, names: np.savez_compressed(path, x=x),
     ".png": lambda path, x, names: save_picture(plots.prior_samples(x, size=len(x)), path),
 }
+
+ELBOS = "Trace_ELBO, TraceMeanField_ELBO, STL, IWAE(5), DReG(5), VIMCO(5), RWS(5)"
+MOST_DRAWN_REPEATS = 30
 
 app = typer.Typer(
     help="Deep latent-variable models: name a prior, a likelihood and a posterior, fit them, and "
@@ -127,6 +143,7 @@ Version = Annotated[
         callback=lambda asked: _say_version(asked=asked),
     ),
 ]
+Data = Annotated[str, typer.Argument(help="digits, wine, mnist, ..., or a file.", metavar="DATA")]
 Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 
 
@@ -167,9 +184,7 @@ def _demo(
 
 @app.command("fit")
 def _fit(
-    data: Annotated[
-        str, typer.Argument(help="digits, wine, mnist, ..., or a file.", metavar="DATA")
-    ],
+    data: Data,
     likelihood: Likelihood,
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
     prior: Prior = None,
@@ -207,9 +222,7 @@ def _fit(
 @app.command("evaluate")
 def _evaluate(
     folder: Run,
-    data: Annotated[
-        str, typer.Argument(help="digits, wine, mnist, ..., or a file.", metavar="DATA")
-    ],
+    data: Data,
     out: Annotated[Path | None, typer.Option(help="A .csv to write, a line a row.")] = None,
     label: Label = None,
     key: Key = None,
@@ -220,11 +233,7 @@ def _evaluate(
     """Estimates log p(x) of all rows of DATA under a run, and how far to trust it."""
     settings = settings_of(folder)
     program = load(folder, device=device_of(device))
-    rows = Rows.of(datasets.load(data, label=label, key=key).x)
-    expected, found = settings.get("columns"), column_names(rows)
-    if expected is not None and found != expected:
-        raise ValueError(f"Expected the columns of the fit, {expected}; got {found}.")
-    rows = seen(rows, settings.get("settings", {}).get("transform"), seed)
+    rows = _rows_of_run(settings, data, label, key, seed)
     judgement = Judgement.of(program, rows, num_samples, seed)
     if out is not None:
         with new_file(out) as beside:
@@ -237,6 +246,69 @@ def _evaluate(
             f"{folder / EVIDENCE}."
         )
         Console().print(said, markup=False, highlight=False)
+
+
+def _rows_of_run(
+    settings: dict[str, Any], data: str, label: str | None, key: str | None, seed: int
+) -> Rows:
+    """The rows of a file, as the program of a run sees them."""
+    rows = Rows.of(datasets.load(data, label=label, key=key).x)
+    expected, found = settings.get("columns"), column_names(rows)
+    if expected is not None and found != expected:
+        raise ValueError(f"Expected the columns of the fit, {expected}; got {found}.")
+    return seen(rows, settings.get("settings", {}).get("transform"), seed)
+
+
+@app.command("compare-elbos")
+def _compare_elbos(
+    folder: Run,
+    data: Data,
+    elbos: Annotated[
+        str, typer.Option(help='"Trace_ELBO, IWAE(5), PIWAE(2, 5)", module:Object, ...')
+    ] = ELBOS,
+    rows: Annotated[
+        int, typer.Option(help="The most rows to take; held out ones of the fit's data.", min=1)
+    ] = 100,
+    num_repeats: Annotated[int, typer.Option(help="How often each is asked.", min=4)] = 100,
+    num_samples: Annotated[
+        int, typer.Option(help="Draws of the reference, where log p(x) is not known.", min=16)
+    ] = 5000,
+    plot: Annotated[
+        Path | None, typer.Option(help="The picture; else pictures/estimators.png of the run.")
+    ] = None,
+    label: Label = None,
+    key: Key = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Compares estimators of the ELBO on a run: bias, noise and cost of their gradients."""
+    chosen = members(elbos, "ELBO")
+    settings = settings_of(folder)
+    program = load(folder, device=device_of(device))
+    taken = _rows_of_run(settings, data, label, key, seed)
+    title = f"rows of {data}"
+    if _is_of_the_fit(data, key, settings.get("settings", {})):
+        held_out = np.isin(taken.names, settings["held_out_rows"])
+        taken, title = taken[torch.from_numpy(held_out)], f"rows held out from {data}"
+    taken, shown = taken[slice(0, rows)], Console().is_terminal
+    is_exact = linear_gaussian(program, taken) is not None
+    found = compare_elbos(
+        program,
+        taken,
+        chosen,
+        num_repeats=num_repeats,
+        reference=None if is_exact else num_samples,
+        seed=seed,
+        progress=shown,
+    )
+    show_estimators(found, f"{len(taken)} {title} under {folder}")
+    file = folder / PICTURES / "estimators.png" if plot is None else plot
+    file.parent.mkdir(parents=True, exist_ok=True)
+    repeats = min(num_repeats, MOST_DRAWN_REPEATS)
+    picture = found.plot(num_repeats=repeats, progress=shown)
+    with new_file(file) as beside:
+        save_picture(picture, beside)
+    Console().print(f"{'drawn':16} {file}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _is_of_the_fit(data: str, key: str | None, fitted: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from rich.console import Console
@@ -11,12 +12,12 @@ from rich.table import Table
 from torch import nn
 
 from ..contexts import evaluating
-from ..diagnostics import active_units
+from ..diagnostics import Comparison, active_units
 from ..evidence import log_evidence, summary
 from ..evidence.importance_sampling import point_masses
 from ..rows import Rows
 
-__all__ = ["Judgement"]
+__all__ = ["Judgement", "show_estimators"]
 
 MOST_OVER = 0.1
 
@@ -106,3 +107,44 @@ def _evidence_lines(evidence: xr.Dataset) -> Iterator[tuple[str, str, str, str]]
     over = means["pareto_k_over"]
     note = f"{round(over * rows)} of {rows} rows; fewer is better"
     yield f"Pareto k over {limit:.2f}", f"{over:.1%}", "", note
+
+
+def show_estimators(found: Comparison, title: str) -> None:
+    """Prints what is known of estimators: a table of what they say, one of their gradients.
+
+    Arguments:
+        found: As `compare_elbos` returns it.
+        title: What stands above.
+    """
+    table, console = found.table, Console()
+    groups = [g for g in ("encoder", "decoder", "prior") if f"sd_{g}" in table]
+    first = Table("", "value", "s.e.", "bias", "s.e.", "ms", "MB", "efficiency", title=title)
+    second = Table("", title="signal-to-noise of the gradient, and its relative bias")
+    for group in groups:
+        second.add_column(group)
+        second.add_column("bias (s.e.)")
+    for name, line in table.iterrows():
+        parts = [line[c] for c in ("value", "value_se", "bias", "bias_se")]
+        cost = [line[c] for c in ("ms", "memory_mb", "efficiency")]
+        first.add_row(str(name), *(f"{v:.2f}" for v in parts), *(f"{v:.3g}" for v in cost))
+        second.add_row(str(name), *(cell for group in groups for cell in _cells(line, group)))
+    for part in (first, second):
+        part.title_justify = "left"
+        for column in part.columns[1:]:
+            column.justify = "right"
+        console.print(part)
+    floor = table[f"snr_floor_{groups[0]}"].iloc[0]
+    console.print(
+        f"Nats per row. The reference of log p(x): {found.reference}; that of the gradient in "
+        f"decoder and prior: {table.attrs['gradient_reference']}, in the encoder autograd's of "
+        f"the same objective. Without any signal signal-to-noise would be {floor:.2g}. "
+        "Efficiency: variance x time of the first over that of each.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _cells(line: Any, group: str) -> tuple[str, str]:
+    bias, error = line[f"grad_bias_{group}"], line[f"grad_bias_{group}_se"]
+    known = f"{bias:.2f} ({error:.2f})" if np.isfinite(bias) else "-"
+    return f"{line[f'snr_{group}']:.2g}", known

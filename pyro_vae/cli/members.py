@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from .. import elbos, likelihoods, posteriors, priors, specs
 from ..families import Predicted, Shared
 
-__all__ = ["member"]
+__all__ = ["member", "members"]
 
 _ROOMS: dict[str, tuple[ModuleType, type, Any]] = {
     "prior": (priors, nn.Module, priors.Prior),
@@ -48,8 +48,8 @@ def member(text: str, what: str, **given: Any) -> Any:
     if _REFERENCE.fullmatch(text.strip()):
         return _imported(text.strip())
     room, kind, family = _ROOMS[what]
-    call = specs.parse(text, _WORDS)
     members, distributions = _public(room, kind), {} if family is None else _public(dist, None)
+    call = specs.parse(text, _WORDS if family is not None else members)
     if call.name in members:
         return specs.build(members[call.name], call, **given)
     if call.name not in distributions:
@@ -61,6 +61,40 @@ def member(text: str, what: str, **given: Any) -> Any:
         return family(distributions[call.name], *shape, **parameters)
 
     return specs.build(of_distribution, call)
+
+
+def members(text: str, what: str) -> dict[str, Any]:
+    """Makes the members that a text names, with commas between them, by what it says of each.
+
+    Arguments:
+        text: Their names, as :func:`member` takes them.
+        what: What they are.
+
+    Raises:
+        ValueError: Where one is nothing, or stands there twice.
+
+    Example:
+        >>> list(members("Trace_ELBO, PIWAE(2, 3)", "ELBO"))
+        ['Trace_ELBO', 'PIWAE(2, 3)']
+    """
+    found: dict[str, Any] = {}
+    for part in _apart(text):
+        if part in found:
+            raise ValueError(f"Expected each {what} once; got {part} twice.")
+        found[part] = member(part, what)
+    return found
+
+
+def _apart(text: str) -> list[str]:
+    """Cuts at the commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
 
 
 def _public(room: ModuleType, kind: type | None) -> dict[str, type]:

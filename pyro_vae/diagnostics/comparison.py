@@ -54,10 +54,13 @@ def compare(
     Returns:
         A row a program, the best first, equal ones in the order given: `log_evidence` and its
         standard error `se` over rows; `difference` from the best, row by row, and its
-        `difference_se`; `trend`, by how much the difference moves from S / 4 to S, and its
-        `trend_se` (of the best: of `log_evidence` itself); `elbo`; `pareto_k_over`, the share of
-        rows whose Pareto k is over its limit. Its `attrs` hold `num_samples`, `seed`, `num_rows`,
-        `good_k` and a `remark`.
+        `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error over rows,
+        `elbo_se`; `pareto_k_over`, the share of rows whose Pareto k is over its limit. Its
+        `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`.
+
+        `trend` is the difference at S draws less that at S / 4. In the first line, where there is
+        no difference to move, it is the best program's own `log_evidence` at S less that at S / 4
+        (the mean of its four quarters), which is 0 or more in expectation.
 
     Raises:
         ValueError: Where there is no program, one is none, or their likelihoods have different
@@ -131,7 +134,9 @@ def _table(evidence: dict[str, xr.Dataset]) -> pd.DataFrame:
 
 
 def _line(evidence: xr.Dataset, best: xr.Dataset) -> dict[str, float]:
-    full, quarter = (evidence[k].to_numpy() for k in ("log_evidence", "log_evidence_quarter"))
+    full, quarter, elbo = (
+        evidence[name].to_numpy() for name in ("log_evidence", "log_evidence_quarter", "elbo")
+    )
     trend = full - quarter
     if evidence is not best:
         trend = trend - (best["log_evidence"] - best["log_evidence_quarter"]).to_numpy()
@@ -144,7 +149,8 @@ def _line(evidence: xr.Dataset, best: xr.Dataset) -> dict[str, float]:
         "difference_se": standard_error(difference),
         "trend": trend.mean(),
         "trend_se": standard_error(trend),
-        "elbo": float(evidence["elbo"].mean()),
+        "elbo": elbo.mean(),
+        "elbo_se": standard_error(elbo),
         "pareto_k_over": over.mean(),
     }
 

@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked_count
 from ..contexts import evaluating, seeded
 from ..evidence.importance_sampling import (
     MAX_ELEMENTS,
     Plan,
-    checked_count,
     checked_rows,
 )
 from ..importance import log_densities
@@ -83,7 +83,7 @@ def _moments(
     program: nn.Module, x: Data, plan: Plan, num_samples: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     parts = [
-        log_densities(program, x, count, structure=plan.structure).values
+        log_densities(program, x, count, known=plan.structure).values
         for count in plan.parts(num_samples)
     ]
     return {

@@ -9,11 +9,11 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor, nn
 
+from ..checks import checked_count
 from ..contexts import evaluating, seeded
 from ..evidence.importance_sampling import (
     MAX_ELEMENTS,
     Plan,
-    checked_count,
     checked_rows,
     data_sites,
     estimates,
@@ -78,7 +78,7 @@ def to_arviz(
         ('chain', 'draw', 'datum', 'z_dim_0')
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
-    checked_count("max_elements", max_elements, least=1)
+    checked_count("max_elements", max_elements)
     rows = checked_rows(program, x)
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
@@ -108,7 +108,7 @@ def _num_predictive(
     asked: int | None, num_samples: int, observed: Groups, max_elements: int
 ) -> int:
     if asked is not None:
-        return min(checked_count("num_predictive", asked, least=1), num_samples)
+        return min(checked_count("num_predictive", asked), num_samples)
     elements = max(values.size for values in observed["observed_data"].values())
     return max(1, min(num_samples, MAX_PREDICTIVE, max_elements // elements))
 
@@ -128,7 +128,7 @@ class _Run:
     def draws(self, x: Data, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
         first, rest = plan.parts(num_predictive), plan.parts(num_samples - num_predictive)
         posterior = [self._posterior_predictive(x, n) for n in first]
-        posterior += [log_densities(self.program, x, n, structure=self.known) for n in rest]
+        posterior += [log_densities(self.program, x, n, known=self.known) for n in rest]
         prior = [self._prior(x, n) for n in first]
         give_memory_back()
         return {

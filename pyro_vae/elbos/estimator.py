@@ -1,17 +1,27 @@
 """What an estimator of the ELBO gives, and the module that a pair of programs makes with it."""
 
+import contextlib
 import copy
+import math
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
+import pyro
 import pyro.infer
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ..contexts import kept_buffers, kept_generators
-from ..importance import Program, RowTerms, row_terms_of
+from ..contexts import evaluating, kept_buffers, kept_generators
+from ..importance import Program, RowTerms, Structure, plate_nesting, row_terms_of
 
-__all__ = ["Estimate", "Estimator", "Objective"]
+__all__ = ["Estimate", "Estimator", "Objective", "PerRow", "Tempered", "WITHOUT_RSAMPLE"]
+
+WITHOUT_RSAMPLE = "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, VIMCO, RWS and TVO"
+WITHOUT_ROWS = "Expected latent sites that have a value for each row; got some that all share."
+PER_SUM = "Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO and TraceEnum_ELBO"
 
 
 class Estimate(NamedTuple):
@@ -20,13 +30,27 @@ class Estimate(NamedTuple):
     Arguments:
         loss: Minus the objective, summed over rows, in nats; its gradient is the estimator's.
         per_row: The objective of each row, shape (rows,), in nats, without a scale that all rows
-            share; `None` where there are latents that all rows share.
+            share; `None` where there are latents that all rows share, and for Pyro's own ELBOs,
+            which do not tell it.
         terms: The terms of the ELBO of each row, as they are without annealing.
     """
 
     loss: Tensor
     per_row: Tensor | None
     terms: RowTerms
+
+
+class PerRow(NamedTuple):
+    """The objective of each row.
+
+    Arguments:
+        value: Its mean over repeats, shape (rows,), in nats.
+        mcse: The Monte Carlo standard error of that mean, shape (rows,), in nats; NaN for one
+            repeat.
+    """
+
+    value: Tensor
+    mcse: Tensor
 
 
 class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
@@ -36,8 +60,34 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     `elbo(model, guide)(x)`, which owns the parameters of the programs' modules. As in Pyro, the
     loss is minus the objective, summed over the rows.
 
-    To add one, subclass it and write `estimate`.
+    To add one, subclass it and write `estimate`; say what it bounds and needs in the attributes.
+
+    Attributes:
+        direction: What its value is to log p(x): `"lower bound"`, or what else.
+        unbiased_value: Whether its value is unbiased for the objective.
+        unbiased_gradient: Whether its gradient is unbiased for that of the objective.
+        needs_rsample: Whether the guide must draw every site by `rsample`.
+        is_linear: Whether its value is linear in the KL terms, as the ELBO's is.
+        takes_kl_weight: Whether its KL terms can be weighed, by a warm-up, say.
+        takes_globals: Whether there may be sites outside the plate `"data"`.
+        kl_weight: The weight of the KL terms, a number or a tensor of shape ().
     """
+
+    direction: ClassVar[str] = "lower bound"
+    unbiased_value: ClassVar[bool] = True
+    unbiased_gradient: ClassVar[bool] = True
+    needs_rsample: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = True
+    takes_kl_weight: ClassVar[bool] = True
+    takes_globals: ClassVar[bool] = False
+    kl_weight: Tensor | float = 1.0
+
+    def at_step(self, steps: int) -> None:
+        """Tells a schedule, where the estimator has one, how many steps were taken.
+
+        Arguments:
+            steps: The number of steps.
+        """
 
     @abstractmethod
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
@@ -50,23 +100,56 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             kwargs: The same, by name.
         """
 
-    def per_row(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the objective of each row, shape (rows,), in nats.
+    def check(self, known: Structure) -> None:
+        """Refuses programs that the estimator would be wrong for.
+
+        Arguments:
+            known: What the program is made of.
+
+        Raises:
+            ValueError: Where it has sites without `rsample` or sites that all rows share, and the
+                estimator cannot take them: the message names the sites, and what can.
+        """
+        if self.needs_rsample:
+            refuse_unreparameterised(self, known.unreparameterised)
+        shared = known.global_latents + known.global_observed
+        if shared and not self.takes_globals:
+            raise ValueError(
+                f"Expected sites in the plate of the rows alone, under {self}; got "
+                f"{', '.join(shared)} outside it: {PER_SUM} take them."
+            )
+
+    def per_row(
+        self, model: Program, guide: Program, *args: Any, num_repeats: int = 16, **kwargs: Any
+    ) -> PerRow:
+        """Returns the objective of each row, in evaluation mode and without gradient.
 
         Arguments:
             model: The model, a Pyro program.
             guide: The guide, a Pyro program.
             args: What both are called with.
-            kwargs: The same, by name.
+            num_repeats: How often to estimate it.
+            kwargs: What both are called with, by name.
 
         Raises:
-            ValueError: Where there are latents that all rows share.
+            ValueError: Where there are latents that all rows share, or no repeats.
         """
-        per_row = self.estimate(model, guide, *args, **kwargs).per_row
+        if not isinstance(num_repeats, int) or num_repeats < 1:
+            raise ValueError(f"Expected a positive number of repeats; got {num_repeats!r}.")
+        objective = Objective(model, guide, self)
+        sums: Any = 0.0
+        with objective.evaluating():
+            for _ in range(num_repeats):
+                row = self._rows(objective, args, kwargs).double()
+                sums = sums + torch.stack([row, row.square()])
+        mean, square = sums / num_repeats
+        variance = (square - mean.square()).clamp_min(0.0) / (num_repeats - 1 or math.nan)
+        return PerRow(mean, variance.sqrt())
+
+    def _rows(self, objective: "Objective", args: Any, kwargs: Any) -> Tensor:
+        per_row = objective(*args, **kwargs).per_row
         if per_row is None:
-            raise ValueError(
-                "Expected latent sites that have a value for each row; got some that all share."
-            )
+            raise ValueError(WITHOUT_ROWS)
         return per_row
 
     def differentiable_loss(
@@ -91,7 +174,8 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             args: What both are called with.
             kwargs: The same, by name.
         """
-        return self.differentiable_loss(model, guide, *args, **kwargs).detach()
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss, and adds its gradient to the parameters' `.grad`.
@@ -115,6 +199,51 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         """
         return _Loss(Objective(model, guide, self))
 
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        """Leaves it to the class of Pyro's beside this one, if there is one."""
+        return super()._get_trace(model, guide, args, kwargs)  # type: ignore[safe-super]
+
+    def _guess_max_plate_nesting(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Does what Pyro's does, and says nothing."""
+        vectorized = self.vectorize_particles and self.num_particles > 1
+        nesting = plate_nesting(model, guide, *args, **kwargs)
+        self.max_plate_nesting = nesting + int(vectorized)
+
+
+def refuse_unreparameterised(elbo: Estimator, sites: tuple[str, ...]) -> None:
+    """Refuses sites that a guide draws without `rsample`.
+
+    Arguments:
+        elbo: The estimator that needs one.
+        sites: Their names.
+
+    Raises:
+        ValueError: Where there are any.
+    """
+    if sites:
+        raise ValueError(
+            f"Expected a guide that draws every latent site by rsample, under {elbo}; got "
+            f"{', '.join(sites)} without one: {WITHOUT_RSAMPLE} take it."
+        )
+
+
+class Tempered(Messenger):  # type: ignore[misc]
+    """Weighs the latent sites, in the model and in the guide.
+
+    Arguments:
+        weight: The weight of the KL terms.
+    """
+
+    def __init__(self, weight: Tensor | float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
+
 
 class Objective(nn.Module):
     """Creates the module of a pair of programs and an ELBO: its parameters are the programs'.
@@ -135,10 +264,10 @@ class Objective(nn.Module):
                 "Expected an ELBO with a differentiable loss, as pyro_vae.elbos.Trace_ELBO(); got "
                 f"{elbo!r}."
             )
-        owners = dict.fromkeys(o for o in (_owner(model), _owner(guide)) if o is not None)
-        self.programs = nn.ModuleList(owners)
+        self.programs = owners(model, guide)
         self.pair = (model, guide)
         self.elbo = copy.copy(elbo)
+        self.kl_weight: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Estimate:
         """Returns an estimate of the objective.
@@ -151,11 +280,59 @@ class Objective(nn.Module):
             return self.elbo.estimate(*self.pair, *args, **kwargs)
         return self._foreign(*args, **kwargs)
 
+    def weigh_kl(self, weight: Tensor) -> None:
+        """Weighs the KL terms from now on.
+
+        Arguments:
+            weight: The weight, shape (), which may change in place.
+
+        Raises:
+            ValueError: Where the estimator has no such weight.
+        """
+        if isinstance(self.elbo, Estimator):
+            if not self.elbo.takes_kl_weight:
+                raise ValueError(
+                    f"Expected an estimator whose KL terms have a weight, for a warm-up; got "
+                    f"{self.elbo}, which has none."
+                )
+            self.elbo.kl_weight = weight
+        self.kl_weight = weight
+
+    def at_step(self, steps: int) -> None:
+        """Tells the estimator's schedule, where it has one, how many steps were taken.
+
+        Arguments:
+            steps: The number of steps.
+        """
+        if isinstance(self.elbo, Estimator):
+            self.elbo.at_step(steps)
+
+    def check(self, known: Structure) -> None:
+        """Refuses programs that the estimator would be wrong for.
+
+        Arguments:
+            known: What the program is made of.
+
+        Raises:
+            ValueError: As the estimator does.
+        """
+        if isinstance(self.elbo, Estimator):
+            self.elbo.check(known)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Runs the programs in evaluation mode, without gradients, and puts all back."""
+        owned = evaluating(self.programs) if len(self.programs) else contextlib.nullcontext()
+        with owned, torch.no_grad(), pyro.validation_enabled(False):
+            yield
+
     def _foreign(self, *args: Any, **kwargs: Any) -> Estimate:
         """Pyro's own ELBOs tell no terms: one pass more tells them, with the same noise."""
         with kept_generators(), kept_buffers(self), torch.no_grad():
             terms = row_terms_of(*self.pair, *args, **kwargs)
-        loss = self.elbo.differentiable_loss(*self.pair, *args, **kwargs)
+        tempered = contextlib.nullcontext() if self.kl_weight is None else Tempered(self.kl_weight)
+        with tempered:
+            loss = self.elbo.differentiable_loss(*self.pair, *args, **kwargs)
         return Estimate(loss, None, terms)
 
 
@@ -168,6 +345,11 @@ class _Loss(nn.Module):
         return self.objective(*args, **kwargs).loss
 
 
-def _owner(program: Program) -> nn.Module | None:
-    owner = getattr(program, "__self__", program)
-    return owner if isinstance(owner, nn.Module) else None
+def owners(*programs: Program) -> nn.ModuleList:
+    """Returns the modules whose methods the programs are, or which they are themselves.
+
+    Arguments:
+        programs: Pyro programs.
+    """
+    modules = (getattr(program, "__self__", program) for program in programs)
+    return nn.ModuleList(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))

@@ -1,5 +1,6 @@
 """The evidence lower bound by draws from the guide."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,10 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..importance import Program, RowTerms, plate_nesting, row_terms
-from .estimator import Estimate, Estimator
+from ..importance import Program, RowTerms, row_terms
+from .estimator import Estimate, Estimator, Tempered
 
-__all__ = ["Trace_ELBO"]
+__all__ = ["Trace_ELBO", "mean_terms_of"]
 
 
 class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
@@ -38,10 +39,13 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         >>> import pyro_vae as pv
         >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
         >>> elbo = Trace_ELBO(num_particles=3)
-        >>> elbo.per_row(vae.model, vae.guide, torch.ones(5, 4)).shape
+        >>> elbo.per_row(vae.model, vae.guide, torch.ones(5, 4)).value.shape
         torch.Size([5])
         >>> elbo(vae.model, vae.guide)(torch.ones(5, 4)).backward()
     """
+
+    needs_rsample = False
+    takes_globals = True
 
     def __init__(
         self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: Any
@@ -63,19 +67,17 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
             args: What both are called with.
             kwargs: The same, by name.
         """
-        traces = self._get_traces(model, guide, args, kwargs)
+        with Tempered(self.kl_weight) if self._is_tempered else contextlib.nullcontext():
+            traces = list(self._get_traces(model, guide, args, kwargs))
         losses, terms = zip(*(self._of_traces(*pair) for pair in traces), strict=True)
-        mean = _mean_terms(terms)
+        mean = mean_terms_of(terms)
         loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-        return Estimate(loss, mean.elbo if mean.global_kl is None else None, mean)
+        per_row = mean.reconstruction - self.kl_weight * mean.kl
+        return Estimate(loss, per_row if mean.global_kl is None else None, mean)
 
-    def _guess_max_plate_nesting(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Does what Pyro's does, and says nothing."""
-        vectorized = self.vectorize_particles and self.num_particles > 1
-        nesting = plate_nesting(model, guide, *args, **kwargs)
-        self.max_plate_nesting = nesting + int(vectorized)
+    @property
+    def _is_tempered(self) -> bool:
+        return isinstance(self.kl_weight, Tensor) or self.kl_weight != 1.0
 
     def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
@@ -106,7 +108,12 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         return total
 
 
-def _mean_terms(terms: Sequence[RowTerms]) -> RowTerms:
+def mean_terms_of(terms: Sequence[RowTerms]) -> RowTerms:
+    """Returns the mean of the terms of several passes.
+
+    Arguments:
+        terms: Those of each.
+    """
     if len(terms) == 1:
         return terms[0]
     parts: Any = zip(*terms, strict=True)

@@ -3,10 +3,7 @@
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..checks import checked_count
 from ..contexts import evaluating, seeded
-from ..importance import Structure, log_densities, structure
+from ..importance import Structure, log_densities, programs_of, structure
 from ..rows import Data, Rows
 from .pareto import good_k, pareto_k
 
 __all__ = [
     "Plan",
-    "checked_count",
     "checked_rows",
     "data_sites",
     "estimates",
@@ -38,7 +35,6 @@ __all__ = [
 ]
 
 MAX_ELEMENTS = 2**24
-CHECKED_AT_ONCE = 2**14
 
 ATTRIBUTES = {
     "log_evidence": {
@@ -75,6 +71,11 @@ ATTRIBUTES = {
         "long_name": "log_evidence at num_samples / 4, mean over the four quarters of the draws",
         "units": "nats",
         "direction": "lower bound in expectation, below that of log_evidence",
+    },
+    "log_evidence_quarter_mcse": {
+        "long_name": "Monte Carlo standard error of log_evidence_quarter (sd of the four / 2)",
+        "units": "nats",
+        "direction": "of four values, so itself uncertain by some 40%",
     },
 }
 
@@ -122,7 +123,8 @@ def log_evidence(
         Over `datum`, labelled by the names of the rows: `log_evidence`, its `mcse`, the effective
         sample size `ess`, `pareto_k` (compare attribute `good_k`), `elbo`, its `elbo_mcse`, and
         `log_evidence_quarter`: the mean of the estimates from the four quarters of the draws
-        (S // 4 each). In nats, but for `ess` and `pareto_k`.
+        (S // 4 each), with `log_evidence_quarter_mcse`, their standard deviation / sqrt(4). In
+        nats, but for `ess` and `pareto_k`.
 
     Raises:
         ValueError: Where `program` is none, has latent sites that rows share, or a guide of
@@ -137,7 +139,7 @@ def log_evidence(
         ({'datum': 3}, True)
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
-    checked_count("max_elements", max_elements, least=1)
+    checked_count("max_elements", max_elements)
     rows = checked_rows(program, x)
     with seeded(seed), evaluating(program):
         points = point_masses(program, rows)
@@ -178,14 +180,15 @@ def summary(evidence: xr.Dataset) -> pd.DataFrame:
         >>> summary(evidence).index.to_list()[:2]
         ['log_evidence', 'elbo']
     """
-    means = {name: evidence[name].to_numpy() for name in ("log_evidence", "elbo")}
-    means["log_evidence_quarter"] = evidence["log_evidence_quarter"].to_numpy()
+    known = {
+        "log_evidence": "mcse",
+        "elbo": "elbo_mcse",
+        "log_evidence_quarter": "log_evidence_quarter_mcse",
+    }
+    means = {name: evidence[name].to_numpy() for name in known}
+    errors = {name: _combined(evidence[error].to_numpy()) for name, error in known.items()}
     means["gap"] = means["log_evidence"] - means["elbo"]
     means["pareto_k_over"] = _over(evidence).astype(np.float64)
-    errors = {
-        "log_evidence": _combined(evidence["mcse"].to_numpy()),
-        "elbo": _combined(evidence["elbo_mcse"].to_numpy()),
-    }
     table = {
         name: (values.mean(), standard_error(values), errors.get(name, math.nan))
         for name, values in means.items()
@@ -226,45 +229,12 @@ def checked_rows(program: Any, x: Any) -> Rows:
     Raises:
         ValueError: Where `program` is something else, or the data do not fit it.
     """
-    methods = (getattr(program, name, None) for name in ("model", "guide"))
-    if not (isinstance(program, nn.Module) and all(map(callable, methods))):
-        raise ValueError(
-            "Expected a program: an nn.Module with methods model(x) and guide(x); got "
-            f"{type(program).__name__}."
-        )
+    programs_of(program)
     rows = Rows.of(x, like=program, move=False)
     check = getattr(program, "check", None)
     if callable(check):
-        for start in range(0, len(rows), CHECKED_AT_ONCE):
-            with _counted_from(start):
-                check(rows[start : start + CHECKED_AT_ONCE].to_like(program).x)
+        rows.ask(lambda piece: check(piece.x), program)
     return rows
-
-
-@contextmanager
-def _counted_from(start: int) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if start == 0:
-            raise
-        raise ValueError(f"{error} Rows are counted from row {start} here.") from error
-
-
-def checked_count(name: str, value: Any, *, least: int) -> int:
-    """Returns an integer argument if it is large enough.
-
-    Arguments:
-        name: What the argument is called.
-        value: Its value.
-        least: The smallest allowed.
-
-    Raises:
-        ValueError: Where it is no integer or too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")
-    return int(value)
 
 
 def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,6 +252,7 @@ def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
         top = log_weights.max(axis=0)
         weights = np.exp(log_weights - np.where(np.isfinite(top), top, 0))
         mean = weights.mean(axis=0)
+        quarters = _quarters(log_weights)
         return {
             "log_evidence": _log_mean_exp(log_weights),
             "mcse": weights.std(axis=0, ddof=1) / (math.sqrt(size) * mean),
@@ -289,7 +260,8 @@ def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
             "pareto_k": pareto_k(log_weights),
             "elbo": log_weights.mean(axis=0),
             "elbo_mcse": log_weights.std(axis=0, ddof=1) / math.sqrt(size),
-            "log_evidence_quarter": _quarters(log_weights).mean(axis=0),
+            "log_evidence_quarter": quarters.mean(axis=0),
+            "log_evidence_quarter_mcse": quarters.std(axis=0, ddof=1) / math.sqrt(4),
         }
 
 
@@ -413,7 +385,7 @@ def _bar(total: int, *, shown: bool) -> Any:
 
 def _log_weights(program: nn.Module, x: Data, plan: Plan, num_samples: int) -> np.ndarray:
     parts = [
-        log_densities(program, x, count, structure=plan.structure).log_weights
+        log_densities(program, x, count, known=plan.structure).log_weights
         for count in plan.parts(num_samples)
     ]
     log_weights = torch.cat(parts).cpu().numpy()
@@ -457,7 +429,7 @@ def _tensor_sizes(program: nn.Module, rows: Rows, shape: Structure, side: int) -
     few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
     noted = _TensorSizes()
     with noted:
-        log_densities(program, few, side, structure=shape)
+        log_densities(program, few, side, known=shape)
     return noted.sizes
 
 

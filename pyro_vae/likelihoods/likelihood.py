@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..families import Family, Word
+from ..links import base_of
 
 __all__ = ["Likelihood"]
 
@@ -55,7 +56,7 @@ class Likelihood(Family):
             raise ValueError(f"Expected finite data; got {_found(x, infinite)}.")
         with torch.enable_grad():
             example = self._at_zero()
-        base = _base(example.support)
+        base = base_of(example.support)
         if _is_learned(base):
             return
         outside = _outside(base, x)
@@ -103,12 +104,6 @@ def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
 
 def _over_event(elements: Tensor, bad: Tensor) -> Tensor:
     return elements.flatten(bad.ndim).any(-1) if elements.ndim > bad.ndim else elements
-
-
-def _base(support: Any) -> Any:
-    while isinstance(support, type(constraints.independent(constraints.real, 1))):
-        support = support.base_constraint
-    return support
 
 
 def _is_learned(base: constraints.Constraint) -> bool:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
+from ..checks import checked_number_of, checked_shape
 from ..families import Family, Shared
-from .prior import checked_shape, is_size
 
 __all__ = ["Mixture", "mixture_of"]
 
@@ -40,9 +40,7 @@ class Mixture(nn.Module):
         component: Family | None = None,
     ) -> None:
         super().__init__()
-        if not is_size(num_components):
-            raise ValueError(f"Expected a positive number of components; got {num_components!r}.")
-        self.num_components = num_components
+        self.num_components = checked_number_of("components", num_components)
         self.event_shape = checked_shape(event_shape)
         normal = Family(dist.Normal, loc=Shared(), scale=Shared(init=1.0))
         self.component = copy.deepcopy(normal if component is None else component)

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from ..checks import checked_shape, short
 from ..families import ALTERNATIVES, Family, Shared, Word
 
 __all__ = [
     "Prior",
     "StandardNormal",
     "check_prior_shape",
-    "checked_shape",
     "from_distribution",
-    "is_size",
 ]
 
 
@@ -63,7 +62,7 @@ class Prior(Family):
 
     def extra_repr(self) -> str:
         """The arguments, as they were written."""
-        words = [f"{name}={_short(word)}" for name, word in self.words.items()]
+        words = [f"{name}={short(word)}" for name, word in self.words.items()]
         return ", ".join([self.distribution.__name__, str(tuple(self.event_shape)), *words])
 
 
@@ -126,31 +125,6 @@ def from_distribution(distribution: Distribution) -> Prior:
     return prior
 
 
-def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Returns an event shape as a tuple.
-
-    Arguments:
-        event_shape: An int or a tuple of ints.
-
-    Raises:
-        ValueError: Where it is empty, or a size is not a positive integer.
-    """
-    sizes = event_shape if isinstance(event_shape, tuple | list) else (event_shape,)
-    shape = tuple(sizes)
-    if not shape or not all(is_size(size) for size in shape):
-        raise ValueError(f"Expected an event shape of positive sizes; got {event_shape!r}.")
-    return shape
-
-
-def is_size(value: Any) -> bool:
-    """Whether a value is a positive integer.
-
-    Arguments:
-        value: Any value.
-    """
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def check_prior_shape(distribution: Distribution) -> None:
     """Refuses a distribution that is not over one vector of latents.
 
@@ -189,7 +163,3 @@ def _check_same(prior: Prior, distribution: Distribution) -> None:
     ours, theirs = prior().log_prob(draw.to(prior._like.dtype)), distribution.log_prob(draw)
     if not torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3):
         raise ValueError(f"Expected log-density {theirs}; got {ours}.")
-
-
-def _short(word: Word) -> str:
-    return f"tensor of shape {tuple(word.shape)}" if isinstance(word, Tensor) else repr(word)

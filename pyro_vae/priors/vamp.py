@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..checks import checked_number_of, checked_shape
 from ..rows import Rows
 from .mixture import mixture_of
-from .prior import checked_shape, is_size
 
 __all__ = ["VampPrior"]
 
@@ -44,9 +44,7 @@ class VampPrior(nn.Module):
         self, num_components: int, event_shape: int | tuple[int, ...], data: Any = None
     ) -> None:
         super().__init__()
-        if not is_size(num_components):
-            raise ValueError(f"Expected a positive number of components; got {num_components!r}.")
-        self.num_components = num_components
+        self.num_components = checked_number_of("components", num_components)
         self.event_shape = checked_shape(event_shape)
         self.data = None if data is None else self._drawn(Rows.of(data))
 

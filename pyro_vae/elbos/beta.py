@@ -1,0 +1,137 @@
+"""A weight on the KL terms."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import checked_finite
+from ..importance import Program, Structure
+from .estimator import Estimate, Estimator, Objective
+from .trace_elbo import Trace_ELBO
+
+__all__ = ["BetaELBO"]
+
+
+class BetaELBO(Estimator):
+    r"""Creates the objective with a weight on the KL terms, in model and guide alike.
+
+    .. math:: L(x) = E_q[\log p(x \mid z)] - \beta\, \mathrm{KL}(q(z \mid x), p(z))
+
+    For :math:`\beta \ge 1` a lower bound on log p(x), below the ELBO; for :math:`\beta < 1` no
+    bound. Value and gradient are unbiased where those of the estimator inside are. With a
+    multi-sample bound inside, the log-weights are
+    :math:`\log p(x \mid z) + \beta (\log p(z) - \log q(z \mid x))`, and nothing is bounded.
+
+    References:
+        beta-VAE (Higgins et al., 2017), https://openreview.net/forum?id=Sy2fzU9gl.
+
+    Arguments:
+        beta: The weight :math:`\beta`, or a schedule: a function from the number of steps taken to
+            the weight. Under :func:`pyro_vae.fit` the count goes on over a resumed fit; under
+            `pyro.infer.SVI` every gradient counts as a step.
+        elbo: The estimator inside, `Trace_ELBO()` by default.
+
+    Raises:
+        ValueError: Where beta is negative, or the estimator has no KL terms to weigh.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0)
+        >>> elbo = BetaELBO(lambda step: min(1.0, step / 1000), pv.elbos.TraceMeanField_ELBO())
+        >>> history = pv.fit(vae, torch.ones(64, 4), elbo=elbo, max_epochs=2, device="cpu")
+    """
+
+    def __init__(
+        self, beta: float | Callable[[int], float], elbo: Estimator | None = None
+    ) -> None:
+        self.beta = beta if callable(beta) else checked_finite("beta", beta, least=0.0)
+        self.inner = Trace_ELBO() if elbo is None else copy.copy(elbo)
+        if not isinstance(self.inner, Estimator) or not self.inner.takes_kl_weight:
+            raise ValueError(
+                "Expected an estimator of pyro_vae.elbos whose KL terms have a weight; got "
+                f"{elbo!r}."
+            )
+        super().__init__(
+            num_particles=self.inner.num_particles,
+            vectorize_particles=self.inner.vectorize_particles,
+            max_plate_nesting=self.inner.max_plate_nesting,
+        )
+        self.max_plate_nesting = self.inner.max_plate_nesting
+        self.steps = 0
+
+    @property
+    def direction(self) -> str:  # type: ignore[override]
+        """What its value is to log p(x)."""
+        is_bound = self.inner.is_linear and not callable(self.beta) and self.beta >= 1.0
+        return self.inner.direction if is_bound else "no bound"
+
+    @property
+    def needs_rsample(self) -> bool:  # type: ignore[override]
+        """Whether the guide must draw every site by `rsample`."""
+        return self.inner.needs_rsample
+
+    @property
+    def takes_globals(self) -> bool:  # type: ignore[override]
+        """Whether there may be sites outside the plate `"data"`."""
+        return self.inner.takes_globals
+
+    @property
+    def unbiased_value(self) -> bool:  # type: ignore[override]
+        """Whether its value is unbiased for the objective."""
+        return self.inner.unbiased_value
+
+    @property
+    def unbiased_gradient(self) -> bool:  # type: ignore[override]
+        """Whether its gradient is unbiased for that of the objective."""
+        return self.inner.unbiased_gradient
+
+    def check(self, known: Structure) -> None:
+        """Refuses programs that the estimator inside would be wrong for.
+
+        Arguments:
+            known: What the program is made of.
+
+        Raises:
+            ValueError: As the estimator inside.
+        """
+        self.inner.check(known)
+
+    def at_step(self, steps: int) -> None:
+        """Tells the schedule how many steps were taken.
+
+        Arguments:
+            steps: The number of steps.
+        """
+        self.steps = steps
+
+    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
+        """Returns the loss and the terms of the ELBO.
+
+        Arguments:
+            model: The model, a Pyro program.
+            guide: The guide, a Pyro program.
+            args: What both are called with.
+            kwargs: The same, by name.
+        """
+        self._weigh()
+        if torch.is_grad_enabled():
+            self.steps += 1
+        estimate = self.inner.estimate(model, guide, *args, **kwargs)
+        self.max_plate_nesting = self.inner.max_plate_nesting
+        return estimate
+
+    def _weigh(self) -> None:
+        beta = self.beta(self.steps) if callable(self.beta) else self.beta
+        self.inner.kl_weight = beta * self.kl_weight
+        self.inner.max_plate_nesting = self.max_plate_nesting
+
+    def _rows(self, objective: Objective, args: Any, kwargs: Any) -> Tensor:
+        self._weigh()
+        return self.inner._rows(Objective(*objective.pair, self.inner), args, kwargs)
+
+    def __repr__(self) -> str:
+        beta = getattr(self.beta, "__qualname__", repr(self.beta))
+        return f"BetaELBO({beta}, {self.inner!r})"

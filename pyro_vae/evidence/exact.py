@@ -1,0 +1,133 @@
+"""log p(x) in closed form, where a program is linear and Gaussian."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent
+
+from ..contexts import evaluating
+from ..vae import VAE
+from .importance_sampling import checked_rows
+
+__all__ = ["doubled", "linear_gaussian", "marginal"]
+
+TOLERANCE = 1e-9
+PROBES = (0.1, 1.0, 10.0, 100.0)
+
+
+def linear_gaussian(program: nn.Module, x: Any) -> np.ndarray | None:
+    r"""Returns log p(x) of each row, where the program is a VAE that is linear and Gaussian.
+
+    .. math:: p(z) = N(m, S), \quad p(x \mid z) = N(W z + b, \mathrm{diag}(s^2))
+        \;\Rightarrow\; p(x) = N(W m + b,\ W S W^\top + \mathrm{diag}(s^2))
+
+    Probabilistic PCA, factor analysis and what else comes to that: it is found out by running the
+    decoder, not by the names of its parts. Computed in float64, in evaluation mode.
+
+    Arguments:
+        program: A module with methods `model(x)` and `guide(x)`.
+        x: The data, shape (rows, *event).
+
+    Returns:
+        log p(x) of each row, shape (rows,), in nats; `None` where the program is another.
+
+    Raises:
+        ValueError: Where `program` is none, or the data do not fit it.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> pca = pv.VAE(
+        ...     3, 2, pv.likelihoods.Normal(scale=pv.Shared()), decoder=torch.nn.Identity(), seed=0
+        ... )
+        >>> linear_gaussian(pca, torch.zeros(5, 3)).shape
+        (5,)
+        >>> linear_gaussian(pv.VAE(3, 2, pv.likelihoods.Normal(), seed=0), torch.zeros(5, 3))
+    """
+    rows = checked_rows(program, x)
+    if (double := doubled(program)) is None:
+        return None
+    with evaluating(double):
+        found = marginal(double)
+        if found is None:
+            return None
+        return found.log_prob(rows.to_like(double).fields["x"].flatten(1)).cpu().numpy()
+
+
+def doubled(program: nn.Module) -> nn.Module | None:
+    """Returns a copy of a VAE in float64, its parameters in the same order; `None` of another.
+
+    Arguments:
+        program: The program.
+    """
+    if not isinstance(program, VAE) or type(program).model is not VAE.model:
+        return None
+    return copy.deepcopy(program).double()
+
+
+def marginal(program: nn.Module) -> Any:
+    r"""Returns p(x), a normal over rows that are flat, with the gradient of the parameters.
+
+    Arguments:
+        program: What :func:`doubled` returns, in evaluation mode.
+
+    Returns:
+        A `LowRankMultivariateNormal` of event shape (D,), or `None` where p(x) is no normal, or
+        the decoder cannot be run in float64.
+    """
+    vae: Any = program
+    prior = _normal(vae._prior())
+    if prior is None:
+        return None
+    try:
+        likelihood = _affine(vae, *prior)
+    except RuntimeError:  # a decoder that computes in a precision of its own
+        return None
+    if likelihood is None:
+        return None
+    weight, offset, scale = likelihood
+    mean, scale_tril = prior
+    return dist.LowRankMultivariateNormal(
+        offset + mean @ weight, weight.T @ scale_tril, scale.square()
+    )
+
+
+def _normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
+    """The mean (D,) of a normal over z, and the Cholesky factor (D, D) of its covariance."""
+    if isinstance(distribution, dist.MultivariateNormal):
+        return distribution.loc, distribution.scale_tril
+    if isinstance(distribution, dist.LowRankMultivariateNormal):
+        return distribution.loc, distribution.scale_tril
+    found = _independent_normal(distribution)
+    return None if found is None else (found[0].flatten(), found[1].flatten().diag())
+
+
+def _independent_normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
+    events = len(distribution.event_shape)
+    base = distribution
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not isinstance(base, dist.Normal) or not events:
+        return None
+    return base.loc, base.scale
+
+
+def _affine(vae: Any, mean: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """W (L, D), b (D,) and s (D,) of a likelihood that is normal and affine in z, if it is."""
+    size = len(mean)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(len(PROBES), size, generator=generator, dtype=mean.dtype)
+    probes = wide.to(mean.device) * mean.new_tensor(PROBES)[:, None]
+    points = torch.cat([mean.new_zeros(1, size), torch.eye(size).to(mean), probes])
+    found = _independent_normal(vae.decode(points.reshape(len(points), *vae.latent_shape)))
+    if found is None:
+        return None
+    locs, scales = (part.flatten(1) for part in found)
+    offset, weight = locs[0], locs[1 : size + 1] - locs[0]
+    expected = torch.cat([locs[: size + 1], offset + probes @ weight])
+    is_affine = (locs - expected).abs().max() <= TOLERANCE * locs.abs().max()
+    is_constant = (scales - scales[0]).abs().max() <= TOLERANCE * scales[0].abs().max()
+    return (weight, offset, scales[0]) if is_affine and is_constant else None
