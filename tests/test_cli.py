@@ -18,6 +18,8 @@ import xarray as xr
 import pyro_vae as pv
 from pyro_vae import specs
 from pyro_vae.cli import main, member, runs
+from pyro_vae.cli.commands import ELBOS
+from pyro_vae.cli.members import members
 from pyro_vae.files import read_tensors
 
 SMALL = ["--max-epochs", "2", "--hidden", "16", "--latent", "2", "--num-samples", "40"]
@@ -277,9 +279,10 @@ def test_compare_elbos(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said.endswith("drawn r/pictures/estimators.png")
     assert files("r") == sorted([*FILES, "pictures/estimators.png"])
     Path("other.csv").write_bytes(Path(table).read_bytes())
-    assert run("compare-elbos", "r", "other.csv", *few, "--rows", "5", "--plot", "p.png") == 0
-    assert "5 rows of other.csv" in " ".join(capsys.readouterr().out.split())
+    assert run("compare-elbos", "r", "other.csv", *few, "--elbos", "STL", "--plot", "p.png") == 0
+    assert "80 rows of other.csv" in " ".join(capsys.readouterr().out.split())
     assert Path("p.png").stat().st_size > 5000
+    assert len(members(ELBOS, "ELBO")) == 7
     for elbos, message in (
         ("IWAE", "num_particles"),
         ("STL, STL", "got STL twice"),

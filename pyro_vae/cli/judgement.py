@@ -129,7 +129,7 @@ def show_estimators(found: Comparison, title: str) -> None:
         first.add_row(str(name), *(f"{v:.2f}" for v in parts), *(f"{v:.3g}" for v in cost))
         second.add_row(str(name), *(cell for group in groups for cell in _cells(line, group)))
     for part in (first, second):
-        part.title_justify = "left"
+        part.title_justify, part.columns[0].overflow = "left", "fold"
         for column in part.columns[1:]:
             column.justify = "right"
         console.print(part)

@@ -4,8 +4,7 @@ import copy
 import html
 import math
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -16,34 +15,17 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .. import plots
 from ..checks import checked_count
 from ..contexts import evaluating, kept_buffers, kept_generators, seeded
 from ..elbos import (
-    CIWAE,
-    CUBO,
     IWAE,
     MIWAE,
-    PIWAE,
-    RWS,
-    STL,
-    TVO,
-    VIMCO,
-    BetaELBO,
-    DReG,
     Estimate,
     Estimator,
-    MultiSample,
     Objective,
-    Renyi,
-    TotalCorrelation,
     Trace_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    Weighted,
 )
 from ..evidence.exact import doubled, marginal
 from ..evidence.importance_sampling import (
@@ -56,6 +38,15 @@ from ..evidence.importance_sampling import (
 from ..evidence.pareto import good_k
 from ..importance import Structure, draw, latent_sites, programs_of, structure
 from ..rows import Data, Rows
+from .memory import LiveBytes
+from .moments import (
+    Moments,
+    Variance,
+    efficiency,
+    median,
+    relative_distance,
+    signal_to_noise,
+)
 
 __all__ = ["Comparison", "compare_elbos"]
 
@@ -64,12 +55,9 @@ Parameters: TypeAlias = dict[str, list[nn.Parameter]]
 
 GROUPS = ("encoder", "decoder", "prior")
 MEDIAN_OF_ABS_NORMAL = 0.6744897501960817
-SE_OF_MEDIAN = 1.4826 * math.sqrt(math.pi / 2)  # of a normal, times the MAD over sqrt(n)
 NUM_SAMPLES = 5000
 QUARTERS = 4
-BATCHES = 20
 ROUNDS = 20
-PARTICLES_OF_ELBO = 8
 MAX_ELEMENTS = 2**22  # of one tensor, of which a gradient keeps many
 DEFAULT_PARTICLES = (1, 4, 16, 64)
 
@@ -218,12 +206,13 @@ class Comparison:
         if not counts:
             raise ValueError("Expected at least one number of particles; got none.")
         kept = [*(str(c) for c in self.table if str(c).startswith("snr_")), "ms"]
-        fixed = [name for name, elbo in self._run.elbos.items() if not _has_particles(elbo)]
+        elbos = self._run.elbos
+        fixed = [name for name, elbo in elbos.items() if elbo.with_particles(2) is None]
         made = {
-            (name, count): _with_particles(elbo, count)
-            for name, elbo in self._run.elbos.items()
+            (name, count): made
+            for name, elbo in elbos.items()
             for count in counts
-            if name not in fixed and count >= _least_particles(elbo)
+            if count >= elbo.least_particles and (made := elbo.with_particles(count)) is not None
         }
         repeats = self._run.num_repeats if num_repeats is None else num_repeats
         run = self._run.of(made, checked_count("num_repeats", repeats, least=4))
@@ -417,11 +406,11 @@ class _Run:
         bar: Any = None,
         parameters: list[nn.Parameter] | None = None,
         num_repeats: int | None = None,
-    ) -> "_Moments":
+    ) -> "Moments":
         """The moments of the gradient of the objective per row, and of its value."""
         objective = self.objective(elbo)
         count = num_repeats or self.num_repeats
-        moments = _Moments(count)
+        moments = Moments(count)
         for _ in range(count):
             estimate, gradients = self.step(objective, parameters)
             flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
@@ -479,14 +468,14 @@ class _Run:
         sizes = [sum(p.numel() for p in group) for group in groups.values()]
         return dict(zip(groups, draws.split(sizes, dim=1), strict=True))
 
-    def _own_reference(self, elbo: Estimator) -> "_Moments":
+    def _own_reference(self, elbo: Estimator) -> "Moments":
         if "own reference" not in self.notes:
             wanted = [p for name in GROUPS[1:] for p in self.groups.get(name, ())]
             with _naming("reference"):
                 elbo.check(self.known)
                 moments = self.repeats(elbo, parameters=wanted or self.parameters)
             self.notes["own reference"] = moments
-        found: _Moments = self.notes["own reference"]
+        found: Moments = self.notes["own reference"]
         return found
 
     def _exact(self) -> Tensor | None:
@@ -555,7 +544,7 @@ class _Run:
         """The table of a comparison."""
         times = self.times(bar)
         lines: dict[str, dict[str, Any]] = {}
-        variances: list[_Variance] = []
+        variances: list[Variance] = []
         for name, elbo in self.elbos.items():
             moments = self.repeats(elbo, bar)
             value, error = moments.value()
@@ -569,12 +558,12 @@ class _Run:
             line |= self.statistics(elbo, moments, gradient)
             ms, ms_se = times[name]
             line |= {"ms": ms, "ms_se": ms_se, "memory_mb": self._memory(elbo) / 1e6}
-            variances.append(_Variance(*moments.variance(), ms, ms_se))
-            lines[name] = line | _efficiency(variances[0], variances[-1])
+            variances.append(Variance(*moments.variance(), ms, ms_se))
+            lines[name] = line | efficiency(variances[0], variances[-1])
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("estimator")
 
     def statistics(
-        self, elbo: Estimator, moments: "_Moments", gradient: _Gradients | None = None
+        self, elbo: Estimator, moments: "Moments", gradient: _Gradients | None = None
     ) -> dict[str, float]:
         """What is said of the gradient of each group."""
         found: dict[str, float] = {}
@@ -587,7 +576,7 @@ class _Run:
                 bias = self._bias(elbo, group, batches[group], gradient)
                 found |= {f"grad_bias_{group}": bias[0], f"grad_bias_{group}_se": bias[1]}
             found[f"sd_{group}"] = float(variances[group].mean().sqrt())
-            found[f"snr_{group}"] = _signal_to_noise(means[group], variances[group])
+            found[f"snr_{group}"] = signal_to_noise(means[group], variances[group])
             found[f"snr_floor_{group}"] = MEDIAN_OF_ABS_NORMAL / math.sqrt(self.num_repeats)
         return found
 
@@ -599,16 +588,17 @@ class _Run:
             reference = self._encoder_reference(elbo)
         if reference is None:
             return math.nan, math.nan
-        return _relative_distance(batches, reference.to(batches))
+        return relative_distance(batches, reference.to(batches))
 
     def _encoder_reference(self, elbo: Estimator) -> Tensor | None:
         """The gradient of an estimator's own objective in the encoder, by autograd."""
-        plain = _plain(elbo)
-        if plain is None or (_is_split(elbo) and self.notes.get("is_tied")):
+        plain = elbo.plain()
+        if plain is None or (elbo.is_split and self.notes.get("is_tied")):
             return None
+        plain.kl_weight = elbo.kl_weight
         if self.known.unreparameterised and plain.needs_rsample:
             return None
-        is_common = type(plain) in (Trace_ELBO, IWAE, MIWAE) and _weight(plain) == 1.0
+        is_common = type(plain) in (Trace_ELBO, IWAE, MIWAE) and float(plain.kl_weight) == 1.0
         key = repr(plain) if is_common else f"{plain!r}, {id(elbo)}"
         if key not in self.notes:
             moments = self.repeats(plain, parameters=self.groups["encoder"])
@@ -629,7 +619,7 @@ class _Run:
                 self._wait()
                 spent[name].append(1000 * (time.perf_counter() - start))
                 bar.update()
-        return {name: _median(np.array(values)) for name, values in spent.items()}
+        return {name: median(np.array(values)) for name, values in spent.items()}
 
     def _wait(self) -> None:
         if self.rows.device.type == "cuda":
@@ -641,7 +631,7 @@ class _Run:
         with kept_generators():
             self.step(objective)
             if device.type != "cuda":
-                with _LiveBytes() as live:
+                with LiveBytes() as live:
                     self.step(objective)
                 return live.most
             self._wait()
@@ -650,261 +640,6 @@ class _Run:
             self.step(objective)
             self._wait()
             return torch.cuda.max_memory_allocated(device) - before
-
-
-class _Moments:
-    """Mean and variance of a gradient over repeats, the means of batches of them, and the value.
-
-    Everything stays on the device, in float64, until it is asked for.
-    """
-
-    def __init__(self, num_repeats: int) -> None:
-        self.num_repeats = num_repeats
-        self.num_batches = min(BATCHES, num_repeats)
-        self.count = 0
-        self.last = torch.zeros(())
-        self.values: list[Tensor] = []
-        self.halves: list[Tensor] = []
-
-    def add(self, value: Tensor, gradient: Tensor) -> None:
-        """Counts one repeat."""
-        if not self.count:
-            self.mean, self.squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
-            self.sums = gradient.new_zeros(self.num_batches, len(gradient))
-        if self.count % 2:
-            self.halves.append((gradient - self.last).square().mean() / 2)
-        self.sums[self.count * self.num_batches // self.num_repeats] += gradient
-        self.count += 1
-        change = gradient - self.mean
-        self.mean += change / self.count
-        self.squares += change * (gradient - self.mean)
-        self.last = gradient
-        self.values.append(value)
-
-    def variances(self) -> Tensor:
-        """The variance of each parameter's gradient over repeats."""
-        return self.squares / (self.count - 1)
-
-    def batches(self) -> Tensor:
-        """The mean gradients of batches of repeats, (batches, parameters)."""
-        indices = torch.arange(self.count) * self.num_batches // self.num_repeats
-        sizes = torch.bincount(indices, minlength=self.num_batches).to(self.sums)
-        return self.sums / sizes[:, None]
-
-    def value(self) -> tuple[float, float]:
-        """The mean of the value, and its error."""
-        values = torch.stack(self.values)
-        return float(values.mean()), float(values.std() / math.sqrt(len(values)))
-
-    def variance(self) -> tuple[float, float]:
-        """The mean variance over all parameters, and its error, from pairs of repeats."""
-        halves = torch.stack(self.halves)
-        return float(self.variances().mean()), float(halves.std() / math.sqrt(len(halves)))
-
-
-class _Variance(NamedTuple):
-    variance: float
-    variance_se: float
-    ms: float
-    ms_se: float
-
-    @property
-    def price(self) -> float:
-        return self.variance * self.ms
-
-    @property
-    def relative_error(self) -> float:
-        parts = (self.variance_se, self.variance), (self.ms_se, self.ms)
-        return math.hypot(*(error / value if value else math.inf for error, value in parts))
-
-
-def _efficiency(first: _Variance, own: _Variance) -> dict[str, float]:
-    if own is first:
-        return {"efficiency": 1.0, "efficiency_se": 0.0}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = float(np.float64(first.price) / own.price)
-    error = math.hypot(first.relative_error, own.relative_error)
-    return {"efficiency": ratio, "efficiency_se": ratio * error}
-
-
-def _signal_to_noise(mean: Tensor, variance: Tensor) -> float:
-    noise = variance.sqrt()
-    is_alive = (noise > 0) | (mean != 0)
-    ratios = (mean.abs() / noise)[is_alive].cpu().numpy()
-    return float(np.median(ratios)) if ratios.size else math.nan
-
-
-def _relative_distance(batches: Tensor, reference: Tensor) -> tuple[float, float]:
-    r"""\|E g - r\| / \|r\| of independent estimates (n, parameters) of both, and its error."""
-    centre = reference.mean(0)
-    nothing = torch.zeros_like(reference[:1])
-    size, size_error = _squared_distance(*_grams(reference, nothing))
-    squared, error = _squared_distance(*_grams(batches - centre, reference - centre))
-    if not (math.isfinite(squared) and size > 2.0 * size_error):
-        return math.nan, math.nan
-    if error == 0.0:
-        return math.sqrt(max(squared, 0.0) / size), 0.0
-    return math.sqrt(max(squared, 0.0) / size), error / math.sqrt(max(squared, error) * size)
-
-
-def _grams(one: Tensor, other: Tensor) -> list[np.ndarray]:
-    """The inner products of the rows of two matrices, each with its own and with the other's."""
-    pairs = (one, one), (other, other), (one, other)
-    return [(left @ right.T).cpu().numpy() for left, right in pairs]
-
-
-def _off_diagonal_mean(gram: np.ndarray) -> float:
-    count = len(gram)
-    if count == 1:
-        return float(gram.sum())
-    return float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
-
-
-def _squared_distance(
-    own: np.ndarray, other: np.ndarray, cross: np.ndarray
-) -> tuple[float, float]:
-    """An unbiased estimate of a squared distance from inner products, and its jackknife error."""
-
-    def estimate(rows: np.ndarray, columns: np.ndarray) -> float:
-        within = _off_diagonal_mean(own[np.ix_(rows, rows)])
-        within += _off_diagonal_mean(other[np.ix_(columns, columns)])
-        return within - 2.0 * float(cross[np.ix_(rows, columns)].mean())
-
-    rows, columns = np.arange(len(own)), np.arange(len(other))
-    without = []
-    if len(own) > 1:
-        without.append([estimate(np.delete(rows, i), columns) for i in rows])
-    if len(other) > 1:
-        without.append([estimate(rows, np.delete(columns, i)) for i in columns])
-    parts = [(len(left) - 1) * np.var(left) for left in without]
-    return estimate(rows, columns), math.sqrt(sum(parts))
-
-
-def _median(values: np.ndarray) -> tuple[float, float]:
-    middle = float(np.median(values))
-    spread = float(np.median(np.abs(values - middle)))
-    return middle, SE_OF_MEDIAN * spread / math.sqrt(len(values))
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and not yet freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.now, self.most = 0, 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs or {})) if _is_dense(leaf)}
-        results = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(results):
-            if _is_dense(leaf) and _storage(leaf) not in given:
-                self._count(leaf)
-        return results
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.live:
-            return
-        self.live[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._freed, storage._cdata).atexit = False
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.live.pop(key, 0)
-
-
-def _is_dense(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _plain_beta(elbo: BetaELBO) -> Estimator | None:
-    inner = _plain(elbo.inner)
-    if inner is None:
-        return None
-    made = BetaELBO(elbo.beta, inner)
-    made.steps = elbo.steps
-    return made
-
-
-class _Plain(MultiSample):
-    """The objective of an estimator whose gradient is its own, by autograd alone."""
-
-    def __init__(self, elbo: Weighted, sign: float = 1.0) -> None:
-        super().__init__(elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
-        self.inner, self.sign = elbo, sign
-
-    def bound(self, log_weights: Tensor) -> Tensor:
-        return self.sign * self.inner.bound(log_weights)
-
-
-_PLAIN: dict[Any, Callable[[Any], Estimator | None]] = {
-    Trace_ELBO: lambda elbo: Trace_ELBO(PARTICLES_OF_ELBO),
-    TraceGraph_ELBO: lambda elbo: Trace_ELBO(PARTICLES_OF_ELBO),
-    TraceEnum_ELBO: lambda elbo: Trace_ELBO(PARTICLES_OF_ELBO),
-    STL: lambda elbo: Trace_ELBO(PARTICLES_OF_ELBO),
-    IWAE: lambda elbo: IWAE(elbo.num_particles),
-    DReG: lambda elbo: IWAE(elbo.num_particles),
-    VIMCO: lambda elbo: IWAE(elbo.num_particles),
-    MIWAE: lambda elbo: MIWAE(*elbo.shape),
-    PIWAE: lambda elbo: MIWAE(*elbo.shape),
-    CIWAE: copy.copy,
-    Renyi: copy.copy,
-    BetaELBO: _plain_beta,
-    CUBO: lambda elbo: _Plain(elbo, -1.0),
-    Weighted: _Plain,
-}
-
-
-def _plain(elbo: Estimator) -> Estimator | None:
-    """An estimator by autograd of the objective that the encoder of another one follows."""
-    if not elbo.unbiased_gradient:
-        return None
-    make = next((_PLAIN[kind] for kind in type(elbo).__mro__ if kind in _PLAIN), None)
-    made = None if make is None else make(elbo)
-    if made is not None:
-        made.kl_weight = elbo.kl_weight
-    return made
-
-
-def _weight(elbo: Estimator) -> float:
-    return float(elbo.kl_weight)
-
-
-def _is_split(elbo: Estimator) -> bool:
-    """Whether model and guide follow objectives of their own."""
-    return isinstance(elbo, PIWAE | CUBO) or (isinstance(elbo, BetaELBO) and _is_split(elbo.inner))
-
-
-def _has_particles(elbo: Estimator) -> bool:
-    if isinstance(elbo, BetaELBO):
-        return _has_particles(elbo.inner)
-    return isinstance(elbo, MultiSample) and not isinstance(elbo, TotalCorrelation)
-
-
-def _least_particles(elbo: Estimator) -> int:
-    inner = elbo.inner if isinstance(elbo, BetaELBO) else elbo
-    return 2 if isinstance(inner, VIMCO | RWS | TVO) else 1
-
-
-def _with_particles(elbo: Estimator, count: int) -> Estimator:
-    """A copy with another number of draws, of each group where they come in groups."""
-    made = copy.copy(elbo)
-    if isinstance(made, BetaELBO):
-        made.inner = _with_particles(made.inner, count)
-        return made
-    made.num_particles = count
-    if isinstance(made, MIWAE | PIWAE):
-        made.shape = torch.Size([made.shape[0], count])
-        made.num_particles = math.prod(made.shape)
-    return made
 
 
 def _parameters(program: nn.Module, x: Data) -> tuple[Parameters, bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import checked_count, checked_finite
 from ..importance import Particles, Program, latent_sites
 from .divergence import analytic_kl, factors, is_factorised
-from .estimator import Estimate
+from .estimator import Estimate, Estimator
 from .multi_sample import MultiSample, mean_terms
 
 __all__ = ["MMD", "TotalCorrelation", "inverse_multiquadric"]
@@ -85,6 +85,14 @@ class TotalCorrelation(MultiSample):
         per_row = densities.reconstruction[0] - self.kl_weight * penalty
         loss = -(particles.scale() * per_row).sum()
         return Estimate(loss, per_row, mean_terms(densities))
+
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns nothing: it takes one draw.
+
+        Arguments:
+            num_particles: The number of draws.
+        """
+        return None
 
     def _correlation(self, guided: Any) -> Tensor:
         """What each row's draw adds to the estimate of TC, shape (rows,)."""

@@ -88,6 +88,35 @@ class BetaELBO(Estimator):
         """Whether its gradient is unbiased for that of the objective."""
         return self.inner.unbiased_gradient
 
+    @property
+    def is_split(self) -> bool:  # type: ignore[override]
+        """Whether model and guide follow objectives of their own."""
+        return self.inner.is_split
+
+    @property
+    def least_particles(self) -> int:  # type: ignore[override]
+        """The smallest number of draws that the estimator inside can take."""
+        return self.inner.least_particles
+
+    def plain(self) -> Estimator | None:
+        """Returns the same with autograd's gradient of the estimator inside."""
+        return self._around(self.inner.plain())
+
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns a copy with another number of draws of the estimator inside.
+
+        Arguments:
+            num_particles: The number of draws.
+        """
+        return self._around(self.inner.with_particles(num_particles))
+
+    def _around(self, inner: Estimator | None) -> Estimator | None:
+        if inner is None:
+            return None
+        made = BetaELBO(self.beta, inner)
+        made.steps, made.kl_weight = self.steps, self.kl_weight
+        return made
+
     def check(self, known: Structure) -> None:
         """Refuses programs that the estimator inside would be wrong for.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_finite
+from .estimator import Estimator
 from .multi_sample import MultiSample, Weighted, Weights, log_mean_exp
 
 __all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "Renyi"]
@@ -139,6 +140,14 @@ class MIWAE(MultiSample):
         self.shape = _groups(num_bounds, num_particles)
         super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
 
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns a copy with another number of draws K of each bound.
+
+        Arguments:
+            num_particles: The number of draws.
+        """
+        return type(self)(self.shape[0], num_particles, max_plate_nesting=self.max_plate_nesting)
+
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns the mean of the bounds.
 
@@ -222,11 +231,25 @@ class PIWAE(Weighted):
         PIWAE(8, 8)
     """
 
+    is_split = True
+
     def __init__(
         self, num_bounds: int, num_particles: int, *, max_plate_nesting: float = math.inf
     ) -> None:
         self.shape = _groups(num_bounds, num_particles)
         super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
+
+    def plain(self) -> Estimator:
+        """Returns the guide's bound by autograd."""
+        return MIWAE(*self.shape, max_plate_nesting=self.max_plate_nesting)
+
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns a copy with another number of draws K of each bound.
+
+        Arguments:
+            num_particles: The number of draws.
+        """
+        return type(self)(self.shape[0], num_particles, max_plate_nesting=self.max_plate_nesting)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns the model's bound.

@@ -5,7 +5,8 @@ import math
 from torch import Tensor
 
 from ..checks import checked_finite
-from .multi_sample import Weighted, Weights, log_mean_exp
+from .estimator import Estimator
+from .multi_sample import Autograd, Weighted, Weights, log_mean_exp
 
 __all__ = ["CUBO"]
 
@@ -45,12 +46,17 @@ class CUBO(Weighted):
 
     direction = "upper bound as num_particles grows"
     takes_kl_weight = False
+    is_split = True
 
     def __init__(
         self, num_particles: int, order: float = 2.0, *, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.order = checked_finite("order", order, least=1.0)
+
+    def plain(self) -> Estimator:
+        """Returns what the guide ascends, by autograd: minus the bound."""
+        return Autograd(self, -1.0)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns the estimate of the bound.

@@ -19,7 +19,7 @@ from ..contexts import kept_buffers, kept_generators
 from ..importance import Program, row_terms, row_terms_of
 from ..rows import PLATE
 from .estimator import WITHOUT_ROWS, Estimate, Estimator, Objective, Tempered, owners
-from .trace_elbo import mean_terms_of
+from .trace_elbo import PLAIN_PARTICLES, Trace_ELBO, mean_terms_of
 
 __all__ = ["TraceEnum_ELBO", "TraceGraph_ELBO"]
 
@@ -38,6 +38,10 @@ class _Handed(Estimator):
             vectorize_particles=vectorize_particles and num_particles > 1,
             **options,
         )
+
+    def plain(self) -> Estimator:
+        """Returns the ELBO by autograd, of several draws."""
+        return Trace_ELBO(PLAIN_PARTICLES)
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.

@@ -70,6 +70,8 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         is_linear: Whether its value is linear in the KL terms, as the ELBO's is.
         takes_kl_weight: Whether its KL terms can be weighed, by a warm-up, say.
         takes_globals: Whether there may be sites outside the plate `"data"`.
+        is_split: Whether model and guide follow objectives of their own.
+        least_particles: The smallest number of draws K that it can take.
         kl_weight: The weight of the KL terms, a number or a tensor of shape ().
     """
 
@@ -80,6 +82,8 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     is_linear: ClassVar[bool] = True
     takes_kl_weight: ClassVar[bool] = True
     takes_globals: ClassVar[bool] = False
+    is_split: ClassVar[bool] = False
+    least_particles: ClassVar[int] = 1
     kl_weight: Tensor | float = 1.0
 
     def at_step(self, steps: int) -> None:
@@ -88,6 +92,21 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         Arguments:
             steps: The number of steps.
         """
+
+    def plain(self) -> "Estimator | None":
+        """Returns an estimator by autograd of the objective that the guide follows.
+
+        With it a gradient can be checked. `None` where there is none.
+        """
+        return None
+
+    def with_particles(self, num_particles: int) -> "Estimator | None":
+        """Returns a copy with another number of draws K; `None` where its K bounds nothing.
+
+        Arguments:
+            num_particles: The number of draws, of each group where they come in groups.
+        """
+        return None
 
     @abstractmethod
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:

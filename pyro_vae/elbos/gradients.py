@@ -5,8 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import checked_count
+from .bounds import IWAE
+from .estimator import Estimator
 from .multi_sample import Weighted, Weights, log_mean_exp
+from .trace_elbo import PLAIN_PARTICLES, Trace_ELBO
 
 __all__ = ["RWS", "STL", "VIMCO", "DReG"]
 
@@ -43,6 +45,10 @@ class STL(Weighted):
 
     def __init__(self, num_particles: int = 1, *, max_plate_nesting: float = math.inf) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
+
+    def plain(self) -> Estimator:
+        """Returns the ELBO by autograd, of several draws."""
+        return Trace_ELBO(PLAIN_PARTICLES)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns the mean of the log-weights.
@@ -93,6 +99,10 @@ class DReG(Weighted):
         DReG(50)
     """
 
+    def plain(self) -> Estimator:
+        """Returns the same bound by autograd."""
+        return IWAE(self.num_particles, max_plate_nesting=self.max_plate_nesting)
+
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns log mean w.
 
@@ -140,10 +150,11 @@ class VIMCO(Weighted):
     """
 
     needs_rsample = False
+    least_particles = 2
 
-    def __init__(self, num_particles: int, *, max_plate_nesting: float = math.inf) -> None:
-        checked_count("num_particles", num_particles, least=2)
-        super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
+    def plain(self) -> Estimator:
+        """Returns the same bound by autograd."""
+        return IWAE(self.num_particles, max_plate_nesting=self.max_plate_nesting)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns log mean w.
@@ -193,12 +204,9 @@ class RWS(Weighted):
     """
 
     needs_rsample = False
+    least_particles = 2
     takes_kl_weight = False
     unbiased_gradient = False
-
-    def __init__(self, num_particles: int, *, max_plate_nesting: float = math.inf) -> None:
-        checked_count("num_particles", num_particles, least=2)
-        super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns log mean w.

@@ -1,5 +1,6 @@
 """Objectives of K draws of each row: all that they see of a program is its importance weights."""
 
+import copy
 import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ..checks import checked_count
 from ..importance import Densities, Particles, Program, RowTerms, draw, latent_sites
 from .estimator import Estimate, Estimator, refuse_unreparameterised
 
-__all__ = ["MultiSample", "Weighted", "Weights", "log_mean_exp"]
+__all__ = ["Autograd", "MultiSample", "Weighted", "Weights", "log_mean_exp"]
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -48,7 +49,9 @@ class MultiSample(Estimator):
 
     def __init__(self, num_particles: int, *, max_plate_nesting: float = math.inf) -> None:
         super().__init__(
-            num_particles=checked_count("num_particles", num_particles),
+            num_particles=checked_count(
+                "num_particles", num_particles, least=self.least_particles
+            ),
             max_plate_nesting=max_plate_nesting,
         )
 
@@ -59,6 +62,22 @@ class MultiSample(Estimator):
         Arguments:
             log_weights: Shape (num_particles, rows), in float64.
         """
+
+    def plain(self) -> Estimator | None:
+        """Returns itself, where its gradient is autograd's of `bound`."""
+        return copy.copy(self) if type(self).estimate is MultiSample.estimate else None
+
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns a copy with another number of draws K.
+
+        Arguments:
+            num_particles: The number of draws.
+        """
+        made = copy.copy(self)
+        made.num_particles = checked_count(
+            "num_particles", num_particles, least=self.least_particles
+        )
+        return made
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.
@@ -138,6 +157,10 @@ class Weighted(MultiSample):
             log_weights: Shape (num_particles, rows), in float64, without gradient.
         """
 
+    def plain(self) -> Estimator | None:
+        """Returns the same `bound` by autograd, where the gradient claims to be its."""
+        return Autograd(self) if self.unbiased_gradient else None
+
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.
 
@@ -192,6 +215,27 @@ class Weighted(MultiSample):
         at_fixed = particles.to_rows(scale_and_mask(fixed, mask=site["mask"]))
         moving = self.kl_weight * weights.model
         return (moving * (densities.log_guide - at_fixed)).sum()
+
+
+class Autograd(MultiSample):
+    """The objective of another estimator, with autograd's gradient.
+
+    Arguments:
+        elbo: The estimator.
+        sign: What to multiply its value by: -1 where the guide descends it.
+    """
+
+    def __init__(self, elbo: MultiSample, sign: float = 1.0) -> None:
+        super().__init__(elbo.num_particles, max_plate_nesting=elbo.max_plate_nesting)
+        self.inner, self.sign = elbo, sign
+
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """Returns the value of the other.
+
+        Arguments:
+            log_weights: Shape (num_particles, rows).
+        """
+        return self.sign * self.inner.bound(log_weights)
 
 
 class _Opening:

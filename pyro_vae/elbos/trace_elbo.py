@@ -14,7 +14,9 @@ from torch import Tensor
 from ..importance import Program, RowTerms, row_terms
 from .estimator import Estimate, Estimator, Tempered
 
-__all__ = ["Trace_ELBO", "mean_terms_of"]
+__all__ = ["PLAIN_PARTICLES", "Trace_ELBO", "mean_terms_of"]
+
+PLAIN_PARTICLES = 8
 
 
 class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
@@ -57,6 +59,10 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
             vectorize_particles=vectorize_particles and num_particles > 1,
             **options,
         )
+
+    def plain(self) -> Estimator:
+        """Returns the ELBO by autograd, of several draws."""
+        return Trace_ELBO(PLAIN_PARTICLES)
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.

@@ -43,6 +43,7 @@ class TVO(Weighted):
     """
 
     needs_rsample = False
+    least_particles = 2
     unbiased_value = False
     unbiased_gradient = False
 
@@ -54,7 +55,6 @@ class TVO(Weighted):
         first_beta: float = 0.01,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        checked_count("num_particles", num_particles, least=2)
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.num_partitions = checked_count("num_partitions", num_partitions)
         if not 0.0 < first_beta < 1.0:

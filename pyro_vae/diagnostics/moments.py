@@ -1,0 +1,178 @@
+"""What repeats of a gradient tell of it: mean, noise, signal, and the distance to another."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Moments",
+    "Variance",
+    "efficiency",
+    "median",
+    "relative_distance",
+    "signal_to_noise",
+]
+
+BATCHES = 20
+SE_OF_MEDIAN = 1.4826 * math.sqrt(math.pi / 2)  # of a normal, times the MAD over sqrt(n)
+
+
+class Moments:
+    """Mean and variance of a gradient over repeats, the means of batches of them, and the value.
+
+    Everything stays on the device, in float64, until it is asked for.
+    """
+
+    def __init__(self, num_repeats: int) -> None:
+        self.num_repeats = num_repeats
+        self.num_batches = min(BATCHES, num_repeats)
+        self.count = 0
+        self.last = torch.zeros(())
+        self.values: list[Tensor] = []
+        self.halves: list[Tensor] = []
+
+    def add(self, value: Tensor, gradient: Tensor) -> None:
+        """Counts one repeat."""
+        if not self.count:
+            self.mean, self.squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            self.sums = gradient.new_zeros(self.num_batches, len(gradient))
+        if self.count % 2:
+            self.halves.append((gradient - self.last).square().mean() / 2)
+        self.sums[self.count * self.num_batches // self.num_repeats] += gradient
+        self.count += 1
+        change = gradient - self.mean
+        self.mean += change / self.count
+        self.squares += change * (gradient - self.mean)
+        self.last = gradient
+        self.values.append(value)
+
+    def variances(self) -> Tensor:
+        """The variance of each parameter's gradient over repeats."""
+        return self.squares / (self.count - 1)
+
+    def batches(self) -> Tensor:
+        """The mean gradients of batches of repeats, (batches, parameters)."""
+        indices = torch.arange(self.count) * self.num_batches // self.num_repeats
+        sizes = torch.bincount(indices, minlength=self.num_batches).to(self.sums)
+        return self.sums / sizes[:, None]
+
+    def value(self) -> tuple[float, float]:
+        """The mean of the value, and its error."""
+        values = torch.stack(self.values)
+        return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+
+    def variance(self) -> tuple[float, float]:
+        """The mean variance over all parameters, and its error, from pairs of repeats."""
+        halves = torch.stack(self.halves)
+        return float(self.variances().mean()), float(halves.std() / math.sqrt(len(halves)))
+
+
+class Variance(NamedTuple):
+    """The variance of a gradient and the time of a step, each with its error."""
+
+    variance: float
+    variance_se: float
+    ms: float
+    ms_se: float
+
+    @property
+    def price(self) -> float:
+        return self.variance * self.ms
+
+    @property
+    def relative_error(self) -> float:
+        parts = (self.variance_se, self.variance), (self.ms_se, self.ms)
+        return math.hypot(*(error / value if value else math.inf for error, value in parts))
+
+
+def efficiency(first: Variance, own: Variance) -> dict[str, float]:
+    """Compares variance x time with that of the first, and says its error.
+
+    Arguments:
+        first: Of the first estimator.
+        own: Of another one.
+    """
+    if own is first:
+        return {"efficiency": 1.0, "efficiency_se": 0.0}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(np.float64(first.price) / own.price)
+    error = math.hypot(first.relative_error, own.relative_error)
+    return {"efficiency": ratio, "efficiency_se": ratio * error}
+
+
+def signal_to_noise(mean: Tensor, variance: Tensor) -> float:
+    """Returns the median of |mean| / s.d. over the parameters that are not dead.
+
+    Arguments:
+        mean: The mean of each parameter's gradient.
+        variance: Its variance over repeats.
+    """
+    noise = variance.sqrt()
+    is_alive = (noise > 0) | (mean != 0)
+    ratios = (mean.abs() / noise)[is_alive].cpu().numpy()
+    return float(np.median(ratios)) if ratios.size else math.nan
+
+
+def relative_distance(batches: Tensor, reference: Tensor) -> tuple[float, float]:
+    r"""Returns \|E g - r\| / \|r\|, and its error.
+
+    Arguments:
+        batches: Independent estimates of g, (n, parameters).
+        reference: Independent estimates of r, (m, parameters).
+    """
+    centre = reference.mean(0)
+    nothing = torch.zeros_like(reference[:1])
+    size, size_error = _squared_distance(*_grams(reference, nothing))
+    squared, error = _squared_distance(*_grams(batches - centre, reference - centre))
+    if not (math.isfinite(squared) and size > 2.0 * size_error):
+        return math.nan, math.nan
+    if error == 0.0:
+        return math.sqrt(max(squared, 0.0) / size), 0.0
+    return math.sqrt(max(squared, 0.0) / size), error / math.sqrt(max(squared, error) * size)
+
+
+def _grams(one: Tensor, other: Tensor) -> list[np.ndarray]:
+    """The inner products of the rows of two matrices, each with its own and with the other's."""
+    pairs = (one, one), (other, other), (one, other)
+    return [(left @ right.T).cpu().numpy() for left, right in pairs]
+
+
+def _off_diagonal_mean(gram: np.ndarray) -> float:
+    count = len(gram)
+    if count == 1:
+        return float(gram.sum())
+    return float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
+
+
+def _squared_distance(
+    own: np.ndarray, other: np.ndarray, cross: np.ndarray
+) -> tuple[float, float]:
+    """An unbiased estimate of a squared distance from inner products, and its jackknife error."""
+
+    def estimate(rows: np.ndarray, columns: np.ndarray) -> float:
+        within = _off_diagonal_mean(own[np.ix_(rows, rows)])
+        within += _off_diagonal_mean(other[np.ix_(columns, columns)])
+        return within - 2.0 * float(cross[np.ix_(rows, columns)].mean())
+
+    rows, columns = np.arange(len(own)), np.arange(len(other))
+    without = []
+    if len(own) > 1:
+        without.append([estimate(np.delete(rows, i), columns) for i in rows])
+    if len(other) > 1:
+        without.append([estimate(rows, np.delete(columns, i)) for i in columns])
+    parts = [(len(left) - 1) * np.var(left) for left in without]
+    return estimate(rows, columns), math.sqrt(sum(parts))
+
+
+def median(values: np.ndarray) -> tuple[float, float]:
+    """Returns the median and its error, from the median absolute deviation.
+
+    Arguments:
+        values: Shape (n,).
+    """
+    middle = float(np.median(values))
+    spread = float(np.median(np.abs(values - middle)))
+    return middle, SE_OF_MEDIAN * spread / math.sqrt(len(values))
