@@ -51,6 +51,7 @@ class Structure:
         rows_dim: The dim of the plate `"data"`, negative.
         max_plate_nesting: The number of dims that plates take, from the right.
         latents: The latent sites that have a value for each row.
+        is_ordered: Whether the guide draws the latent sites in the order of the model.
         global_latents: The latent sites outside the plate `"data"`.
         global_observed: The observed sites (a `pyro.factor`, say) outside it.
         observed: The observed sites.
@@ -64,6 +65,7 @@ class Structure:
     rows_dim: int
     max_plate_nesting: int
     latents: tuple[str, ...]
+    is_ordered: bool
     global_latents: tuple[str, ...]
     global_observed: tuple[str, ...]
     observed: tuple[str, ...]
@@ -275,7 +277,7 @@ class Particles:
             )
         if not all(is_one_scale(scale, scales[0]) for scale in scales):
             raise ValueError(
-                "Expected one scale (a number, or one tensor) for all sites of the rows; got "
+                "Expected one scale, a number, for all sites of the rows; got "
                 "different ones, from a poutine.scale around some of them or of a tensor: a "
                 "weight on the KL terms is BetaELBO's, or fit's warmup."
             )
@@ -528,6 +530,7 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
         rows_dim=dims.pop(),
         max_plate_nesting=-min(frame.dim for frame in frames),
         latents=tuple(name for name in latent if _in_rows(sites[name])),
+        is_ordered=latent == [name for name, _ in latent_sites(guide) if name in sites],
         global_latents=tuple(name for name in latent if not _in_rows(sites[name])),
         global_observed=tuple(name for name in observed if not _in_rows(sites[name])),
         observed=tuple(name for name in observed if _in_rows(sites[name])),

@@ -507,6 +507,13 @@ def test_the_other_order_of_latents_is_refused_by_mean_field() -> None:
     assert elbos.Trace_ELBO().loss(program.model, program.guide, program.x).isfinite()
 
 
+def test_the_other_order_is_refused_before_a_fit(tmp_path: Path) -> None:
+    program, checkpoint = Swapped(), tmp_path / "fit.safetensors"
+    with pytest.raises(ValueError, match="model's order"):
+        pv.fit(program, program.x, elbo=elbos.TraceMeanField_ELBO(), checkpoint=checkpoint)
+    assert not checkpoint.exists()
+
+
 # Weight of the KL terms
 
 

@@ -92,7 +92,6 @@ def test_step_makes_no_device_wait(name: str, particles: int, optimizer: type) -
 
 
 ENUMERATION = "Pyro's sums over values look for probabilities of 0"
-GRAPH = "Pyro's own surrogate adds Python numbers"
 WAITING_ELBOS: dict[str, str] = {"TraceEnum_ELBO": ENUMERATION}
 
 

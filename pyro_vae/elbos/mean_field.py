@@ -8,7 +8,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..importance import RowTerms, is_one_scale, latent_sites, row_terms
+from ..importance import RowTerms, Structure, is_one_scale, latent_sites, row_terms
 from .divergence import analytic_kl
 from .estimator import refuse_unreparameterised
 from .trace_elbo import Trace_ELBO
@@ -82,11 +82,27 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
         without = [n for n, s in guided.items() if not getattr(s["fn"], "has_rsample", False)]
         refuse_unreparameterised(self, tuple(without))
         order = [name for name in model_trace.nodes if name in guided]
-        if order != (found := [name for name in guided if name in order]):
-            raise ValueError(
-                f"Expected a guide whose latent sites come in the model's order, {order}, under "
-                f"{self}; got {found}: Trace_ELBO, STL and the multi-sample bounds take it."
-            )
+        if order != [name for name in guided if name in order]:
+            self._refuse_order()
+
+    def check(self, known: Structure) -> None:
+        """Refuses programs that the estimator would be wrong for.
+
+        Arguments:
+            known: What the program is made of.
+
+        Raises:
+            ValueError: As every estimator, and where the order of the latent sites differs.
+        """
+        super().check(known)
+        if not known.is_ordered:
+            self._refuse_order()
+
+    def _refuse_order(self) -> None:
+        raise ValueError(
+            f"Expected a guide whose latent sites come in the model's order, under {self}; got "
+            "another order: Trace_ELBO, STL and the multi-sample bounds take it."
+        )
 
     def _known(self, name: str, guided: Any, site: Any) -> Tensor | None:
         divergence = None
