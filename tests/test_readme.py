@@ -63,4 +63,4 @@ def test_commands_are_there() -> None:
 def test_set_up_is_what_the_gate_runs() -> None:
     promised = "\n".join(blocks("sh"))
     assert "pip install . && pyro-vae demo\n" in promised
-    assert "pip install '.[test]' && pytest\n" in promised
+    assert "pip install '.[test]' && pytest -n 2\n" in promised
