@@ -15,6 +15,7 @@ from torch.distributions.constraints import Constraint
 
 from .checks import is_size, perhaps, short
 from .links import Link, link_of
+from .scoring import scored
 
 __all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "Word"]
 
@@ -256,7 +257,7 @@ class Family(nn.Module):
         if not self.is_built:
             raise ValueError(f"Expected a family that was built; got the specification {self}.")
         rows = torch.Size() if features is None else _rows_of(features, self.feature_shape)
-        base = self.distribution(**self._values(features))
+        base = scored(self.distribution)(**self._values(features))
         wanted = rows + self._event()[: len(self._event()) - len(base.event_shape)]
         if base.batch_shape != wanted:
             base = base.expand(wanted)

@@ -25,6 +25,7 @@ FLOORS = [
         "networks",
         "plots",
         "rows",
+        "scoring",
         "specs",
         "states",
     },

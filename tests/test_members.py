@@ -19,8 +19,8 @@ from torch.distributions import Distribution, Independent
 
 import pyro_vae as pv
 from pyro_vae.importance import log_densities
-from pyro_vae.likelihoods import scoring
 from pyro_vae.links import base_of
+from pyro_vae.scoring import scored
 
 DRAWS = 4000
 P = 1e-4
@@ -620,13 +620,38 @@ def test_a_posterior_that_misses_a_part_of_the_prior_is_refused(posterior: type)
         pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), posterior)
 
 
+SCORED = {
+    "bernoulli": (dist.Bernoulli, {"logits": torch.randn(3, 50)}, torch.rand(3, 50).round()),
+    "normal": (
+        dist.Normal,
+        {"loc": torch.randn(3, 50), "scale": torch.rand(3, 50) + 0.1},
+        torch.randn(7, 3, 50),
+    ),
+    "one scale": (
+        dist.Normal,
+        {"loc": torch.randn(3, 50), "scale": torch.tensor(0.3)},
+        torch.randn(3, 50),
+    ),
+    "one value": (
+        dist.Normal,
+        {"loc": torch.tensor(0.1), "scale": torch.tensor(0.3)},
+        torch.randn(50),
+    ),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bernoulli_is_scored_as_torch_does_to_the_last_bit(dtype: torch.dtype) -> None:
-    logits = (5.0 * torch.randn(7, 3, 50, dtype=dtype)).requires_grad_()
-    x = torch.rand(3, 50, dtype=dtype).round()
+@pytest.mark.parametrize("name", SCORED)
+def test_what_is_scored_by_us_is_scored_as_torch_does(name: str, dtype: torch.dtype) -> None:
+    kind, arguments, value = SCORED[name]
+    leaves = {k: v.to(dtype).requires_grad_() for k, v in arguments.items()}
     ours, torchs = (
-        kind(logits=logits).to_event(1).log_prob(x) for kind in (scoring.Bernoulli, dist.Bernoulli)
+        made(**leaves).expand((7, 3, 50)).to_event(1).log_prob(value.to(dtype))
+        for made in (scored(kind), kind)
     )
+    assert scored(kind) is not kind
     assert torch.equal(ours, torchs)
-    gradients = (torch.autograd.grad(value.sum(), logits)[0] for value in (ours, torchs))
-    assert torch.equal(*gradients)
+    for one, other in zip(
+        *(torch.autograd.grad(v.sum(), list(leaves.values())) for v in (ours, torchs)), strict=True
+    ):
+        torch.testing.assert_close(one, other)

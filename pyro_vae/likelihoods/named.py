@@ -3,7 +3,6 @@ r"""Likelihoods with a name: a Pyro distribution, and what the field expects of 
 import pyro.distributions as dist
 
 from ..families import Predicted, Shared, Word
-from . import scoring
 from .likelihood import Likelihood
 
 __all__ = [
@@ -40,7 +39,7 @@ class Bernoulli(Likelihood):
     """
 
     def __init__(self, *, logits: Word = Predicted()) -> None:
-        super().__init__(scoring.Bernoulli, logits=logits)
+        super().__init__(dist.Bernoulli, logits=logits)
 
 
 class ContinuousBernoulli(Likelihood):

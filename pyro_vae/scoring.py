@@ -1,0 +1,73 @@
+"""Distributions of Pyro's, scored without the copies that torch makes on the way."""
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions.utils import broadcast_all
+
+__all__ = ["Bernoulli", "Normal", "scored"]
+
+
+def scored(distribution: Any) -> Any:
+    """Returns the class that stands in for one of Pyro's, with the same numbers in less memory.
+
+    Arguments:
+        distribution: A class of distributions.
+
+    Example:
+        >>> scored(dist.Normal)(0.0, 1.0).log_prob(torch.zeros(()))
+        tensor(-0.9189)
+    """
+    return {dist.Bernoulli: Bernoulli, dist.Normal: Normal}.get(distribution, distribution)
+
+
+class Bernoulli(dist.Bernoulli):  # type: ignore[misc]
+    """Pyro's Bernoulli, its log-probability made in one buffer.
+
+    torch negates a cross-entropy, in a new buffer as large as all draws of all pixels, forward
+    and backward: a tenth of the step of `DReG(50)`. A weight of -1 is multiplied in place.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns log p(value), the same numbers as torch's.
+
+        Arguments:
+            value: Zeros and ones, of a shape that broadcasts with the logits.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        logits, value = broadcast_all(self.logits, value)
+        minus = logits.new_full((), -1.0)
+        return F.binary_cross_entropy_with_logits(logits, value, weight=minus, reduction="none")
+
+
+class Normal(dist.Normal):  # type: ignore[misc]
+    """Pyro's normal, the logarithm and the square of its scale taken once for all draws.
+
+    torch takes them of the expanded scale: of every particle, though all have the same.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns log p(value), the same numbers as torch's.
+
+        Arguments:
+            value: Of a shape that broadcasts with the parameters.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        scale = _once(self.scale)
+        squares = -((value - _once(self.loc)) ** 2) / (2 * scale**2)
+        log_prob = squares - scale.log() - math.log(math.sqrt(2 * math.pi))
+        return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+
+
+def _once(expanded: Tensor) -> Tensor:
+    """A tensor without what `expand` repeats."""
+    for dim, stride in enumerate(expanded.stride()):
+        if stride == 0 and expanded.shape[dim] > 1:
+            expanded = expanded.narrow(dim, 0, 1)
+    return expanded
