@@ -192,7 +192,7 @@ def grid() -> dict[str, Tensor]:
     return {"cells": cells, "flag": (cells.sum(1) > 0).double()}
 
 
-OF_ONE_PLATE = {"TotalCorrelation", "TotalCorrelation, 1", "MMD"}
+OF_ONE_PLATE = ("TotalCorrelation", "TotalCorrelation, 1", "MMD")
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in OF_ONE_PLATE])
