@@ -277,7 +277,7 @@ class Particles:
             )
         if not all(is_one_scale(scale, scales[0]) for scale in scales):
             raise ValueError(
-                "Expected one scale, a number, for all sites of the rows; got "
+                "Expected one scale (a number) for all sites of the rows; got "
                 "different ones, from a poutine.scale around some of them or of a tensor: a "
                 "weight on the KL terms is BetaELBO's, or fit's warmup."
             )

@@ -515,7 +515,7 @@ def test_it_prints_itself() -> None:
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no estimators": (lambda: pv.compare_elbos(linear(), X, {}), "dict of estimators"),
     "a list": (lambda: pv.compare_elbos(linear(), X, [E.IWAE(2)]), "dict of estimators"),
-    "a class": (lambda: ask({"a": E.IWAE}), "estimator of pyro_vae.elbos.*'a'"),
+    "a class": (lambda: ask({"a": E.IWAE}), "as IWAE.*the class IWAE.*'a'"),
     "an ELBO of Pyro": (lambda: ask({"a": pyro.infer.Trace_ELBO()}), "pyro_vae.elbos.*'a'"),
     "few repeats": (lambda: ask(num_repeats=3), "num_repeats .* at least 4; got 3"),
     "half a repeat": (lambda: ask(num_repeats=10.5), "num_repeats"),

@@ -109,7 +109,7 @@ def test_one_repeat_has_no_error() -> None:
     vae = small()
     assert elbos.IWAE(3).per_row(vae.model, vae.guide, X, num_repeats=1).mcse.isnan().all()
     for wrong in (0, -1, 2.5):
-        with pytest.raises(ValueError, match="^Expected a positive number of repeats"):
+        with pytest.raises(ValueError, match="^Expected num_repeats to be an integer"):
             elbos.IWAE(3).per_row(vae.model, vae.guide, X, num_repeats=wrong)
 
 
@@ -209,7 +209,7 @@ def test_of_dicts_and_two_plates(name: str) -> None:
 @pytest.mark.parametrize("name", OF_ONE_PLATE)
 def test_of_two_plates_or_sites_that_are_refused(name: str) -> None:
     for program, x in ((Grid(), grid()), (Hierarchy(), Hierarchy().x)):
-        with pytest.raises(ValueError, match="Expected one latent site in the plate of the rows"):
+        with pytest.raises(ValueError, match="Expected one latent site, and no plate"):
             ESTIMATORS[name]().estimate(program.model, program.guide, x)
 
 
@@ -740,6 +740,14 @@ BAD: dict[str, Callable[[], Any]] = {
     "share above 1": lambda: elbos.CIWAE(1.5, 3),
     "negative share": lambda: elbos.CIWAE(-0.1, 3),
     "order below 1": lambda: elbos.CUBO(3, order=0.5),
+    "order 1": lambda: elbos.CUBO(3, order=1.0),
+    "one draw": lambda: elbos.CUBO(1),
+    "the estimator first": lambda: elbos.BetaELBO(elbos.STL()),
+    "a class first": lambda: elbos.BetaELBO(elbos.STL),
+    "a kernel of 3": lambda: elbos.MMD(1.0, kernel=3),
+    "a word for a point": lambda: elbos.TVO(3, first_beta="a"),
+    "a point of nothing": lambda: elbos.TVO(3, first_beta=1e-320),
+    "no number of Trace_ELBO": lambda: elbos.Trace_ELBO(True),
     "negative beta": lambda: elbos.BetaELBO(-1.0),
     "infinite beta": lambda: elbos.BetaELBO(math.inf),
     "Pyro's inside": lambda: elbos.BetaELBO(1.0, pyro.infer.Trace_ELBO()),
@@ -768,3 +776,107 @@ def test_its_name_is_in_what_it_says_of_itself(name: str) -> None:
     assert repr(elbo).startswith(f"{type(elbo).__name__}(")
     assert repr(copy.copy(elbo)) == repr(elbo)
     assert elbo.direction in ("lower bound", "no bound", "upper bound as num_particles grows")
+
+
+def test_a_point_mass_has_no_double_reparameterisation() -> None:
+    vae = pv.VAE((4,), 2, pv.likelihoods.Normal(), pv.posteriors.Delta(), seed=0)
+    x = torch.randn(5, 4)
+    with pytest.raises(ValueError, match="point mass at z: IWAE and STL take it"):
+        elbos.DReG(3).estimate(vae.model, vae.guide, x)
+    assert elbos.STL(3).loss(vae.model, vae.guide, x).isfinite()
+
+
+def test_a_draw_of_weight_0_leaves_vimco_finite() -> None:
+    log_weights = torch.tensor([[-1.0], [-2.0], [-math.inf]], dtype=torch.float64)
+    weights = elbos.VIMCO(3).weights(log_weights)
+    assert weights.model.isfinite().all()
+    assert weights.guide.isfinite().all()
+
+
+class Masked(nn.Module):
+    """A normal latent site, masked in every second row, in the guide as well or not."""
+
+    def __init__(self, *, in_guide: bool) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.3))
+        self.in_guide = in_guide
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) % 2 == 0):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        mask = torch.arange(len(x)) % 2 == 0 if self.in_guide else torch.ones(len(x)) == 1
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(self.loc.expand(2), 0.7).to_event(1))
+
+
+@pytest.mark.parametrize("in_guide", [True, False])
+def test_masks_of_model_and_guide_are_heeded_each(in_guide: bool) -> None:  # noqa: FBT001
+    program, x = Masked(in_guide=in_guide), torch.randn(4)
+    wanted = elbos.Trace_ELBO(100).per_row(program.model, program.guide, x, num_repeats=50)
+    found = elbos.FreeBits(0.0, 100).per_row(program.model, program.guide, x, num_repeats=50)
+    if in_guide:
+        error = (wanted.mcse**2 + found.mcse**2).sqrt() + 1e-9
+        assert ((found.value - wanted.value).abs() / error).max() < 4.5
+    else:  # no threshold binds, but the mean over rows of what is drawn is below 0 there
+        assert (found.value <= wanted.value + 4.5 * (wanted.mcse + found.mcse)).all()
+    for elbo in (elbos.TotalCorrelation(1.0), elbos.MMD(1.0)):
+        with pytest.raises(ValueError, match="Expected no mask on 'z'"):
+            elbo.estimate(program.model, program.guide, x)
+
+
+def test_the_aggregate_needs_rows() -> None:
+    vae = small()
+    for elbo in (elbos.TotalCorrelation(6.0, num_rows=60000), elbos.MMD(1.0)):
+        with pytest.raises(ValueError, match="at least 2 rows"):
+            elbo.estimate(vae.model, vae.guide, X[:1])
+    with pytest.raises(ValueError, match="num_rows to be at least the 50 rows"):
+        elbos.TotalCorrelation(6.0, num_rows=10).estimate(vae.model, vae.guide, X)
+
+
+class Scalar(nn.Module):
+    """A latent site of shape ()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.3))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + self.loc, 0.7))
+
+
+@pytest.mark.parametrize("elbo", [elbos.TotalCorrelation(1.0), elbos.MMD(1.0)], ids=str)
+def test_a_scalar_latent_has_an_aggregate(elbo: Estimator) -> None:
+    program = Scalar()
+    elbo(program.model, program.guide)(torch.randn(6)).backward()
+    assert program.loc.grad.isfinite()
+
+
+def test_per_row_reads_and_checks_rows_as_others_do() -> None:
+    vae, elbo = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0), elbos.IWAE(3)
+    assert elbo.per_row(vae.model, vae.guide, np.ones((5, 4))).value.shape == (5,)
+    for bad in (torch.full((5, 4), 0.3), torch.full((5, 4), math.nan), torch.ones(0, 4)):
+        with pytest.raises(ValueError, match=r"^Expected "):
+            elbo.per_row(vae.model, vae.guide, bad)
+    with pytest.raises(ValueError, match=r"Expected per_row\(model, guide, x\)"):
+        elbo.per_row(vae, torch.ones(5, 4))
+
+
+def test_a_schedule_gives_numbers() -> None:
+    vae = small()
+    for schedule in (lambda step: -1.0, lambda step: None, lambda step: "a"):
+        with pytest.raises(ValueError, match="Expected beta to be a finite number"):
+            elbos.BetaELBO(schedule).estimate(vae.model, vae.guide, X)
+
+
+def test_a_class_is_not_an_estimator() -> None:
+    with pytest.raises(ValueError, match=r"Expected an estimator, as STL\(...\); got the class"):
+        fit(small(), X, elbo=elbos.STL)

@@ -1,5 +1,6 @@
 """The commands: what they take, and what they say."""
 
+import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -283,6 +284,8 @@ def _compare_elbos(
 ) -> None:
     """Compares estimators of the ELBO on a run: bias, noise and cost of their gradients."""
     chosen = members(elbos, "ELBO")
+    file = _picture_file(folder / PICTURES / "estimators.png") if plot is None else plot
+    _check_picture(file)
     settings = settings_of(folder)
     program = load(folder, device=device_of(device))
     taken = _rows_of_run(settings, data, label, key, seed)
@@ -302,13 +305,28 @@ def _compare_elbos(
         progress=shown,
     )
     show_estimators(found, f"{len(taken)} {title} under {folder}")
-    file = folder / PICTURES / "estimators.png" if plot is None else plot
     file.parent.mkdir(parents=True, exist_ok=True)
     repeats = min(num_repeats, MOST_DRAWN_REPEATS)
     picture = found.plot(num_repeats=repeats, progress=shown)
     with new_file(file) as beside:
         save_picture(picture, beside)
     Console().print(f"{'drawn':16} {file}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _picture_file(file: Path) -> Path:
+    """The first of `name.png`, `name-2.png`, ... that is not there yet."""
+    names = (file.with_stem(f"{file.stem}-{i}") if i > 1 else file for i in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _check_picture(file: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if file.exists():
+        raise ValueError(f"Expected a file that is not there yet; got {file}.")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"Expected a picture, of {', '.join(sorted(formats))}; got {file}.")
 
 
 def _is_of_the_fit(data: str, key: str | None, fitted: dict[str, Any]) -> bool:

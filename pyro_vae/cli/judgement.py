@@ -134,6 +134,11 @@ def show_estimators(found: Comparison, title: str) -> None:
             column.justify = "right"
         console.print(part)
     floor = table[f"snr_floor_{groups[0]}"].iloc[0]
+    others = [f"{n}: {d}" for n, d in table["direction"].items() if d != "lower bound"]
+    if others:
+        console.print(
+            f"Not lower bounds of log p(x) are {'; '.join(others)}.", markup=False, highlight=False
+        )
     console.print(
         f"Nats per row. The reference of log p(x): {found.reference}; that of the gradient in "
         f"decoder and prior: {table.attrs['gradient_reference']}, in the encoder autograd's of "

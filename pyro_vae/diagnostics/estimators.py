@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -675,7 +676,14 @@ def _used(results: Iterable[Any], parameters: list[nn.Parameter]) -> set[int]:
 def _checked(elbos: Any) -> dict[str, Estimator]:
     if not isinstance(elbos, Mapping) or not elbos:
         raise ValueError(f"Expected a dict of estimators by name; got {elbos!r}.")
+    if len({str(name) for name in elbos}) < len(elbos):
+        raise ValueError(f"Expected names that differ as text; got {list(elbos)}.")
     for name, elbo in elbos.items():
+        if isinstance(elbo, type):
+            raise ValueError(
+                f"Expected an estimator, as {elbo.__name__}(...); got the class {elbo.__name__}. "
+                f"({name!r})"
+            )
         if not isinstance(elbo, Estimator):
             raise ValueError(
                 f"Expected an estimator of pyro_vae.elbos, as pyro_vae.elbos.Trace_ELBO(); got "
@@ -689,14 +697,23 @@ def _checked_reference(reference: Any, count: int) -> Any:
         reference = reference.num_particles
     if reference is None or isinstance(reference, Estimator):
         return copy.deepcopy(reference)
-    if np.ndim(reference) == 0:
+    is_count = isinstance(reference, Integral)
+    try:
+        values = reference.detach().cpu() if isinstance(reference, Tensor) else reference
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(())
+    if not is_count and array.ndim == 0:
+        raise ValueError(
+            "Expected as reference None, a number of samples, log p(x) of each row, or an "
+            f"estimator; got {reference!r}."
+        )
+    if is_count:
         return checked_count("reference", reference, least=4 * QUARTERS)
-    values = reference.detach().cpu() if isinstance(reference, Tensor) else reference
-    array = np.asarray(values, dtype=np.float64)
     if array.shape != (count,) or not np.isfinite(array).all():
         raise ValueError(
             f"Expected a reference of {count} finite numbers, log p(x) of each row; got shape "
-            f"{array.shape}."
+            f"{array.shape}, {np.isnan(array).sum()} of them NaN."
         )
     return array
 

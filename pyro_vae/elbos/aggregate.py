@@ -97,14 +97,20 @@ class TotalCorrelation(MultiSample):
     def _correlation(self, guided: Any) -> Tensor:
         """What each row's draw adds to the estimate of TC, shape (rows,)."""
         q, z = factors(guided["fn"]), guided["value"][0]
-        pairs = q.log_prob(z[:, None]).double().flatten(2)
+        pairs = q.log_prob(z[:, None]).double()
+        pairs = pairs.flatten(2) if pairs.ndim > 2 else pairs[..., None]
         weights = self._log_weights(len(z), pairs)[..., None]
         joint = (pairs.sum(2, keepdim=True) + weights).logsumexp(1)
         marginals = (pairs + weights).logsumexp(1)
         return joint.sum(1) - marginals.sum(1)
 
     def _log_weights(self, rows: int, like: Tensor) -> Tensor:
-        total = max(self.num_rows or rows, rows)
+        total = rows if self.num_rows is None else self.num_rows
+        if total < rows:
+            raise ValueError(
+                f"Expected num_rows to be at least the {rows} rows at hand, under {self}; got "
+                f"{total}."
+            )
         of_others = (total - 1) / (total * max(rows - 1, 1))
         own = torch.eye(rows, dtype=like.dtype, device=like.device)
         return own * (math.log(1 / total)) + (1.0 - own) * math.log(max(of_others, 1e-300))
@@ -185,6 +191,10 @@ class MMD(MultiSample):
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.weight = checked_finite("weight", weight, least=0.0)
+        if not callable(kernel):
+            raise ValueError(
+                f"Expected a kernel, a function of two sets of points; got {kernel!r}."
+            )
         self.kernel = kernel
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
@@ -202,11 +212,9 @@ class MMD(MultiSample):
         particles = self._drawn(model, guide, args, kwargs)
         densities = particles.densities()
         name, guided = _only_site(particles, self, factorised=False)
-        if particles.num_rows < 2:
-            raise ValueError(f"Expected at least 2 rows under {self}; got 1.")
         drawn = guided["value"]
         prior = self._prior_draws(particles.model.nodes[name])
-        discrepancy = self._squared(drawn.flatten(2), prior.flatten(2)).double()
+        discrepancy = self._squared(_points(drawn), _points(prior)).double()
         per_row = densities.reconstruction.mean(0) - self.weight * discrepancy
         loss = -(particles.scale() * per_row).sum()
         return Estimate(loss, per_row, mean_terms(densities))
@@ -242,6 +250,11 @@ class MMD(MultiSample):
         return f"MMD({self.weight:g}, {self.num_particles})"
 
 
+def _points(draws: Tensor) -> Tensor:
+    """Draws as points (particles, rows, D)."""
+    return draws.flatten(2) if draws.ndim > 2 else draws[..., None]
+
+
 def _mean_of_others(kernel: Tensor) -> Tensor:
     rows = kernel.shape[-1]
     own = kernel.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -252,10 +265,17 @@ def _only_site(particles: Particles, elbo: MultiSample, *, factorised: bool = Tr
     sites = latent_sites(particles.guide)
     if len(sites) != 1 or (particles.dim, particles.rows_dim) != (-2, -1):
         raise ValueError(
-            f"Expected one latent site in the plate of the rows alone, under {elbo}; got "
-            f"{', '.join(name for name, _ in sites)}."
+            f"Expected one latent site, and no plate in the program but that of the rows, under "
+            f"{elbo}; got {', '.join(name for name, _ in sites)}, and plates of "
+            f"{-particles.dim - 1} dims."
         )
     name, site = sites[0]
+    if site["mask"] is not None or particles.model.nodes[name]["mask"] is not None:  # type: ignore[index]
+        raise ValueError(
+            f"Expected no mask on {name!r}, under {elbo}; got one: the ELBOs and FreeBits take it."
+        )
+    if particles.num_rows < 2:
+        raise ValueError(f"Expected at least 2 rows under {elbo}; got 1.")
     if factorised and not is_factorised(site["fn"]):
         raise ValueError(
             f"Expected a guide that is independent over the elements of {name!r}, under {elbo}; "

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pyro.infer
 import torch
 from torch import Tensor
 
@@ -31,7 +32,9 @@ class BetaELBO(Estimator):
     Arguments:
         beta: The weight :math:`\beta`, or a schedule: a function from the number of steps taken to
             the weight. Under :func:`pyro_vae.fit` the count goes on over a resumed fit; under
-            `pyro.infer.SVI` every gradient counts as a step.
+            `pyro.infer.SVI` every gradient counts as a step. `per_row` and `compare_elbos` take
+            the weight at the step that the object is at, 0 for a new one, which `at_step` sets;
+            a fit leaves it where it was.
         elbo: The estimator inside, `Trace_ELBO()` by default.
 
     Raises:
@@ -47,6 +50,11 @@ class BetaELBO(Estimator):
     def __init__(
         self, beta: float | Callable[[int], float], elbo: Estimator | None = None
     ) -> None:
+        if isinstance(beta, pyro.infer.ELBO | type):
+            raise ValueError(
+                "Expected beta first, and then the estimator, as in BetaELBO(4.0, STL()); got "
+                f"{beta!r}."
+            )
         self.beta = beta if callable(beta) else checked_finite("beta", beta, least=0.0)
         self.inner = Trace_ELBO() if elbo is None else copy.copy(elbo)
         if not isinstance(self.inner, Estimator) or not self.inner.takes_kl_weight:
@@ -153,7 +161,9 @@ class BetaELBO(Estimator):
         return estimate
 
     def _weigh(self) -> None:
-        beta = self.beta(self.steps) if callable(self.beta) else self.beta
+        beta: Any = self.beta(self.steps) if callable(self.beta) else self.beta
+        if not isinstance(beta, Tensor):
+            beta = checked_finite("beta", beta, least=0.0)
         self.inner.kl_weight = beta * self.kl_weight
         self.inner.max_plate_nesting = self.max_plate_nesting
 

@@ -17,7 +17,8 @@ class IWAE(MultiSample):
 
     .. math:: L_K(x) = E\Big[\log \frac{1}{K} \sum_{k=1}^K w_k\Big] \le \log p(x)
 
-    A lower bound on log p(x), tighter for larger K: what is missing falls as Var(w) / (2 K).
+    A lower bound on log p(x), tighter for larger K: what is missing falls as
+    Var(w / p(x)) / (2 K), where that is finite.
     Value and gradient are unbiased. The gradient's signal-to-noise ratio grows as
     :math:`\sqrt K` for the model, and falls as :math:`1 / \sqrt K` for the guide: `DReG` mends
     that. Needs `rsample`.
@@ -60,7 +61,9 @@ class Renyi(MultiSample):
 
     For :math:`\alpha \ge 0` a lower bound on log p(x): `IWAE` at 0, towards the ELBO at 1, below
     it beyond. For :math:`\alpha < 0` it estimates an upper bound, which it reaches as K grows
-    alone: at finite K it may lie below log p(x). Value and gradient are unbiased for the
+    alone: at finite K it may lie below log p(x). Model and guide ascend it, which for
+    :math:`\alpha < 0` and large K takes the guide away from the posterior: take that to evaluate,
+    or at small K alone. Value and gradient are unbiased for the
     expectation above. Needs `rsample`.
 
     References:

@@ -21,6 +21,10 @@ class CUBO(Weighted):
     finite K it is too low, by more for a guide with lighter tails than the posterior, and may lie
     below log p(x); at K = 1 it is the ELBO. What is unbiased is :math:`E[w^n]`.
 
+    At finite K it has no lower bound in the guide: far from the posterior all weights vanish, and
+    the guide runs away from it, the sooner the more latent dims and the fewer draws. Take it to
+    evaluate, or to go on from a guide that is good, with few dims and a large K.
+
     The guide descends it, which widens q until it covers the posterior; the model, for which
     descending an upper bound is no fit, ascends `IWAE(K)` of the same draws. Each gradient is
     unbiased for its own objective at this K. As elsewhere the loss is minus the value, so that
@@ -32,12 +36,12 @@ class CUBO(Weighted):
         arXiv 1611.00328.
 
     Arguments:
-        num_particles: The number of draws K of each row.
-        order: The order n of the divergence, 1 or more.
+        num_particles: The number of draws K of each row, 2 or more.
+        order: The order n of the divergence, more than 1.
         max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
 
     Raises:
-        ValueError: Where K is no positive integer, or n is less than 1.
+        ValueError: Where K is no integer of at least 2, or n is not more than 1.
 
     Example:
         >>> CUBO(100)
@@ -47,12 +51,15 @@ class CUBO(Weighted):
     direction = "upper bound as num_particles grows"
     takes_kl_weight = False
     is_split = True
+    least_particles = 2
 
     def __init__(
         self, num_particles: int, order: float = 2.0, *, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
-        self.order = checked_finite("order", order, least=1.0)
+        self.order = checked_finite("order", order)
+        if self.order <= 1.0:
+            raise ValueError(f"Expected an order above 1, where it is IWAE; got {order!r}.")
 
     def plain(self) -> Estimator:
         """Returns what the guide ascends, by autograd: minus the bound."""

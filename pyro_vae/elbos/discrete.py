@@ -195,5 +195,7 @@ class _WeightedRows(Messenger):  # type: ignore[misc]
         self.is_shared |= not frames
         for frame in frames:
             if self.weights is None:
-                self.weights = torch.ones(frame.size, device=self.device, requires_grad=True)
+                self.weights = torch.ones(
+                    frame.size, dtype=torch.float64, device=self.device, requires_grad=True
+                )
             msg["scale"] = self.weights.reshape(-1, *[1] * (-frame.dim - 1))

@@ -14,8 +14,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from ..checks import checked_count
 from ..contexts import evaluating, kept_buffers, kept_generators
 from ..importance import Program, RowTerms, Structure, plate_nesting, row_terms_of
+from ..rows import Rows
 
 __all__ = ["Estimate", "Estimator", "Objective", "PerRow", "Tempered", "WITHOUT_RSAMPLE"]
 
@@ -151,11 +153,17 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             kwargs: What both are called with, by name.
 
         Raises:
-            ValueError: Where there are latents that all rows share, or no repeats.
+            ValueError: Where there are latents that all rows share, no repeats, or rows that the
+                program's own `check` refuses.
         """
-        if not isinstance(num_repeats, int) or num_repeats < 1:
-            raise ValueError(f"Expected a positive number of repeats; got {num_repeats!r}.")
+        checked_count("num_repeats", num_repeats)
+        if not callable(model) or not callable(guide):
+            raise ValueError(
+                "Expected per_row(model, guide, x), the methods of a program, and rows; got "
+                f"{type(model).__name__}, {type(guide).__name__}."
+            )
         objective = Objective(model, guide, self)
+        args = _checked_data(objective.programs, args)
         sums: Any = 0.0
         with objective.evaluating():
             for _ in range(num_repeats):
@@ -278,6 +286,10 @@ class Objective(nn.Module):
 
     def __init__(self, model: Program, guide: Program, elbo: pyro.infer.ELBO) -> None:
         super().__init__()
+        if isinstance(elbo, type):
+            raise ValueError(
+                f"Expected an estimator, as {elbo.__name__}(...); got the class {elbo.__name__}."
+            )
         if not isinstance(elbo, pyro.infer.ELBO) or not hasattr(elbo, "differentiable_loss"):
             raise ValueError(
                 "Expected an ELBO with a differentiable loss, as pyro_vae.elbos.Trace_ELBO(); got "
@@ -362,6 +374,17 @@ class _Loss(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.objective(*args, **kwargs).loss
+
+
+def _checked_data(programs: nn.ModuleList, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The rows that one program is asked for, checked and placed as it needs them."""
+    if len(programs) != 1 or len(args) != 1:
+        return args
+    x = Rows.of(args[0], like=programs[0]).x
+    check = getattr(programs[0], "check", None)
+    if callable(check):
+        check(x)
+    return (x,)
 
 
 def owners(*programs: Program) -> nn.ModuleList:

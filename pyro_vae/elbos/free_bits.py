@@ -92,16 +92,23 @@ class FreeBits(MultiSample):
 
 def _divergences(particles: Particles, guided: Any, site: Any) -> tuple[Tensor, int]:
     """The divergence of each row and group, shape (rows, groups), and the dims of a group."""
-    q, p, mask, dims = guided["fn"], site["fn"], guided["mask"], 1
+    q, p, events, dims = guided["fn"], site["fn"], 0, 1
     if is_factorised(q) and is_factorised(p):
         events = len(q.event_shape)
         q, p = factors(q), factors(p)
-        mask = mask.reshape(mask.shape + (1,) * events) if isinstance(mask, Tensor) else mask
     else:
-        events, dims = 0, q.event_shape.numel()
-    kl = analytic_kl(q, p)
+        dims = q.event_shape.numel()
+    masks = [_of_elements(s["mask"], events) for s in (guided, site)]
+    kl = analytic_kl(q, p) if guided["mask"] is site["mask"] else None
     if kl is None:
-        kl = q.log_prob(guided["value"]) - p.log_prob(guided["value"])
-    rows = scale_and_mask(kl, mask=mask).double().mean(0)
-    rows = rows.movedim(particles.rows_dim - events, 0)
+        scores = (d.log_prob(guided["value"]) for d in (q, p))
+        own, other = (scale_and_mask(v, mask=m) for v, m in zip(scores, masks, strict=True))
+        kl = own - other
+    else:
+        kl = scale_and_mask(kl, mask=masks[0])
+    rows = kl.double().mean(0).movedim(particles.rows_dim - events, 0)
     return (rows.flatten(1) if rows.ndim > 1 else rows[:, None]), dims
+
+
+def _of_elements(mask: Any, events: int) -> Any:
+    return mask.reshape(mask.shape + (1,) * events) if isinstance(mask, Tensor) else mask

@@ -1,10 +1,13 @@
 """Bounds on log p(x) with gradients of less variance than autograd's, or without `rsample`."""
 
 import math
+from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from ..importance import Particles, latent_sites
 from .bounds import IWAE
 from .estimator import Estimator
 from .multi_sample import Weighted, Weights, log_mean_exp
@@ -92,7 +95,7 @@ class DReG(Weighted):
         max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
 
     Raises:
-        ValueError: Where K is no positive integer.
+        ValueError: Where K is no positive integer; when called, where the guide is a point mass.
 
     Example:
         >>> DReG(50)
@@ -110,6 +113,16 @@ class DReG(Weighted):
             log_weights: Shape (num_particles, rows).
         """
         return log_mean_exp(log_weights)
+
+    def _drawn(self, *args: Any, **kwargs: Any) -> Particles:
+        particles = super()._drawn(*args, **kwargs)
+        points = [name for name, site in latent_sites(particles.guide) if _is_point(site["fn"])]
+        if points:
+            raise ValueError(
+                f"Expected a guide with a density, under {self}; got a point mass at "
+                f"{', '.join(points)}: IWAE and STL take it."
+            )
+        return particles
 
     def weights(self, log_weights: Tensor) -> Weights:
         """Returns the normalised weights for the model, about their squares for the path.
@@ -226,10 +239,18 @@ class RWS(Weighted):
         return Weights(normalised, None, normalised)
 
 
+def _is_point(distribution: Any) -> bool:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, dist.Delta)
+
+
 def _with_mean_of_others(log_weights: Tensor) -> Tensor:
     """log sum w where each weight in turn is the geometric mean of the others."""
-    count = len(log_weights)
-    mean_of_others = (log_weights.sum(0) - log_weights) / (count - 1)
+    zero = torch.zeros_like(log_weights[:1])
+    below = torch.cat([zero, log_weights.cumsum(0)[:-1]])
+    above = torch.cat([log_weights.flip(0).cumsum(0).flip(0)[1:], zero])
+    mean_of_others = (below + above) / (len(log_weights) - 1)
     return torch.logaddexp(_log_sum_of_others(log_weights), mean_of_others)
 
 

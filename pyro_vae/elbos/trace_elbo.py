@@ -11,6 +11,7 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ..checks import checked_count
 from ..importance import Program, RowTerms, row_terms
 from .estimator import Estimate, Estimator, Tempered
 
@@ -52,8 +53,7 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
     def __init__(
         self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: Any
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"Expected a positive number of particles; got {num_particles!r}.")
+        num_particles = checked_count("num_particles", num_particles)
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles and num_particles > 1,

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import checked_count
+from ..checks import checked_count, checked_finite
 from .multi_sample import Weighted, Weights
 
 __all__ = ["TVO"]
@@ -22,8 +23,9 @@ class TVO(Weighted):
     The left Riemann sum of the thermodynamic integral, its expectations by self-normalised
     weights :math:`w^\beta` of K draws from the guide: a lower bound on log p(x), the ELBO where
     J = 1. Value and gradient have a bias that falls as 1 / K (but for J = 1, where the value is
-    unbiased). The gradient is a covariance with log w, so that it needs no `rsample`. Points
-    :math:`\beta_1 \dots \beta_{J-1}` are evenly spaced in the logarithm, from `first_beta`.
+    unbiased); a draw of weight 0 makes them NaN. The gradient is a covariance with log w, so that
+    it needs no `rsample`. Points :math:`\beta_1 \dots \beta_{J-1}` are evenly spaced in the
+    logarithm, from `first_beta`.
 
     References:
         The thermodynamic variational objective (Masrani, Le & Wood, 2019), arXiv 1907.00031.
@@ -31,7 +33,7 @@ class TVO(Weighted):
     Arguments:
         num_particles: The number of draws K of each row, 2 or more.
         num_partitions: The number J of pieces of the integral.
-        first_beta: The first point after 0, in (0, 1).
+        first_beta: The first point after 0, from 1e-6 to below 1.
         max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
 
     Raises:
@@ -57,13 +59,13 @@ class TVO(Weighted):
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.num_partitions = checked_count("num_partitions", num_partitions)
-        if not 0.0 < first_beta < 1.0:
-            raise ValueError(f"Expected first_beta in (0, 1); got {first_beta!r}.")
-        self.first_beta = first_beta
+        self.first_beta = checked_finite("first_beta", first_beta, least=1e-6)
+        if self.first_beta >= 1.0:
+            raise ValueError(f"Expected first_beta below 1; got {first_beta!r}.")
 
     def _pieces(self) -> list[tuple[float, float]]:
         """The points of the integral, and the widths of the pieces that start there."""
-        inner = torch.logspace(math.log10(self.first_beta), 0.0, self.num_partitions).tolist()
+        inner = np.logspace(math.log10(self.first_beta), 0.0, self.num_partitions).tolist()
         points = [0.0, *inner[: self.num_partitions - 1], 1.0]
         return [(b, after - b) for b, after in zip(points, points[1:], strict=False)]
 
