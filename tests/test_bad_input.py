@@ -249,10 +249,10 @@ OPTIONS: dict[str, Case] = {
     ),
     "an ELBO's class": (
         lambda w: w.fit(elbo=pv.elbos.Trace_ELBO),
-        "ELBO with a differentiable loss",
+        "an estimator, as Trace_ELBO",
     ),
     "an ELBO by name": (lambda w: w.fit(elbo="elbo"), "ELBO with a differentiable loss"),
-    "no particles": (lambda w: pv.elbos.Trace_ELBO(0), "positive number of particles"),
+    "no particles": (lambda w: pv.elbos.Trace_ELBO(0), "num_particles to be an integer of at least 1"),
     "a device that is not there": (lambda w: w.fit(device="cuda:99"), "a device out of .*cpu"),
     "a device of no kind": (lambda w: w.fit(device="gpu"), "a device out of .* 'gpu'"),
     "a device that computes nothing": (lambda w: w.fit(device="meta"), "a device out of"),

@@ -25,6 +25,8 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     program = re.sub(r"max_epochs=\d+", "max_epochs=2", "\n".join(blocks("python")))
     program = re.sub(r"num_samples=\d+", "num_samples=40", program)
+    program = re.sub(r"num_repeats=\d+", "num_repeats=4", program)
+    program = re.sub(r"budget=\d+", "budget=2", program)
     names: dict[str, object] = {"__name__": "readme"}
     exec(compile(program, "README.md", "exec"), names)
     assert names["table"].index.name == "model"
