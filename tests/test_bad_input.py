@@ -252,7 +252,7 @@ OPTIONS: dict[str, Case] = {
         "an estimator, as Trace_ELBO",
     ),
     "an ELBO by name": (lambda w: w.fit(elbo="elbo"), "ELBO with a differentiable loss"),
-    "no particles": (lambda w: pv.elbos.Trace_ELBO(0), "num_particles to be an integer of at least 1"),
+    "no particles": (lambda w: pv.elbos.Trace_ELBO(0), "num_particles to be an integer"),
     "a device that is not there": (lambda w: w.fit(device="cuda:99"), "a device out of .*cpu"),
     "a device of no kind": (lambda w: w.fit(device="gpu"), "a device out of .* 'gpu'"),
     "a device that computes nothing": (lambda w: w.fit(device="meta"), "a device out of"),
