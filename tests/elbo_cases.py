@@ -44,7 +44,16 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "TotalCorrelation, 1": partial(elbos.TotalCorrelation, 1.0),
     "MMD": partial(elbos.MMD, 2.0, 2),
 }
-BASES = {"Estimate", "Estimator", "MultiSample", "Objective", "PerRow", "Weighted", "Weights"}
+BASES = {
+    "Drawn",
+    "Estimate",
+    "Estimator",
+    "MultiSample",
+    "Objective",
+    "PerRow",
+    "Weighted",
+    "Weights",
+}
 COUPLED = {"FreeBits", "TotalCorrelation", "TotalCorrelation, 1", "MMD"}  # rows with each other
 
 

@@ -26,6 +26,7 @@ from .gradients import STL as STL
 from .gradients import VIMCO as VIMCO
 from .gradients import DReG as DReG
 from .mean_field import TraceMeanField_ELBO as TraceMeanField_ELBO
+from .multi_sample import Drawn as Drawn
 from .multi_sample import MultiSample as MultiSample
 from .multi_sample import Weighted as Weighted
 from .multi_sample import Weights as Weights

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..checks import checked_count, checked_finite
-from ..importance import Particles, Program, latent_sites
+from ..importance import Densities, Particles, latent_sites
 from .divergence import analytic_kl, factors, is_factorised
-from .estimator import Estimate, Estimator
-from .multi_sample import MultiSample, mean_terms
+from .estimator import Estimator
+from .multi_sample import Drawn
 
 __all__ = ["MMD", "TotalCorrelation", "inverse_multiquadric"]
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-class TotalCorrelation(MultiSample):
+class TotalCorrelation(Drawn):
     r"""Creates the ELBO with a further weight on the total correlation of the aggregate posterior.
 
     .. math::
@@ -62,29 +62,23 @@ class TotalCorrelation(MultiSample):
         if num_rows is not None:
             self.num_rows = checked_count("num_rows", num_rows)
 
-    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        """Returns the loss and the terms of the ELBO.
+    def objective(self, particles: Particles, densities: Densities) -> Tensor:
+        """Returns the objective of each row, shape (rows,), in nats.
 
         Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
+            particles: The draws.
+            densities: Their log-densities.
 
         Raises:
             ValueError: Where the estimator would be wrong for the programs.
         """
-        particles = self._drawn(model, guide, args, kwargs)
-        densities = particles.densities()
         name, guided = _only_site(particles, self)
         site: Any = particles.model.nodes[name]
         kl = analytic_kl(guided["fn"], site["fn"])
         kl = densities.kl[0] if kl is None else particles.to_rows(kl.double())[0]
         correlation = self._correlation(guided)
         penalty = kl + (self.beta - 1.0) * correlation
-        per_row = densities.reconstruction[0] - self.kl_weight * penalty
-        loss = -(particles.scale() * per_row).sum()
-        return Estimate(loss, per_row, mean_terms(densities))
+        return densities.reconstruction[0] - self.kl_weight * penalty
 
     def with_particles(self, num_particles: int) -> Estimator | None:
         """Returns nothing: it takes one draw.
@@ -115,14 +109,6 @@ class TotalCorrelation(MultiSample):
         own = torch.eye(rows, dtype=like.dtype, device=like.device)
         return own * (math.log(1 / total)) + (1.0 - own) * math.log(max(of_others, 1e-300))
 
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the ELBO, which it is at beta = 1.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
-        return log_weights.mean(0)
-
     def __repr__(self) -> str:
         return f"TotalCorrelation({self.beta:g}, num_rows={self.num_rows})"
 
@@ -148,7 +134,7 @@ def inverse_multiquadric(one: Tensor, other: Tensor) -> Tensor:
 _SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-class MMD(MultiSample):
+class MMD(Drawn):
     r"""Creates the reconstruction less the discrepancy of aggregate posterior and prior.
 
     .. math::
@@ -197,27 +183,21 @@ class MMD(MultiSample):
             )
         self.kernel = kernel
 
-    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        """Returns the loss and the terms of the ELBO.
+    def objective(self, particles: Particles, densities: Densities) -> Tensor:
+        """Returns the objective of each row, shape (rows,), in nats.
 
         Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
+            particles: The draws.
+            densities: Their log-densities.
 
         Raises:
             ValueError: Where the estimator would be wrong for the programs.
         """
-        particles = self._drawn(model, guide, args, kwargs)
-        densities = particles.densities()
         name, guided = _only_site(particles, self, factorised=False)
         drawn = guided["value"]
         prior = self._prior_draws(particles.model.nodes[name])
         discrepancy = self._squared(_points(drawn), _points(prior)).double()
-        per_row = densities.reconstruction.mean(0) - self.weight * discrepancy
-        loss = -(particles.scale() * per_row).sum()
-        return Estimate(loss, per_row, mean_terms(densities))
+        return densities.reconstruction.mean(0) - self.weight * discrepancy
 
     def _prior_draws(self, site: Any) -> Tensor:
         prior = site["fn"]
@@ -238,14 +218,6 @@ class MMD(MultiSample):
         within = within + _mean_of_others(self.kernel(prior, prior))
         return (within - 2.0 * self.kernel(drawn, prior).mean((-2, -1))).mean()
 
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the ELBO, for which it is no bound.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
-        return log_weights.mean(0)
-
     def __repr__(self) -> str:
         return f"MMD({self.weight:g}, {self.num_particles})"
 
@@ -261,7 +233,7 @@ def _mean_of_others(kernel: Tensor) -> Tensor:
     return (kernel.sum((-2, -1)) - own) / (rows * (rows - 1))
 
 
-def _only_site(particles: Particles, elbo: MultiSample, *, factorised: bool = True) -> Any:
+def _only_site(particles: Particles, elbo: Drawn, *, factorised: bool = True) -> Any:
     sites = latent_sites(particles.guide)
     if len(sites) != 1 or (particles.dim, particles.rows_dim) != (-2, -1):
         raise ValueError(

@@ -109,7 +109,29 @@ class Renyi(MultiSample):
         return f"{type(self).__name__}({self.alpha:g}, {self.num_particles})"
 
 
-class MIWAE(MultiSample):
+class _Grouped(MultiSample):
+    """M groups of K draws each."""
+
+    def __init__(
+        self, num_bounds: int, num_particles: int, *, max_plate_nesting: float = math.inf
+    ) -> None:
+        groups = checked_count("num_bounds", num_bounds)
+        self.shape = torch.Size([groups, checked_count("num_particles", num_particles)])
+        super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
+
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns a copy with another number of draws K of each bound.
+
+        Arguments:
+            num_particles: The number of draws.
+        """
+        return type(self)(self.shape[0], num_particles, max_plate_nesting=self.max_plate_nesting)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]}, {self.shape[1]})"
+
+
+class MIWAE(_Grouped):
     r"""Creates the mean of M importance-weighted bounds of K draws each.
 
     .. math::
@@ -137,20 +159,6 @@ class MIWAE(MultiSample):
         MIWAE(4, 8)
     """
 
-    def __init__(
-        self, num_bounds: int, num_particles: int, *, max_plate_nesting: float = math.inf
-    ) -> None:
-        self.shape = _groups(num_bounds, num_particles)
-        super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
-
-    def with_particles(self, num_particles: int) -> Estimator | None:
-        """Returns a copy with another number of draws K of each bound.
-
-        Arguments:
-            num_particles: The number of draws.
-        """
-        return type(self)(self.shape[0], num_particles, max_plate_nesting=self.max_plate_nesting)
-
     def bound(self, log_weights: Tensor) -> Tensor:
         """Returns the mean of the bounds.
 
@@ -158,9 +166,6 @@ class MIWAE(MultiSample):
             log_weights: Shape (M K, rows).
         """
         return log_mean_exp(log_weights.unflatten(0, self.shape).transpose(0, 1)).mean(0)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shape[0]}, {self.shape[1]})"
 
 
 class CIWAE(MultiSample):
@@ -209,7 +214,7 @@ class CIWAE(MultiSample):
         return f"{type(self).__name__}({self.beta:g}, {self.num_particles})"
 
 
-class PIWAE(Weighted):
+class PIWAE(_Grouped, Weighted):
     r"""Creates the partially importance-weighted estimator: a bound each for model and guide.
 
     The model ascends `IWAE(M K)`, the guide `MIWAE(M, K)`, from the same M K draws, so that both
@@ -236,31 +241,9 @@ class PIWAE(Weighted):
 
     is_split = True
 
-    def __init__(
-        self, num_bounds: int, num_particles: int, *, max_plate_nesting: float = math.inf
-    ) -> None:
-        self.shape = _groups(num_bounds, num_particles)
-        super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
-
     def plain(self) -> Estimator:
         """Returns the guide's bound by autograd."""
         return MIWAE(*self.shape, max_plate_nesting=self.max_plate_nesting)
-
-    def with_particles(self, num_particles: int) -> Estimator | None:
-        """Returns a copy with another number of draws K of each bound.
-
-        Arguments:
-            num_particles: The number of draws.
-        """
-        return type(self)(self.shape[0], num_particles, max_plate_nesting=self.max_plate_nesting)
-
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the model's bound.
-
-        Arguments:
-            log_weights: Shape (M K, rows).
-        """
-        return log_mean_exp(log_weights)
 
     def weights(self, log_weights: Tensor) -> Weights:
         """Returns the weights among all draws for the model, in their group for the guide.
@@ -270,11 +253,3 @@ class PIWAE(Weighted):
         """
         grouped = log_weights.unflatten(0, self.shape).softmax(1).flatten(0, 1) / self.shape[0]
         return Weights(log_weights.softmax(0), grouped, -self.kl_weight * grouped)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.shape[0]}, {self.shape[1]})"
-
-
-def _groups(num_bounds: int, num_particles: int) -> torch.Size:
-    groups = checked_count("num_bounds", num_bounds)
-    return torch.Size([groups, checked_count("num_particles", num_particles)])

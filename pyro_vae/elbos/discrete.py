@@ -1,7 +1,5 @@
 """Pyro's estimators for discrete and other sites without `rsample`, handed on."""
 
-import contextlib
-from abc import abstractmethod
 from typing import Any, cast
 
 import pyro.infer
@@ -14,64 +12,25 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..checks import checked_count
 from ..contexts import kept_buffers, kept_generators
 from ..importance import Program, row_terms, row_terms_of
 from ..rows import PLATE
-from .estimator import WITHOUT_ROWS, Estimate, Estimator, Objective, Tempered, owners
+from .estimator import WITHOUT_ROWS, Estimate, Estimator, Objective, owners
+from .handed import Handed
 from .trace_elbo import PLAIN_PARTICLES, Trace_ELBO, mean_terms_of
 
 __all__ = ["TraceEnum_ELBO", "TraceGraph_ELBO"]
 
 
-class _Handed(Estimator):
-    """What the two have in common: arguments, and the weight of the KL terms."""
-
-    needs_rsample = False
-    takes_globals = True
-
-    def __init__(
-        self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: Any
-    ) -> None:
-        super().__init__(
-            num_particles=checked_count("num_particles", num_particles),
-            vectorize_particles=vectorize_particles and num_particles > 1,
-            **options,
-        )
+class _Discrete(Handed):
+    """What both are checked by."""
 
     def plain(self) -> Estimator:
         """Returns the ELBO by autograd, of several draws."""
         return Trace_ELBO(PLAIN_PARTICLES)
 
-    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        """Returns the loss and the terms of the ELBO.
 
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
-        with self._tempered():
-            return self._estimate(model, guide, args, kwargs)
-
-    def _tempered(self) -> Any:
-        is_tempered = isinstance(self.kl_weight, Tensor) or self.kl_weight != 1.0
-        return Tempered(self.kl_weight) if is_tempered else contextlib.nullcontext()
-
-    @abstractmethod
-    def _estimate(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Estimate: ...
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(num_particles={self.num_particles}, "
-            f"vectorize_particles={self.vectorize_particles})"
-        )
-
-
-class TraceGraph_ELBO(_Handed, pyro.infer.TraceGraph_ELBO):  # type: ignore[misc]  # noqa: N801
+class TraceGraph_ELBO(_Discrete, pyro.infer.TraceGraph_ELBO):  # type: ignore[misc]  # noqa: N801
     r"""Creates the ELBO with the score function's gradient along the graph of the program.
 
     .. math::
@@ -115,7 +74,7 @@ class TraceGraph_ELBO(_Handed, pyro.infer.TraceGraph_ELBO):  # type: ignore[misc
         return Estimate(loss, per_row if mean.global_kl is None else None, mean)
 
 
-class TraceEnum_ELBO(_Handed, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]  # noqa: N801
+class TraceEnum_ELBO(_Discrete, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]  # noqa: N801
     r"""Creates the ELBO that sums over the values of discrete sites.
 
     .. math:: \mathrm{ELBO}(x) = \sum_z q(z \mid x)\, (\log p(x, z) - \log q(z \mid x))

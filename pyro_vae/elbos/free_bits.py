@@ -7,15 +7,14 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ..checks import checked_finite
-from ..importance import Particles, Program, latent_sites
+from ..importance import Densities, Particles, latent_sites
 from .divergence import analytic_kl, factors, is_factorised
-from .estimator import Estimate
-from .multi_sample import MultiSample, mean_terms
+from .multi_sample import Drawn
 
 __all__ = ["FreeBits"]
 
 
-class FreeBits(MultiSample):
+class FreeBits(Drawn):
     r"""Creates the ELBO with free nats: a KL term below a threshold has no gradient.
 
     .. math::
@@ -46,28 +45,19 @@ class FreeBits(MultiSample):
         FreeBits(0.1, 1)
     """
 
-    is_linear = True
-
     def __init__(
         self, nats: float, num_particles: int = 1, *, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.nats = checked_finite("nats", nats, least=0.0)
 
-    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        """Returns the loss and the terms of the ELBO.
+    def objective(self, particles: Particles, densities: Densities) -> Tensor:
+        """Returns the objective of each row, shape (rows,), in nats.
 
         Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-
-        Raises:
-            ValueError: Where the estimator would be wrong for the programs.
+            particles: The draws.
+            densities: Their log-densities.
         """
-        particles = self._drawn(model, guide, args, kwargs)
-        densities = particles.densities()
         per_row = densities.reconstruction.mean(0)
         for name, guided in latent_sites(particles.guide):
             if name in particles.model.nodes:
@@ -75,16 +65,7 @@ class FreeBits(MultiSample):
                 mean = kl.mean(0)
                 excess = (mean.clamp_min(self.nats * threshold) - mean).sum()
                 per_row = per_row - self.kl_weight * (kl.sum(1) + excess)
-        loss = -(particles.scale() * per_row).sum()
-        return Estimate(loss, per_row, mean_terms(densities))
-
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the ELBO, which it is without a threshold.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
-        return log_weights.mean(0)
+        return per_row
 
     def __repr__(self) -> str:
         return f"FreeBits({self.nats:g}, {self.num_particles})"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..importance import Particles, latent_sites
 from .bounds import IWAE
 from .estimator import Estimator
-from .multi_sample import Weighted, Weights, log_mean_exp
+from .multi_sample import Weighted, Weights
 from .trace_elbo import PLAIN_PARTICLES, Trace_ELBO
 
 __all__ = ["RWS", "STL", "VIMCO", "DReG"]
@@ -106,14 +106,6 @@ class DReG(Weighted):
         """Returns the same bound by autograd."""
         return IWAE(self.num_particles, max_plate_nesting=self.max_plate_nesting)
 
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns log mean w.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
-        return log_mean_exp(log_weights)
-
     def _drawn(self, *args: Any, **kwargs: Any) -> Particles:
         particles = super()._drawn(*args, **kwargs)
         points = [name for name, site in latent_sites(particles.guide) if _is_point(site["fn"])]
@@ -169,14 +161,6 @@ class VIMCO(Weighted):
         """Returns the same bound by autograd."""
         return IWAE(self.num_particles, max_plate_nesting=self.max_plate_nesting)
 
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns log mean w.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
-        return log_mean_exp(log_weights)
-
     def weights(self, log_weights: Tensor) -> Weights:
         """Returns the normalised weights for the model, the learning signal for the guide.
 
@@ -220,14 +204,6 @@ class RWS(Weighted):
     least_particles = 2
     takes_kl_weight = False
     unbiased_gradient = False
-
-    def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns log mean w.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
-        return log_mean_exp(log_weights)
 
     def weights(self, log_weights: Tensor) -> Weights:
         """Returns the normalised weights for model and guide.

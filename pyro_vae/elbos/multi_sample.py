@@ -15,7 +15,7 @@ from ..checks import checked_count
 from ..importance import Densities, Particles, Program, RowTerms, draw, latent_sites
 from .estimator import Estimate, Estimator, refuse_unreparameterised
 
-__all__ = ["Autograd", "MultiSample", "Weighted", "Weights", "log_mean_exp"]
+__all__ = ["Autograd", "Drawn", "MultiSample", "Weighted", "Weights", "log_mean_exp"]
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -27,45 +27,34 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
-class MultiSample(Estimator):
-    r"""The base of the objectives that are a function of K log-weights of each row.
+class Drawn(Estimator):
+    """The base of the objectives that draw K times from the guide, in one pass, for each row.
 
-    .. math::
-        \log w_k = \log p(x \mid z_k) + \beta\, (\log p(z_k) - \log q(z_k \mid x)),
-        \qquad z_k \sim q(z \mid x)
+    The one scale that all sites of the rows share (N / B of a subsampling plate) multiplies the
+    loss, and stays out of the objective.
 
-    where the weight :math:`\beta` of the KL terms is 1 but under a warm-up or `BetaELBO`. Scales
-    of the sites stay out of the weights: the one scale that all sites of the rows share (N / B
-    of a subsampling plate) multiplies the loss.
-
-    To add one, subclass it and write `bound`; its gradient is then autograd's.
+    To add one, subclass it and write `objective`; its gradient is then autograd's.
 
     Arguments:
-        num_particles: The number of draws K of each row, made in one pass.
+        num_particles: The number of draws K of each row.
         max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
     """
 
-    is_linear = False
-
     def __init__(self, num_particles: int, *, max_plate_nesting: float = math.inf) -> None:
-        super().__init__(
-            num_particles=checked_count(
-                "num_particles", num_particles, least=self.least_particles
-            ),
-            max_plate_nesting=max_plate_nesting,
-        )
+        count = checked_count("num_particles", num_particles, least=self.least_particles)
+        super().__init__(num_particles=count, max_plate_nesting=max_plate_nesting)
 
     @abstractmethod
-    def bound(self, log_weights: Tensor) -> Tensor:
+    def objective(self, particles: Particles, densities: Densities) -> Tensor:
         """Returns the objective of each row, shape (rows,), in nats.
 
         Arguments:
-            log_weights: Shape (num_particles, rows), in float64.
-        """
+            particles: The draws.
+            densities: Their log-densities.
 
-    def plain(self) -> Estimator | None:
-        """Returns itself, where its gradient is autograd's of `bound`."""
-        return copy.copy(self) if type(self).estimate is MultiSample.estimate else None
+        Raises:
+            ValueError: Where the estimator would be wrong for the programs.
+        """
 
     def with_particles(self, num_particles: int) -> Estimator | None:
         """Returns a copy with another number of draws K.
@@ -93,7 +82,7 @@ class MultiSample(Estimator):
         """
         particles = self._drawn(model, guide, args, kwargs)
         densities = particles.densities()
-        per_row = self.bound(densities.tempered(self.kl_weight))
+        per_row = self.objective(particles, densities)
         loss = -(particles.scale() * per_row).sum()
         return Estimate(loss, per_row, mean_terms(densities))
 
@@ -112,6 +101,46 @@ class MultiSample(Estimator):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_particles})"
+
+
+class MultiSample(Drawn):
+    r"""The base of the objectives that are a function of K log-weights of each row.
+
+    .. math::
+        \log w_k = \log p(x \mid z_k) + \beta\, (\log p(z_k) - \log q(z_k \mid x)),
+        \qquad z_k \sim q(z \mid x)
+
+    where the weight :math:`\beta` of the KL terms is 1 but under a warm-up or `BetaELBO`.
+
+    To add one, subclass it and write `bound`; its gradient is then autograd's.
+
+    Arguments:
+        num_particles: The number of draws K of each row.
+        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+    """
+
+    is_linear = False
+
+    @abstractmethod
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """Returns the objective of each row, shape (rows,), in nats.
+
+        Arguments:
+            log_weights: Shape (num_particles, rows), in float64.
+        """
+
+    def objective(self, particles: Particles, densities: Densities) -> Tensor:
+        """Returns the bound of the log-weights.
+
+        Arguments:
+            particles: The draws.
+            densities: Their log-densities.
+        """
+        return self.bound(densities.tempered(self.kl_weight))
+
+    def plain(self) -> Estimator | None:
+        """Returns itself: its gradient is autograd's of `bound`."""
+        return copy.copy(self)
 
 
 def mean_terms(densities: Densities) -> RowTerms:
@@ -146,8 +175,16 @@ class Weights(NamedTuple):
 class Weighted(MultiSample):
     """The base of the objectives whose gradient is not autograd's, but weighs its terms.
 
-    To add one, subclass it and write `bound` and `weights`.
+    To add one, subclass it and write `weights`, and `bound` where that is not `IWAE`'s.
     """
+
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """Returns log mean w.
+
+        Arguments:
+            log_weights: Shape (num_particles, rows).
+        """
+        return log_mean_exp(log_weights)
 
     @abstractmethod
     def weights(self, log_weights: Tensor) -> Weights:

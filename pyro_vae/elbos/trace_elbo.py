@@ -1,6 +1,5 @@
 """The evidence lower bound by draws from the guide."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +10,16 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..checks import checked_count
 from ..importance import Program, RowTerms, row_terms
-from .estimator import Estimate, Estimator, Tempered
+from .estimator import Estimate, Estimator
+from .handed import Handed
 
 __all__ = ["PLAIN_PARTICLES", "Trace_ELBO", "mean_terms_of"]
 
 PLAIN_PARTICLES = 8
 
 
-class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
+class Trace_ELBO(Handed, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
     r"""Creates Pyro's estimator of the evidence lower bound, its numbers kept on the device.
 
     .. math:: \mathrm{ELBO}(x) = E_{q(z \mid x)}[\log p(x, z) - \log q(z \mid x)] \le \log p(x)
@@ -47,43 +46,19 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         >>> elbo(vae.model, vae.guide)(torch.ones(5, 4)).backward()
     """
 
-    needs_rsample = False
-    takes_globals = True
-
-    def __init__(
-        self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: Any
-    ) -> None:
-        num_particles = checked_count("num_particles", num_particles)
-        super().__init__(
-            num_particles=num_particles,
-            vectorize_particles=vectorize_particles and num_particles > 1,
-            **options,
-        )
-
     def plain(self) -> Estimator:
         """Returns the ELBO by autograd, of several draws."""
         return Trace_ELBO(PLAIN_PARTICLES)
 
-    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        """Returns the loss and the terms of the ELBO.
-
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
-        with Tempered(self.kl_weight) if self._is_tempered else contextlib.nullcontext():
-            traces = list(self._get_traces(model, guide, args, kwargs))
+    def _estimate(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Estimate:
+        traces = self._get_traces(model, guide, args, kwargs)
         losses, terms = zip(*(self._of_traces(*pair) for pair in traces), strict=True)
         mean = mean_terms_of(terms)
         loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
         per_row = mean.reconstruction - self.kl_weight * mean.kl
         return Estimate(loss, per_row if mean.global_kl is None else None, mean)
-
-    @property
-    def _is_tempered(self) -> bool:
-        return isinstance(self.kl_weight, Tensor) or self.kl_weight != 1.0
 
     def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
@@ -91,12 +66,6 @@ class Trace_ELBO(Estimator, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noq
         value: Any = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
         loss = -(value.detach() + surrogate - surrogate.detach()) / particles
         return loss, row_terms(model_trace, guide_trace, particles)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(num_particles={self.num_particles}, "
-            f"vectorize_particles={self.vectorize_particles})"
-        )
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
         total: Any = model_trace.log_prob_sum()
