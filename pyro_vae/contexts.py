@@ -19,6 +19,7 @@ __all__ = [
     "kept_generators",
     "kept_modes",
     "local_parameters",
+    "outer_handlers",
     "parameters_are_local",
     "seeded",
     "unmoved_statistics",
@@ -92,6 +93,8 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
         self.owned = {id(p) for p in program.parameters()}
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
+        if msg["done"]:
+            return
         stated = msg["args"][-1] if msg["args"] else None
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if id(stated) in self.owned and constraint is constraints.real:
@@ -107,6 +110,11 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
 def parameters_are_local() -> bool:
     """Whether parameters are kept in their modules, so that none needs to be stated."""
     return any(isinstance(handler, _OwnParameters) for handler in _PYRO_STACK)
+
+
+def outer_handlers() -> tuple[Any, ...]:
+    """The handlers of Pyro's that a program runs under, but for those of `local_parameters`."""
+    return tuple(h for h in _PYRO_STACK if not isinstance(h, _OwnParameters))
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Stochastic variational inference whose step asks the device for nothing."""
+"""Stochastic variational inference whose step asks the device for nothing, and replays itself."""
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias
+import math
+import warnings
+from typing import Any
 
 import pyro.infer
 import torch
@@ -11,12 +10,17 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import engines
 from .elbos import Estimate, Objective
-from .importance import Program
+from .engines import Graph, Outputs, Replayed, UntraceableError, at_precision, saved_by_compiling
+from .halved import Halved
+from .importance import Program, RowTerms
+from .updates import MakeOptimizer, Updates, optimizer_of
 
-__all__ = ["SVI", "MakeOptimizer", "optimizer_of"]
+__all__ = ["SVI", "MakeOptimizer", "Totals"]
 
-MakeOptimizer: TypeAlias = type[Optimizer] | Callable[..., Optimizer] | PyroOptim
+COMPILING_COSTS = 20.0
+TERMS = 5
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
@@ -26,6 +30,22 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     optimiser, nor does any after it: `is_bad`, a tensor on the device, says so. `row_weight` says
     how often a row counts in the loss, N / B where a minibatch stands for all rows.
 
+    What takes the step is its engine:
+
+    - `"eager"` runs the Pyro program each time: any program, any ELBO, Pyro's own too.
+    - `"traced"` runs it once for each shape of its arguments, writes down the operations on
+      tensors, those of the gradient too, and runs these: the same numbers from the same draws,
+      bit for bit on a CPU, without the Python of the program.
+    - `"compiled"` has these operations compiled by Inductor, 10 to 20 seconds of work: the same
+      draws, numbers that differ by rounding.
+    - `"cudagraph"` captures them, and the optimiser's update, in a CUDA graph.
+    - `"auto"` takes `"eager"` for Pyro's own ELBOs; else `"traced"`, or `"compiled"` where
+      `total_steps` repay it, on a GPU `"cudagraph"`; and `"eager"`, with one warning that says
+      why, where the program is no fixed sequence of operations. `why` says what was chosen.
+
+    Python numbers in a program are read when it is traced; parameters, buffers and other tensors
+    each time. A run of the operations is first checked against the program.
+
     Arguments:
         model: The model: a method of the module that owns the parameters.
         guide: The guide, likewise.
@@ -33,14 +53,22 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         loss: An estimator of `pyro_vae.elbos`, or one of Pyro's own ELBOs.
         lr: The learning rate, where the optimiser has none of its own.
         max_grad_norm: Where to clip the norm of the gradient of the objective's mean over rows.
+        engine: What takes the steps.
+        precision: That of float32 matrix products, for the time of a step: `"highest"`, `"high"`
+            or `"medium"`, as of `torch.set_float32_matmul_precision`; `"bf16"` runs the programs'
+            networks under autocast, with densities and sums in float32; `None` leaves torch's own.
+        total_steps: How many steps there will be, about, for `"auto"`.
 
     Raises:
-        ValueError: Where the programs own no parameters, or the optimiser cannot be made.
+        ValueError: Where the programs own no parameters, or the optimiser cannot be made; in a
+            step, where the engine that was asked for cannot take it.
 
     Example:
         >>> import pyro_vae as pv
         >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
-        >>> svi = SVI(vae.model, vae.guide, torch.optim.Adam, pv.elbos.Trace_ELBO())
+        >>> svi = SVI(
+        ...     vae.model, vae.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine="traced"
+        ... )
         >>> svi.step(torch.ones(5, 4)).shape
         torch.Size([])
     """
@@ -54,8 +82,14 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         *,
         lr: float | None = None,
         max_grad_norm: float | None = None,
+        engine: str = "eager",
+        precision: str | None = None,
+        total_steps: int | None = None,
     ) -> None:
-        self.objective = Objective(model, guide, loss)
+        self.engine = engines.checked_engine(engine)
+        self.precision = engines.checked_precision(precision)
+        wrap = Halved if precision == "bf16" else None
+        self.objective = Objective(model, guide, loss, wrap=wrap)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(
@@ -64,42 +98,63 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             )
         given = {} if lr is None else {"lr": lr}
         self.optimizer = optimizer_of(optim, self.parameters, **given)
-        self.max_grad_norm = max_grad_norm
-        self.row_weight = 1.0
-        self.is_bad = self.parameters[0].new_zeros((), dtype=torch.float32)
+        self.total_steps = total_steps
+        self.why = "" if engine == "auto" else "as asked"
+        self._is_auto = engine == "auto"
+        self._step = _Step(self.objective, self.parameters, max_grad_norm)
+        self._updates = Updates(self.optimizer, self.parameters)
+        self._replayed: Replayed | None = None
+        self._captures: dict[Graph, _Capture] = {}
         super().__init__(model, guide, _AsPyroOptim(self.optimizer), loss)
+
+    @property
+    def is_bad(self) -> Tensor:
+        """Whether a step was bad, 0 or 1, shape ()."""
+        return self._step.is_bad
+
+    @property
+    def good(self) -> Tensor:
+        """How many steps were good, shape ()."""
+        return self._step.good
+
+    @property
+    def totals(self) -> "Totals":
+        """The sums over rows of the terms of the ELBO, of all steps."""
+        return self._step.totals
+
+    @property
+    def row_weight(self) -> float:
+        """How often a row counts in the loss."""
+        return self._step.row_weight
+
+    @row_weight.setter
+    def row_weight(self, weight: float) -> None:
+        self._step.row_weight = weight
+
+    def to(self, device: torch.device) -> None:
+        """Moves what the steps keep of their own, the programs too, to a device.
+
+        Arguments:
+            device: Where to.
+        """
+        self._step.to(device)
 
     def update(self, *args: Any, **kwargs: Any) -> Estimate:
         """Takes a step, and returns the estimate that it was taken on, on the device.
 
+        Of a CUDA graph its tensors hold until the next step.
+
         Arguments:
             args: What model and guide are called with.
             kwargs: The same, by name.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        buffers = [_Kept(*place) for place in self._buffers()]
-        estimate = self.objective(*args, **kwargs)
-        estimate.loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        finite = torch.isfinite(norm) & torch.isfinite(estimate.loss.detach())
-        torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype), out=self.is_bad)
-        if self.max_grad_norm is not None:
-            rows = self.row_weight * len(estimate.terms.reconstruction)
-            limit = self.max_grad_norm * rows
-            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        _step_unless(self.optimizer, self.is_bad)
-        for buffer in buffers:
-            buffer.take_back(self.is_bad.bool())
-        self.optimizer.zero_grad(set_to_none=True)
-        return estimate
 
-    def _buffers(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """What a forward pass may change, and a bad one must not: running means, say."""
-        for module in self.objective.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield module._buffers, name
+        Raises:
+            ValueError: Where the engine cannot take the step: the message says why.
+        """
+        with at_precision(self.precision):
+            outputs = self._taken(args, kwargs)
+        loss, per_row, *terms = outputs[:TERMS]
+        return Estimate(loss, per_row, RowTerms._make(terms))  # type: ignore[arg-type]
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Takes a step, and returns the loss it was taken on, shape (), on the device.
@@ -107,98 +162,242 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         Arguments:
             args: What model and guide are called with.
             kwargs: The same, by name.
+
+        Raises:
+            ValueError: Where the engine cannot take the step: the message says why.
         """
-        return self.update(*args, **kwargs).loss.detach()
+        loss = self.update(*args, **kwargs).loss.detach()
+        return loss.clone() if self._captures else loss
+
+    def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
+        if self.engine == "auto" and not self.objective.is_traceable:
+            self.engine, self.why = "eager", f"{self.objective.elbo} reads numbers off the device"
+        if self.engine != "eager":
+            try:
+                return self._replay(args, kwargs)
+            except UntraceableError as error:
+                self._fall_back(error)
+        outputs = self._step(*args, **kwargs)
+        self._updates(outputs[TERMS:], self.is_bad)
+        return outputs
+
+    def _fall_back(self, error: UntraceableError) -> None:
+        if not self._is_auto:
+            raise ValueError(
+                f"Expected a program that the engine {self.engine!r} can take: {error}; "
+                "engine='eager' takes any."
+            ) from error
+        self.engine, self.why = "eager", f"the program cannot be traced: {error}"
+        warnings.warn(
+            f"Steps run eagerly, and slower: the program cannot be traced, as {error}. "
+            "engine='eager' asks for that without this warning.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
+        if not engines.Captured.is_possible(self.is_bad.device) and self.engine == "cudagraph":
+            raise UntraceableError(
+                f"there are CUDA graphs on CUDA alone; got {self.is_bad.device}"
+            )
+        if self._replayed is None:
+            self.objective.settle(*args, **kwargs)
+            self._replayed = Replayed(self._step)
+        with self.objective.replayed():
+            graph = self._replayed.graph(*args, given=self.row_weight, **kwargs)
+        tensors = self._replayed.tensors(*args, **kwargs)
+        if graph.is_compiled is None:
+            self._choose(graph, tensors)
+        if self.engine == "cudagraph" and self._updates.is_warm:
+            outputs = self._captured(graph, tensors)
+        else:
+            outputs = graph(tensors)
+            self._updates(outputs[TERMS:], self.is_bad)
+        self.objective.count_step()
+        return outputs
+
+    def _choose(self, graph: Graph, tensors: list[Tensor]) -> None:
+        """Settles what `"auto"` is, and compiles a graph whose uses repay it."""
+        uses = math.inf if self.total_steps is None else self.total_steps
+        saved = saved_by_compiling(graph.size) * uses
+        is_repaid = saved > 2.0 * COMPILING_COSTS
+        if self.engine == "auto":
+            self._settle(saved, is_repaid=is_repaid)
+        is_first = not self._is_auto and self._replayed is not None and self._replayed.size == 1
+        graph.is_compiled = self.engine == "compiled" and (is_repaid or is_first)
+        if graph.is_compiled:
+            try:
+                graph.compile(tensors)
+            except UntraceableError as error:
+                if not self._is_auto:
+                    raise
+                graph.is_compiled = False
+                self.engine, self.why = "traced", str(error)
+
+    def _settle(self, saved: float, *, is_repaid: bool) -> None:
+        if engines.Captured.is_possible(self.is_bad.device):
+            self.engine, self.why = (
+                "cudagraph",
+                "capturing takes a second",
+            )
+        elif self.total_steps is None:
+            self.engine, self.why = "traced", "how many steps will come is not known"
+        else:
+            self.engine = "compiled" if is_repaid else "traced"
+            self.why = (
+                f"compiling costs some {COMPILING_COSTS:.0f} s and would save {saved:.0f} s of "
+                f"{self.total_steps} steps"
+            )
+
+    def _captured(self, graph: Graph, tensors: list[Tensor]) -> Outputs:
+        own = self._replayed.num_own if self._replayed is not None else 0
+        places = (self._updates.version, *[tensor.data_ptr() for tensor in tensors[:own]])
+        capture = self._captures.get(graph)
+        if capture is None or capture.places != places:
+            capture = _Capture(self, graph, tensors[:own], tensors[own:])
+            capture.places = places
+            self._captures[graph] = capture
+        return capture(tensors[own:])
 
 
-def optimizer_of(
-    make: MakeOptimizer, parameters: Iterable[nn.Parameter], **given: Any
-) -> Optimizer:
-    """Makes one torch optimiser for all parameters, in its fused form where it has one.
+class _Capture:
+    """A step, captured, and the tensors that its arguments are copied to."""
+
+    def __init__(self, svi: SVI, graph: Graph, own: list[Tensor], arguments: list[Tensor]) -> None:
+        self.places: tuple[int, ...] = ()
+        self.static = [argument.clone() for argument in arguments]
+        self.updates = svi._updates
+
+        def step() -> Outputs:
+            outputs = graph([*own, *self.static])
+            self.updates(outputs[TERMS:], svi.is_bad)
+            return outputs
+
+        with self.updates.rates_on_device():
+            self.captured = engines.Captured(step, [*own, *self.updates.state()])
+
+    def __call__(self, arguments: list[Tensor]) -> Outputs:
+        for static, argument in zip(self.static, arguments, strict=True):
+            static.copy_(argument)
+        self.updates.follow_rates()
+        outputs: Outputs = self.captured.replay()
+        return outputs
+
+
+class _Step(nn.Module):
+    """What is replayed: the estimate, its gradient, and the judgement on both.
 
     Arguments:
-        make: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
-        parameters: What to optimise.
-        given: Options that are not given already, a learning rate, say.
-
-    Raises:
-        ValueError: Where it cannot be made.
+        objective: The objective.
+        parameters: What its gradient is taken in.
+        max_grad_norm: Where to clip it.
     """
-    build: Any = _torch_constructor(make)
-    said = build.keywords if isinstance(build, functools.partial) else {}
-    options = {name: value for name, value in given.items() if name not in said}
-    parameters = list(parameters)
-    if _can_fuse(build, parameters) and "fused" not in said and "foreach" not in said:
-        options["fused"] = True
-    try:
-        optimizer = build(parameters, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {error}") from error
-    if not isinstance(optimizer, Optimizer) or _needs_closure(optimizer):
-        raise ValueError(
-            "Expected an optimiser that steps on gradients, such as torch.optim.Adam; got "
-            f"{type(optimizer).__name__}."
-        )
-    return optimizer
+
+    is_bad: Tensor
+    good: Tensor
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: list[nn.Parameter],
+        max_grad_norm: float | None,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.max_grad_norm = max_grad_norm
+        self.row_weight = 1.0
+        self.totals = Totals()
+        for name in ("is_bad", "good"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
+        self.to(parameters[0].device)
+        self._places = _places(objective, parameters)
+        self._buffers_of = [
+            (module._buffers, name)
+            for module in objective.programs.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        """Returns loss, objective of each row, three terms and the gradient of each parameter."""
+        parameters = [owner[name] for owner, name in self._places]
+        buffers = [_Kept(*place) for place in self._buffers_of]
+        estimate = self.objective(*args, **kwargs)
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        found = iter(torch.autograd.grad(estimate.loss, trained, allow_unused=True))
+        gradients = tuple([next(found) if p.requires_grad else None for p in parameters])
+        with torch.no_grad():
+            judged = self._judged(estimate, gradients)
+            for buffer in buffers:
+                buffer.take_back(self.is_bad.bool())
+            self.totals.add(estimate.terms)
+        return (estimate.loss, estimate.per_row, *estimate.terms, *judged)
+
+    def _judged(
+        self, estimate: Estimate, gradients: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Notes whether all is finite, and clips the gradient."""
+        norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
+        finite = torch.isfinite(norm) & torch.isfinite(estimate.loss)
+        self.is_bad.copy_(torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype)))
+        self.good.add_(1.0 - self.is_bad)
+        if self.max_grad_norm is None:
+            return gradients
+        rows = self.row_weight * len(estimate.terms.reconstruction)
+        share = (self.max_grad_norm * rows / (norm + 1e-6)).clamp(max=1.0)
+        return tuple(None if g is None else g * share for g in gradients)
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+def _places(module: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[Any, str]]:
+    """Where in a module its parameters are: there a replay puts others."""
+    found: dict[int, tuple[Any, str]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            found.setdefault(id(parameter), (part._parameters, name))
+    return [found[id(parameter)] for parameter in parameters]
 
 
-def _torch_constructor(make: Any) -> Any:
-    if not isinstance(make, PyroOptim):
-        if not callable(make):
-            raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {make!r}.")
-        return make
-    pyro_constructor: Any = make.pt_optim_constructor
-    if callable(make.pt_optim_args) or make.pt_clip_args:
-        raise ValueError(
-            "Expected a pyro.optim optimiser with one dict of options for all parameters, and "
-            "clipping left to max_grad_norm; got options or clipping by parameter."
-        )
-    return functools.partial(pyro_constructor, **make.pt_optim_args)
+class Totals(nn.Module):
+    """Sums over rows, and of squares, of the terms of the ELBO, kept on the device."""
 
+    sums: Tensor
 
-def _can_fuse(build: Any, parameters: list[nn.Parameter]) -> bool:
-    target = build.func if isinstance(build, functools.partial) else build
-    if not (inspect.isclass(target) and "fused" in inspect.signature(target).parameters):
-        return False
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(7, dtype=torch.float64), persistent=False)
 
+    @torch.no_grad()
+    def add(self, terms: RowTerms) -> None:
+        """Adds the terms of some rows.
 
-def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
-    """Steps, but changes nothing where `is_bad` is 1: without asking the device which it is."""
-    if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = is_bad  # type: ignore[attr-defined]
-        optimizer.step()
-        return
-    _step_and_take_back(optimizer, is_bad.bool())
+        Arguments:
+            terms: The terms.
+        """
+        parts = torch.stack([terms.elbo, *terms[:2]]).double()
+        summed = torch.stack([parts.sum(1), parts.square().sum(1)], 1).flatten()
+        shared = torch.zeros_like(summed[:1])
+        if terms.global_kl is not None:
+            shared = (terms.global_kl.double() * parts.shape[1]).reshape(1)
+        self.sums.add_(torch.cat([summed, shared]))
 
+    def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
+        """Means over rows; of the latents that the training rows share, each bears its part.
 
-def _step_and_take_back(optimizer: Optimizer, is_bad: Tensor) -> None:
-    before = {key: t.detach().clone() for key, t in _tensors_of(optimizer).items()}
-    optimizer.step()
-    after = _tensors_of(optimizer)
-    _take_back(is_bad, [(t, before.get(k, torch.zeros_like(t))) for k, t in after.items()])
-
-
-@torch.no_grad()
-def _take_back(is_bad: Tensor, changes: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, before in changes:
-        tensor.copy_(torch.where(is_bad, before, tensor))
-
-
-def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = {
-        (id(p), name): value
-        for p, state in optimizer.state.items()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
-    return {(id(p), ""): p for p in parameters} | states
+        Arguments:
+            num_rows: How many rows were added.
+            num_sharing: How many share a latent.
+        """
+        *means, global_kl = (total / num_rows for total in self.sums.tolist())
+        shared = global_kl / num_sharing
+        record = {}
+        for i, (name, borne) in enumerate(
+            {"elbo": -shared, "reconstruction": 0.0, "kl": shared}.items()
+        ):
+            mean, square = means[2 * i : 2 * i + 2]
+            variance = max(square - mean**2, 0.0) / max(num_rows - 1, 1)
+            record[name] = mean + borne
+            record[f"{name}_se"] = math.sqrt(variance) if num_rows > 1 else math.nan
+        return record
 
 
 class _Kept:

@@ -36,7 +36,7 @@ from .contexts import (
 )
 from .elbos import Estimator, Trace_ELBO
 from .files import PathLike, load_state, read_tensors, write_tensors
-from .importance import RowTerms, Structure, programs_of, row_terms_of, structure
+from .importance import Structure, programs_of, row_terms_of, structure
 from .rows import PLATE, Data, Rows
 from .states import (
     call_of,
@@ -48,7 +48,7 @@ from .states import (
     under,
     unplain,
 )
-from .svi import SVI, MakeOptimizer
+from .svi import SVI, MakeOptimizer, Totals
 
 __all__ = ["History", "fit"]
 
@@ -71,12 +71,16 @@ class History:
         stopped: Why the fit ended: `"max_epochs"`, `"max_seconds"`, `"patience"` or
             `"interrupted"`.
         seed: The seed of the fit.
+        engine: What took its steps.
+        why: Why that was chosen.
     """
 
     table: pd.DataFrame
     best_epoch: int
     stopped: str
     seed: int | None = None
+    engine: str = "eager"
+    why: str = ""
 
     def plot(self) -> Any:
         """Draws the training curve, and returns the matplotlib figure."""
@@ -109,6 +113,8 @@ def fit(
     warmup: int = 0,
     max_grad_norm: float | None = None,
     transform: Transform | None = None,
+    engine: str = "auto",
+    precision: str | None = None,
     device: str | torch.device = "auto",
     seed: int | None = None,
     progress: bool = True,
@@ -146,6 +152,10 @@ def fit(
         max_grad_norm: Where to clip the norm of the gradient of the mean over a batch.
         transform: Applied to each minibatch on the device, `pyro_vae.datasets.binarize`, say; it
             may change the values and the shape of a row, not the number of rows.
+        engine: What takes the steps, as of :class:`pyro_vae.svi.SVI`: `"eager"`, `"traced"`,
+            `"compiled"`, `"cudagraph"`, or `"auto"`, which chooses by the device, the program and
+            the number of steps; the history says what it chose and why.
+        precision: That of float32 matrix products, while it trains; `None` leaves torch's own.
         device: Where to train; `"auto"` takes CUDA where there is one.
         seed: The seed of everything random; torch's generators are put back after the fit. With
             `None` they run on.
@@ -168,25 +178,25 @@ def fit(
         >>> history.best_epoch, history.stopped
         (2, 'max_epochs')
     """
-    settings = _Settings(
-        lr=None if lr is None else checked_positive("lr", lr),
-        batch_size=checked_count("batch_size", batch_size),
-        max_epochs=checked_count("max_epochs", max_epochs),
-        max_seconds=None if max_seconds is None else checked_positive("max_seconds", max_seconds),
-        patience=None if patience is None else checked_count("patience", patience),
-        warmup=checked_count("warmup", warmup, least=0),
-        max_grad_norm=(
-            None if max_grad_norm is None else checked_positive("max_grad_norm", max_grad_norm)
-        ),
-        seed=None if seed is None else checked_count("seed", seed, least=0),
+    settings = _Settings.checked(
+        lr=lr,
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        max_seconds=max_seconds,
+        patience=patience,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
     )
     pair, target, change = programs_of(program), device_of(device), transform or _identity
     path = _checkpoint_path(checkpoint, resume=resume)
     saved = read_tensors(path) if path is not None and path.exists() else None
     split_seed = _split_seed(seed, saved)
     rows, held_out, known = _checked_rows(program, x, validation, change, split_seed)
-    objective = Trace_ELBO() if elbo is None else elbo
-    svi = SVI(*pair, optimizer, objective, lr=settings.lr, max_grad_norm=settings.max_grad_norm)
+    steps = functools.partial(SVI, *pair, optimizer, Trace_ELBO() if elbo is None else elbo)
+    svi = steps(
+        lr=settings.lr, max_grad_norm=settings.max_grad_norm, engine=engine, precision=precision
+    )
     svi.objective.check(known)
     run = _Run(
         program=program,
@@ -202,9 +212,7 @@ def fit(
         path=path,
     )
     with seeded(settings.seed):
-        if saved is not None:
-            run.restore(*saved)
-        return run.finish(progress=progress)
+        return run.finish(saved, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -218,12 +226,32 @@ class _Settings:
     max_grad_norm: float | None
     seed: int | None
 
-    def __post_init__(self) -> None:
-        if self.warmup > self.max_epochs:
+    @classmethod
+    def checked(cls, **said: Any) -> "_Settings":
+        made = {name: _CHECKS[name](name, value) for name, value in said.items()}
+        if made["warmup"] > made["max_epochs"]:
             raise ValueError(
-                f"Expected a warm-up of at most max_epochs={self.max_epochs}; got {self.warmup} "
-                "epochs: the KL terms would never have their full weight."
+                f"Expected a warm-up of at most max_epochs={made['max_epochs']}; got "
+                f"{made['warmup']} epochs: the KL terms would never have their full weight."
             )
+        return cls(**made)
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+_from_zero = functools.partial(checked_count, least=0)
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _or_none(checked_positive),
+    "batch_size": checked_count,
+    "max_epochs": checked_count,
+    "max_seconds": _or_none(checked_positive),
+    "patience": _or_none(checked_count),
+    "warmup": _from_zero,
+    "max_grad_norm": _or_none(checked_positive),
+    "seed": _or_none(_from_zero),
+}
 
 
 @dataclass
@@ -247,6 +275,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.kl_weight = torch.ones((), device=self.device)
+        known = self.structure
+        self.scaled = _ScaledRows(active=_is_shared(known) and not known.is_subsampled)
         self.steps = len(_batches(torch.arange(len(self.rows)), self.settings.batch_size))
         elbo = self.svi.objective.elbo
         if math.isinf(elbo.max_plate_nesting):  # else Pyro spends random numbers to find out
@@ -255,8 +285,12 @@ class _Run:
         if self.settings.warmup:
             self.svi.objective.weigh_kl(self.kl_weight)
 
-    def finish(self, *, progress: bool) -> History:
+    def finish(
+        self, saved: tuple[dict[str, Tensor], dict[str, Any]] | None, *, progress: bool
+    ) -> History:
         """Runs the epochs that are left."""
+        if saved is not None:
+            self.restore(*saved)
         if self.path is not None and not self.records:
             self.save(self.path)
         self._move()
@@ -288,16 +322,15 @@ class _Run:
 
     def _move(self) -> None:
         self.program.to(self.device)
-        self.svi.is_bad = self.svi.is_bad.to(self.device)
+        self.svi.to(self.device)
         self.rows = _placed(self.rows, self.device)
         self.held_out = None if self.held_out is None else _placed(self.held_out, self.device)
 
     def _epoch(self, interrupted: threading.Event) -> bool:
         start = time.perf_counter()
-        totals = self._train(interrupted)
-        if totals is None:
+        record = self._train(interrupted)
+        if record is None:
             return False
-        record = totals.summary(len(self.rows), len(self.rows))
         if self.held_out is not None:
             held_out = self._validate(self.held_out).summary(len(self.held_out), len(self.rows))
             record |= {f"validation_{name}": value for name, value in held_out.items()}
@@ -312,37 +345,38 @@ class _Run:
             self.save(self.path)
         return True
 
-    def _train(self, interrupted: threading.Event) -> "_Totals | None":
-        totals, good = _Totals(self.device), torch.zeros((), device=self.device)
-        order = torch.randperm(len(self.rows), device=self.rows.device)
+    def _train(self, interrupted: threading.Event) -> dict[str, float] | None:
+        svi, size = self.svi, len(self.rows)
+        svi.totals.sums.zero_()
+        svi.good.zero_()
+        order = torch.randperm(size, device=self.rows.device)
         batches = _batches(order, self.settings.batch_size)
         self.program.train()
-        with self._training_handlers() as scale:
+        with self._training_handlers():
             for step, index in enumerate(batches):
                 if interrupted.is_set():
                     return None
                 self._anneal(len(self.records) * self.steps + step + 1)
-                self.svi.row_weight = scale.scale_of(len(self.rows), len(index))
-                totals.add(self.svi.update(self._batch(self.rows, index)).terms)
-                good += 1.0 - self.svi.is_bad
-        if (bad := int(good)) < len(batches):
+                svi.row_weight = self.scaled.scale_of(size, len(index))
+                is_last = len(index) != self.settings.batch_size
+                svi.total_steps = self.settings.max_epochs * (1 if is_last else self.steps)
+                svi.update(self._batch(self.rows, index))
+        if (bad := int(svi.good)) < len(batches):
             self._refuse(bad, self.rows.names[batches[bad].cpu().numpy()].tolist())
-        return totals
+        return svi.totals.summary(size, size)
 
     @contextlib.contextmanager
-    def _training_handlers(self) -> Iterator["_ScaledRows"]:
-        known = self.structure
-        rows = _ScaledRows(active=_is_shared(known) and not known.is_subsampled)
-        with pyro.validation_enabled(False), local_parameters(self.program), rows:
-            yield rows
+    def _training_handlers(self) -> Iterator[None]:
+        with pyro.validation_enabled(False), local_parameters(self.program), self.scaled:
+            yield
 
     def _anneal(self, steps: int) -> None:
         if self.settings.warmup:
             self.kl_weight.fill_(min(1.0, steps / (self.settings.warmup * self.steps)))
         self.svi.objective.at_step(steps - 1)
 
-    def _validate(self, rows: Rows) -> "_Totals":
-        totals = _Totals(self.device)
+    def _validate(self, rows: Rows) -> "Totals":
+        totals = Totals().to(self.device)
         pair = programs_of(self.program)
         with evaluating(self.program), seeded(self.split_seed):
             for chunk in rows.chunks(max(self.settings.batch_size, 1024)):
@@ -395,7 +429,8 @@ class _Run:
     def _history(self, stopped: str) -> History:
         epochs = pd.RangeIndex(1, len(self.records) + 1, name="epoch")
         table = pd.DataFrame(self.records, index=epochs)
-        return History(table, self.best_epoch, stopped, self.settings.seed)
+        said = self.svi.engine, self.svi.why
+        return History(table, self.best_epoch, stopped, self.settings.seed, *said)
 
     def save(self, path: Path) -> None:
         """Writes all that the next epoch depends on."""
@@ -465,34 +500,6 @@ def _batches(order: Tensor, size: int) -> tuple[Tensor, ...]:
     if len(batches) > 1 and len(batches[-1]) == 1:
         return (*batches[:-2], torch.cat(batches[-2:]))
     return batches
-
-
-class _Totals:
-    """Sums over rows and of squares, kept on the device until the epoch is over."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-
-    def add(self, terms: RowTerms) -> None:
-        parts = [p.detach().double() for p in (terms.elbo, terms.reconstruction, terms.kl)]
-        summed = [total for part in parts for total in (part.sum(), part.square().sum())]
-        self.sums[:6] += torch.stack(summed)
-        if terms.global_kl is not None:
-            self.sums[6] += terms.global_kl.detach().double() * len(parts[0])
-
-    def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
-        """Means over rows; of the latents that the training rows share, each bears its part."""
-        *means, global_kl = (total / num_rows for total in self.sums.tolist())
-        shared = global_kl / num_sharing
-        record = {}
-        for i, (name, borne) in enumerate(
-            {"elbo": -shared, "reconstruction": 0.0, "kl": shared}.items()
-        ):
-            mean, square = means[2 * i : 2 * i + 2]
-            variance = max(square - mean**2, 0.0) / max(num_rows - 1, 1)
-            record[name] = mean + borne
-            record[f"{name}_se"] = math.sqrt(variance) if num_rows > 1 else math.nan
-        return record
 
 
 class _ScaledRows(Messenger):  # type: ignore[misc]

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro.infer
-import torch
 from torch import Tensor
 
 from ..checks import checked_finite
 from ..importance import Program, Structure
-from .estimator import Estimate, Estimator, Objective
+from .estimator import Estimate, Estimator, Objective, Schedule
 from .trace_elbo import Trace_ELBO
 
 __all__ = ["BetaELBO"]
@@ -56,6 +55,7 @@ class BetaELBO(Estimator):
                 f"{beta!r}."
             )
         self.beta = beta if callable(beta) else checked_finite("beta", beta, least=0.0)
+        self.schedule = Schedule(beta) if callable(beta) else None
         self.inner = Trace_ELBO() if elbo is None else copy.copy(elbo)
         if not isinstance(self.inner, Estimator) or not self.inner.takes_kl_weight:
             raise ValueError(
@@ -68,7 +68,17 @@ class BetaELBO(Estimator):
             max_plate_nesting=self.inner.max_plate_nesting,
         )
         self.max_plate_nesting = self.inner.max_plate_nesting
-        self.steps = 0
+
+    @property
+    def steps(self) -> int:
+        """The step that its schedule is at."""
+        return 0 if self.schedule is None else self.schedule.steps
+
+    def __copy__(self) -> "BetaELBO":
+        made = BetaELBO(self.beta, self.inner)
+        made.kl_weight = self.kl_weight
+        made.at_step(self.steps)
+        return made
 
     @property
     def direction(self) -> str:  # type: ignore[override]
@@ -102,6 +112,11 @@ class BetaELBO(Estimator):
         return self.inner.is_split
 
     @property
+    def is_traceable(self) -> bool:  # type: ignore[override]
+        """Whether the estimator inside asks for no number."""
+        return self.inner.is_traceable
+
+    @property
     def least_particles(self) -> int:  # type: ignore[override]
         """The smallest number of draws that the estimator inside can take."""
         return self.inner.least_particles
@@ -122,7 +137,8 @@ class BetaELBO(Estimator):
         if inner is None:
             return None
         made = BetaELBO(self.beta, inner)
-        made.steps, made.kl_weight = self.steps, self.kl_weight
+        made.kl_weight = self.kl_weight
+        made.at_step(self.steps)
         return made
 
     def check(self, known: Structure) -> None:
@@ -142,7 +158,29 @@ class BetaELBO(Estimator):
         Arguments:
             steps: The number of steps.
         """
-        self.steps = steps
+        if self.schedule is not None:
+            self.schedule.steps = steps
+        self.inner.at_step(steps)
+
+    def settle(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Lets the estimator inside find out what it must.
+
+        Arguments:
+            model: The model, a Pyro program.
+            guide: The guide, a Pyro program.
+            args: What both are called with.
+            kwargs: The same, by name.
+        """
+        self.inner.max_plate_nesting = self.max_plate_nesting
+        self.inner.settle(model, guide, args, kwargs)
+        self.max_plate_nesting = self.inner.max_plate_nesting
+
+    def schedules(self) -> list[Schedule]:
+        """Returns its own, and those of the estimator inside."""
+        own = [] if self.schedule is None else [self.schedule]
+        return own + self.inner.schedules()
 
     def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
         """Returns the loss and the terms of the ELBO.
@@ -154,16 +192,14 @@ class BetaELBO(Estimator):
             kwargs: The same, by name.
         """
         self._weigh()
-        if torch.is_grad_enabled():
-            self.steps += 1
+        if self.schedule is not None:
+            self.schedule.count()
         estimate = self.inner.estimate(model, guide, *args, **kwargs)
         self.max_plate_nesting = self.inner.max_plate_nesting
         return estimate
 
     def _weigh(self) -> None:
-        beta: Any = self.beta(self.steps) if callable(self.beta) else self.beta
-        if not isinstance(beta, Tensor):
-            beta = checked_finite("beta", beta, least=0.0)
+        beta: Any = self.beta if self.schedule is None else self.schedule.now()
         self.inner.kl_weight = beta * self.kl_weight
         self.inner.max_plate_nesting = self.max_plate_nesting
 

@@ -105,6 +105,8 @@ class TraceEnum_ELBO(_Discrete, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc
         TraceEnum_ELBO(num_particles=1, vectorize_particles=False)
     """
 
+    is_traceable = False
+
     def _estimate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Estimate:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import pyro
@@ -14,12 +14,20 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ..checks import checked_count
-from ..contexts import evaluating, kept_buffers, kept_generators
+from ..checks import checked_count, checked_finite
+from ..contexts import evaluating, kept_buffers, kept_generators, local_parameters
 from ..importance import Program, RowTerms, Structure, plate_nesting, row_terms_of
 from ..rows import Rows
 
-__all__ = ["Estimate", "Estimator", "Objective", "PerRow", "Tempered", "WITHOUT_RSAMPLE"]
+__all__ = [
+    "Estimate",
+    "Estimator",
+    "Objective",
+    "PerRow",
+    "Schedule",
+    "Tempered",
+    "WITHOUT_RSAMPLE",
+]
 
 WITHOUT_RSAMPLE = "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, VIMCO, RWS and TVO"
 WITHOUT_ROWS = "Expected latent sites that have a value for each row; got some that all share."
@@ -74,6 +82,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         takes_globals: Whether there may be sites outside the plate `"data"`.
         is_split: Whether model and guide follow objectives of their own.
         least_particles: The smallest number of draws K that it can take.
+        is_traceable: Whether it is a fixed sequence of operations, that asks for no number.
         kl_weight: The weight of the KL terms, a number or a tensor of shape ().
     """
 
@@ -86,6 +95,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     takes_globals: ClassVar[bool] = False
     is_split: ClassVar[bool] = False
     least_particles: ClassVar[int] = 1
+    is_traceable: ClassVar[bool] = True
     kl_weight: Tensor | float = 1.0
 
     def at_step(self, steps: int) -> None:
@@ -94,6 +104,28 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         Arguments:
             steps: The number of steps.
         """
+
+    def settle(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Finds out, before a first estimate, what a dry run would have to find out in it.
+
+        Arguments:
+            model: The model, a Pyro program.
+            guide: The guide, a Pyro program.
+            args: What both are called with.
+            kwargs: The same, by name.
+        """
+        if self._is_spread() and math.isinf(self.max_plate_nesting):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+
+    def _is_spread(self) -> bool:
+        """Whether the draws take a dim of their own."""
+        return bool(self.vectorize_particles) and self.num_particles > 1
+
+    def schedules(self) -> "list[Schedule]":
+        """Returns the weights that change from step to step, of this and what is inside it."""
+        return []
 
     def plain(self) -> "Estimator | None":
         """Returns an estimator by autograd of the objective that the guide follows.
@@ -234,9 +266,9 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Does what Pyro's does, and says nothing."""
-        vectorized = self.vectorize_particles and self.num_particles > 1
         nesting = plate_nesting(model, guide, *args, **kwargs)
-        self.max_plate_nesting = nesting + int(vectorized)
+        spread = bool(self.vectorize_particles) and self.num_particles > 1
+        self.max_plate_nesting = nesting + int(spread)
 
 
 def refuse_unreparameterised(elbo: Estimator, sites: tuple[str, ...]) -> None:
@@ -254,6 +286,36 @@ def refuse_unreparameterised(elbo: Estimator, sites: tuple[str, ...]) -> None:
             f"Expected a guide that draws every latent site by rsample, under {elbo}; got "
             f"{', '.join(sites)} without one: {WITHOUT_RSAMPLE} take it."
         )
+
+
+class Schedule:
+    """A weight that is a function of the number of steps taken.
+
+    Arguments:
+        function: The function.
+    """
+
+    def __init__(self, function: Callable[[int], float | Tensor]) -> None:
+        self.function, self.steps = function, 0
+        self.held: Tensor | None = None
+
+    def now(self) -> float | Tensor:
+        """The weight at the step it is at, a number; or the tensor that holds it in a replay."""
+        return self.number() if self.held is None else self.held
+
+    def number(self) -> Any:
+        """The weight at the step it is at.
+
+        Raises:
+            ValueError: Where the function gives something else.
+        """
+        weight = self.function(self.steps)
+        return weight if isinstance(weight, Tensor) else checked_finite("beta", weight, least=0.0)
+
+    def count(self) -> None:
+        """Goes on to the next step, where steps are not counted from outside."""
+        if self.held is None and torch.is_grad_enabled():
+            self.steps += 1
 
 
 class Tempered(Messenger):  # type: ignore[misc]
@@ -279,12 +341,24 @@ class Objective(nn.Module):
         model: The model, a bound method of a module or a module.
         guide: The guide, likewise.
         elbo: An estimator, or one of Pyro's own ELBOs.
+        wrap: What both programs are wrapped in, to run in half precision, say.
 
     Raises:
         ValueError: Where the ELBO has no differentiable loss.
     """
 
-    def __init__(self, model: Program, guide: Program, elbo: pyro.infer.ELBO) -> None:
+    kl_weight: Tensor | None
+    schedules: list[Schedule]
+    weights: Tensor
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        elbo: pyro.infer.ELBO,
+        *,
+        wrap: Callable[[Program], Program] | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(elbo, type):
             raise ValueError(
@@ -296,9 +370,17 @@ class Objective(nn.Module):
                 f"{elbo!r}."
             )
         self.programs = owners(model, guide)
-        self.pair = (model, guide)
-        self.elbo = copy.copy(elbo)
-        self.kl_weight: Tensor | None = None
+        self.pair = (model, guide) if wrap is None else (wrap(model), wrap(guide))
+        elbo = self.elbo = copy.copy(elbo)
+        self.schedules = elbo.schedules() if isinstance(elbo, Estimator) else []
+        self.register_buffer("kl_weight", None, persistent=False)
+        weights = torch.ones(len(self.schedules), dtype=torch.float64)
+        self.register_buffer("weights", weights, persistent=False)
+
+    @property
+    def is_traceable(self) -> bool:
+        """Whether the ELBO is known to ask the device for no number."""
+        return isinstance(self.elbo, Estimator) and self.elbo.is_traceable
 
     def forward(self, *args: Any, **kwargs: Any) -> Estimate:
         """Returns an estimate of the objective.
@@ -307,9 +389,44 @@ class Objective(nn.Module):
             args: What model and guide are called with.
             kwargs: The same, by name.
         """
+        if not isinstance(self.elbo, Estimator):
+            return self._foreign(*args, **kwargs)
+        if self.kl_weight is not None:
+            self.elbo.kl_weight = self.kl_weight
+        return self.elbo.estimate(*self.pair, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Puts the weights of schedules in tensors, as they are now, for a replay to read."""
+        if not self.schedules:
+            yield
+            return
+        for schedule, weight in zip(self.schedules, self.weights.unbind(), strict=True):
+            number = schedule.number()
+            with torch.no_grad():
+                weight.copy_(number) if isinstance(number, Tensor) else weight.fill_(number)
+            schedule.held = weight
+        try:
+            yield
+        finally:
+            for schedule in self.schedules:
+                schedule.held = None
+
+    def settle(self, *args: Any, **kwargs: Any) -> None:
+        """Finds out what a first estimate would, so that it is like all others.
+
+        Arguments:
+            args: What model and guide are called with.
+            kwargs: The same, by name.
+        """
         if isinstance(self.elbo, Estimator):
-            return self.elbo.estimate(*self.pair, *args, **kwargs)
-        return self._foreign(*args, **kwargs)
+            with pyro.validation_enabled(False), local_parameters(self.programs):
+                self.elbo.settle(*self.pair, args, kwargs)
+
+    def count_step(self) -> None:
+        """Notes that a replayed step was taken."""
+        for schedule in self.schedules:
+            schedule.steps += 1
 
     def weigh_kl(self, weight: Tensor) -> None:
         """Weighs the KL terms from now on.
@@ -320,13 +437,11 @@ class Objective(nn.Module):
         Raises:
             ValueError: Where the estimator has no such weight.
         """
-        if isinstance(self.elbo, Estimator):
-            if not self.elbo.takes_kl_weight:
-                raise ValueError(
-                    f"Expected an estimator whose KL terms have a weight, for a warm-up; got "
-                    f"{self.elbo}, which has none."
-                )
-            self.elbo.kl_weight = weight
+        if isinstance(self.elbo, Estimator) and not self.elbo.takes_kl_weight:
+            raise ValueError(
+                f"Expected an estimator whose KL terms have a weight, for a warm-up; got "
+                f"{self.elbo}, which has none."
+            )
         self.kl_weight = weight
 
     def at_step(self, steps: int) -> None:

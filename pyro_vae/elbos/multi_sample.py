@@ -86,11 +86,13 @@ class Drawn(Estimator):
         loss = -(particles.scale() * per_row).sum()
         return Estimate(loss, per_row, mean_terms(densities))
 
+    def _is_spread(self) -> bool:
+        return True
+
     def _drawn(
         self, model: Program, guide: Program, args: Any, kwargs: Any, handler: Any = None
     ) -> Particles:
-        if math.isinf(self.max_plate_nesting):
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
+        self.settle(model, guide, args, kwargs)
         nesting = int(self.max_plate_nesting)
         particles = draw(model, guide, args, kwargs, self.num_particles, nesting, handler)
         if self.needs_rsample:

@@ -37,6 +37,8 @@ import pyro_vae as pv
 from pyro_vae import datasets
 from pyro_vae.contexts import kept_generators, seeded
 from pyro_vae.evidence import log_evidence
+from pyro_vae.svi import SVI
+from pyro_vae.training import History
 
 BATCH_SIZE, LR = 128, 1e-3
 STEPS, LOSS_LIMIT, EVIDENCE_LIMIT = 200, 1e-5, 0.4
@@ -122,27 +124,39 @@ class Run:
 Runs: TypeAlias = dict[str, Run]
 
 
-class Recorded(pv.elbos.Trace_ELBO):
-    """The default objective, which also keeps every loss, on the device, and when it was asked."""
+class Recorded:
+    """Keeps the loss of every step of a fit, on the device, and when it began."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.losses: list[Tensor] = []
         self.starts: list[float] = []
 
-    def estimate(self, *args: Any, **kwargs: Any) -> Any:
-        self.starts.append(time.perf_counter())
-        estimate = super().estimate(*args, **kwargs)
-        self.losses.append(estimate.loss.detach())
-        return estimate
+    def __enter__(self) -> "Recorded":
+        self.update = update = SVI.update
+
+        def recorded(svi: SVI, *args: Any, **kwargs: Any) -> Any:
+            self.starts.append(time.perf_counter())
+            estimate = update(svi, *args, **kwargs)
+            self.losses.append(estimate.loss.detach())
+            return estimate
+
+        SVI.update = recorded  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        SVI.update = self.update  # type: ignore[method-assign]
 
 
 def fit_ours(vae: pv.VAE, grey: Tensor, epochs: int, seed: int) -> Run:
-    elbo = Recorded()
-    history = pv.fit(
+    with Recorded() as steps:
+        history = _fitted(vae, grey, epochs, seed)
+    return Run(vae, steps.losses, steps.starts, history.table["seconds"].tolist())
+
+
+def _fitted(vae: pv.VAE, grey: Tensor, epochs: int, seed: int) -> History:
+    return pv.fit(
         vae,
         grey,
-        elbo=elbo,
         lr=LR,
         batch_size=BATCH_SIZE,
         max_epochs=epochs,
@@ -151,7 +165,6 @@ def fit_ours(vae: pv.VAE, grey: Tensor, epochs: int, seed: int) -> Run:
         seed=seed,
         progress=False,
     )
-    return Run(vae, elbo.losses, elbo.starts, history.table["seconds"].tolist())
 
 
 def batches(grey: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

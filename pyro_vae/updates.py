@@ -1,0 +1,270 @@
+"""Optimisers: made of what the user named, and stepped without asking the device a thing."""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["MakeOptimizer", "Updates", "optimizer_of"]
+
+MakeOptimizer: TypeAlias = type[Optimizer] | Callable[..., Optimizer] | PyroOptim
+
+
+class Updates:
+    """Steps an optimiser on gradients, or changes nothing where they are bad.
+
+    Adam and AdamW in their fused form are called at once, which saves two thirds of the Python of
+    `Optimizer.step`; the state is the optimiser's own all the same.
+
+    Arguments:
+        optimizer: The optimiser.
+        parameters: What it optimises.
+
+    Attributes:
+        is_warm: Whether the optimiser has made its state, as it does in its first step.
+        version: How often that state was replaced.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> updates = Updates(torch.optim.SGD([weight], lr=1.0), [weight])
+        >>> updates([torch.ones(2)], torch.zeros(()))
+        >>> updates([torch.ones(2)], torch.ones(()))
+        >>> weight.tolist()
+        [-1.0, -1.0]
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+        self.optimizer, self.parameters = optimizer, list(parameters)
+        self._fused: _FusedAdam | None = None
+        self._rates: list[_Rate] = []
+        self.is_warm = False
+        self.version = 0
+        optimizer.register_load_state_dict_post_hook(self._forget)
+
+    def __call__(self, gradients: Sequence[Tensor | None], is_bad: Tensor) -> None:
+        """Takes a step.
+
+        Arguments:
+            gradients: That of each parameter; `None` for those to leave alone.
+            is_bad: 1 where nothing is to change, 0 else, shape ().
+        """
+        if self._fused is not None and self._fused.takes(gradients):
+            self._fused.step(gradients, is_bad)
+            return
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        _step_unless(self.optimizer, is_bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.is_warm = True
+        self._fused = _FusedAdam.of(self.optimizer, self.parameters, gradients)
+
+    @contextlib.contextmanager
+    def rates_on_device(self) -> Iterator[None]:
+        """Puts the learning rates in tensors, which a capture keeps and `follow_rates` changes."""
+        groups = self.optimizer.param_groups
+        before = [dict(group) for group in groups]
+        if not self._rates:
+            self._rates = [_Rate(group) for group in groups]
+        self.follow_rates()
+        try:
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate.tensor
+                if "capturable" in group:
+                    group["capturable"] = True
+            yield
+        finally:
+            for group, options in zip(groups, before, strict=True):
+                group.update(options)
+
+    def follow_rates(self) -> None:
+        """Brings the learning rates of a capture to what they are now."""
+        for rate in self._rates:
+            rate.follow()
+
+    def state(self) -> list[Tensor]:
+        """All tensors that a step changes."""
+        return list(_tensors_of(self.optimizer).values())
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        self._fused, self.is_warm = None, False
+        self.version += 1
+
+
+class _Rate:
+    """A learning rate on the device, that of a group of parameters."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.group, self.known = group, math.nan
+        device = group["params"][0].device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32  # what kernels read
+        self.tensor = torch.full((), math.nan, dtype=dtype, device=device)
+
+    def follow(self) -> None:
+        if self.group["lr"] != self.known:
+            self.known = self.group["lr"]
+            self.tensor.fill_(self.known)
+
+
+class _FusedAdam:
+    """The tensors of an Adam whose options are of the plain sort."""
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        parameters: list[nn.Parameter],
+        state: dict[Any, Any],
+        missing: tuple[bool, ...],
+    ) -> None:
+        self.group, self.missing = group, missing
+        self.parameters = parameters
+        self.first, self.second, self.steps = (
+            [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        is_decoupled = group.get("decoupled_weight_decay", False)
+        self.kernel: Any = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: Optimizer,
+        parameters: list[nn.Parameter],
+        gradients: Sequence[Tensor | None],
+    ) -> "_FusedAdam | None":
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+            return None
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        group = optimizer.param_groups[0]
+        moved = [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        is_plain = (
+            len(optimizer.param_groups) == 1
+            and bool(group.get("fused"))
+            and not group.get("amsgrad")
+            and not hooks
+            and len({(p.device, p.dtype) for p in moved}) == 1
+            and all("exp_avg" in optimizer.state.get(p, {}) for p in moved)
+        )
+        missing = tuple(gradient is None for gradient in gradients)
+        return cls(group, moved, dict(optimizer.state), missing) if is_plain else None
+
+    def takes(self, gradients: Sequence[Tensor | None]) -> bool:
+        return tuple([gradient is None for gradient in gradients]) == self.missing
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], is_bad: Tensor) -> None:
+        beta1, beta2 = self.group["betas"]
+        torch._foreach_add_(self.steps, 1.0)
+        self.kernel(
+            self.parameters,
+            [gradient for gradient in gradients if gradient is not None],
+            self.first,
+            self.second,
+            [],
+            self.steps,
+            lr=self.group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=self.group["weight_decay"],
+            eps=self.group["eps"],
+            amsgrad=False,
+            maximize=self.group["maximize"],
+            grad_scale=None,
+            found_inf=is_bad,
+        )
+        torch._foreach_add_(self.steps, is_bad, alpha=-1.0)
+
+
+def optimizer_of(
+    make: MakeOptimizer, parameters: Iterable[nn.Parameter], **given: Any
+) -> Optimizer:
+    """Makes one torch optimiser for all parameters, in its fused form where it has one.
+
+    Arguments:
+        make: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
+        parameters: What to optimise.
+        given: Options that are not given already, a learning rate, say.
+
+    Raises:
+        ValueError: Where it cannot be made.
+    """
+    build: Any = _torch_constructor(make)
+    said = build.keywords if isinstance(build, functools.partial) else {}
+    options = {name: value for name, value in given.items() if name not in said}
+    parameters = list(parameters)
+    if _can_fuse(build, parameters) and "fused" not in said and "foreach" not in said:
+        options["fused"] = True
+    try:
+        optimizer = build(parameters, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {error}") from error
+    if not isinstance(optimizer, Optimizer) or _needs_closure(optimizer):
+        raise ValueError(
+            "Expected an optimiser that steps on gradients, such as torch.optim.Adam; got "
+            f"{type(optimizer).__name__}."
+        )
+    return optimizer
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _torch_constructor(make: Any) -> Any:
+    if not isinstance(make, PyroOptim):
+        if not callable(make):
+            raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {make!r}.")
+        return make
+    pyro_constructor: Any = make.pt_optim_constructor
+    if callable(make.pt_optim_args) or make.pt_clip_args:
+        raise ValueError(
+            "Expected a pyro.optim optimiser with one dict of options for all parameters, and "
+            "clipping left to max_grad_norm; got options or clipping by parameter."
+        )
+    return functools.partial(pyro_constructor, **make.pt_optim_args)
+
+
+def _can_fuse(build: Any, parameters: list[nn.Parameter]) -> bool:
+    target = build.func if isinstance(build, functools.partial) else build
+    if not (inspect.isclass(target) and "fused" in inspect.signature(target).parameters):
+        return False
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+
+
+def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
+    """Steps, but changes nothing where `is_bad` is 1: without asking the device which it is."""
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    _step_and_take_back(optimizer, is_bad.bool())
+
+
+def _step_and_take_back(optimizer: Optimizer, is_bad: Tensor) -> None:
+    before = {key: t.detach().clone() for key, t in _tensors_of(optimizer).items()}
+    optimizer.step()
+    after = _tensors_of(optimizer)
+    _take_back(is_bad, [(t, before.get(k, torch.zeros_like(t))) for k, t in after.items()])
+
+
+@torch.no_grad()
+def _take_back(is_bad: Tensor, changes: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, before in changes:
+        tensor.copy_(torch.where(is_bad, before, tensor))
+
+
+def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {
+        (id(p), name): value
+        for p, state in optimizer.state.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    return {(id(p), ""): p for p in parameters} | states

@@ -1,0 +1,617 @@
+"""The engines agree: one state and one noise give one loss, one gradient, one fit."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cases
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+from cases import Case
+from elbo_cases import ESTIMATORS
+from pyro import poutine
+from small_vae import X, assert_same, small, weights
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyro_vae as pv
+from pyro_vae import engines
+from pyro_vae.engines import Replayed, UntraceableError
+from pyro_vae.svi import SVI
+
+MLP = pv.networks.MLP
+BRANCHES = "depends on the value of a tensor"
+REFUSED = {
+    "NanMaskedNormal": BRANCHES,
+    "NanMaskedMultivariateNormal": BRANCHES,
+    "Stable": BRANCHES,
+    "SineBivariateVonMises": BRANCHES,
+    "TraceEnum_ELBO": BRANCHES,
+}
+UNPLACED = ("LKJ", "SoftAsymmetricLaplace")
+
+
+def vae(event_shape: Any, likelihood: Any, prior: Any = 2, posterior: Any = None) -> pv.VAE:
+    return pv.VAE(event_shape, prior, likelihood, posterior, MLP(5), MLP(5), seed=0)
+
+
+def of_distribution(case: Case) -> pv.VAE:
+    return vae(case.event_shape, case.make())
+
+
+def of_prior(case: Case) -> pv.VAE:
+    return vae((3,), pv.likelihoods.Normal(), case.make())
+
+
+def of_posterior(case: Case) -> pv.VAE:
+    return vae((3,), pv.likelihoods.Normal(), 2, case.make())
+
+
+def of_estimator(make: Callable[[], Any]) -> pv.VAE:
+    return vae((3,), pv.likelihoods.Normal())
+
+
+MEMBERS: dict[str, tuple[Callable[[Any], pv.VAE], Any]] = (
+    {n: (of_distribution, c) for n, c in cases.DISTRIBUTIONS.items() if n not in UNPLACED}
+    | {f"likelihood {n}": (of_distribution, c) for n, c in cases.LIKELIHOODS.items()}
+    | {f"prior {n}": (of_prior, case) for n, case in cases.PRIORS.items()}
+    | {f"posterior {n}": (of_posterior, case) for n, case in cases.POSTERIORS.items()}
+    | {name: (of_estimator, make) for name, make in ESTIMATORS.items()}
+)
+
+
+def member(name: str) -> tuple[SVI, Tensor]:
+    build, case = MEMBERS[name]
+    program = build(case)
+    elbo = case() if build is of_estimator else pv.elbos.Trace_ELBO()
+    with torch.no_grad():
+        x = program.sample(4, seed=5).clone()
+    return SVI(program.model, program.guide, torch.optim.Adam, elbo), x
+
+
+def outputs(call: Callable[..., Any], x: Tensor) -> tuple[Tensor | None, ...]:
+    torch.manual_seed(7)
+    with pyro.validation_enabled(False):
+        return call(x)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_loss_and_gradient_of_the_graph_are_those_of_the_program(name: str) -> None:
+    svi, x = member(name)
+    svi.objective.settle(x)
+    replayed = Replayed(svi._step)
+    if name in REFUSED:
+        with pytest.raises(UntraceableError, match=REFUSED[name]):
+            replayed(x)
+        return
+    replayed(x)
+    ours, theirs = outputs(replayed, x), outputs(svi._step, x)
+    assert [one is None for one in ours] == [other is None for other in theirs]
+    for one, other in zip(ours, theirs):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def stepped(engine: str, program: Any = None, steps: int = 5, **options: Any) -> Any:
+    """The losses and weights after some steps, and the SVI that took them."""
+    program = small() if program is None else program
+    elbo = options.pop("elbo", None) or pv.elbos.Trace_ELBO()
+    xs = options.pop("xs", [X])
+    optimizer = options.pop("optimizer", torch.optim.Adam)
+    svi = SVI(program.model, program.guide, optimizer, elbo, lr=0.01, engine=engine, **options)
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = [svi.step(xs[i % len(xs)]).item() for i in range(steps)]
+    return losses, weights(program), svi
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    assert one[0] == other[0]
+    assert_same(one[1], other[1])
+
+
+class Dropping(nn.Module):
+    """A network with all that a graph could get wrong: dropout, running means, a buffer anew."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        torch.manual_seed(units)
+        self.layers = nn.Sequential(
+            nn.Linear(units, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)
+        )
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return self.layers(x) + self.mean
+
+
+class Masked(nn.Module):
+    """A program of one's own with a mask, a scale, latents of two kinds and a plain tensor."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Linear(6, 4)
+        self.out = nn.Linear(2, 6)
+        self.offset = torch.zeros(6)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("out", self.out)
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with poutine.mask(mask=x[:, 0] > 0), poutine.scale(scale=0.5):
+                seen = dist.Normal(self.out(z) + self.offset, 0.1 + noise).to_event(1)
+                pyro.sample("x", seen, obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("net", self.net)
+        pyro.sample("noise", dist.LogNormal(self.net.bias[0], 0.3))
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.net(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+PROGRAMS: dict[str, Callable[[], nn.Module]] = {
+    "dropout, batch norm, a buffer assigned anew": lambda: small(
+        encoder=Dropping(6), decoder=Dropping(2)
+    ),
+    "a mask, a scale and a latent that rows share": Masked,
+    "full covariance": lambda: small(posterior=pv.posteriors.MultivariateNormal()),
+    "vamp": lambda: small(prior=pv.priors.VampPrior(5, 2)),
+}
+
+
+@pytest.mark.param_store
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_traced_steps_are_the_eager_ones_bit_for_bit(name: str) -> None:
+    xs = [X, X[:17], X[:17]]
+    both = [stepped(e, PROGRAMS[name](), steps=7, xs=xs) for e in ("eager", "traced")]
+    assert_alike(*both)
+    assert both[1][2].engine == "traced"
+
+
+OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": functools.partial(torch.optim.AdamW, weight_decay=0.1),
+    "AMSGrad": functools.partial(torch.optim.Adam, amsgrad=True),
+    "Adam, plain": functools.partial(torch.optim.Adam, foreach=False),
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "RMSprop": torch.optim.RMSprop,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_stepped_as_it_steps_itself(name: str) -> None:
+    """Ours against torch's own `step` on the gradients of the same losses."""
+    _, ours, svi = stepped("traced", optimizer=OPTIMIZERS[name])
+    program = small()
+    build = OPTIMIZERS[name]
+    theirs = (
+        build(program.parameters(), lr=0.01, fused=svi.optimizer.defaults.get("fused", None))
+        if "fused" in svi.optimizer.defaults
+        else build(program.parameters(), lr=0.01)
+    )
+    objective = pv.elbos.Trace_ELBO()(program.model, program.guide)
+    torch.manual_seed(1)
+    with pyro.validation_enabled(False):
+        for _ in range(5):
+            theirs.zero_grad()
+            objective(X).backward()
+            theirs.step()
+    assert_same(ours, weights(program))
+    states = [o.state_dict()["state"] for o in (svi.optimizer, theirs)]
+    for one, other in zip(states[0].values(), states[1].values()):
+        assert_same(*({k: v for k, v in s.items() if v is not None} for s in (one, other)))
+
+
+def test_clipping_is_torchs() -> None:
+    assert_alike(*(stepped(e, max_grad_norm=0.01) for e in ("eager", "traced")))
+    program = small()
+    theirs = torch.optim.SGD(program.parameters(), lr=0.01)
+    objective = pv.elbos.Trace_ELBO()(program.model, program.guide)
+    torch.manual_seed(1)
+    for _ in range(5):
+        theirs.zero_grad()
+        objective(X).backward()
+        nn.utils.clip_grad_norm_(program.parameters(), 0.01 * len(X))
+        theirs.step()
+    ours = stepped("traced", max_grad_norm=0.01, optimizer=torch.optim.SGD)[1]
+    for name, value in weights(program).items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_schedule_and_a_warm_up_are_read_at_every_step() -> None:
+    def beta(step: int) -> float:
+        return 0.1 * step
+
+    for engine in ("eager", "traced"):
+        losses = []
+        for which in (beta, 0.1):
+            elbo = pv.elbos.BetaELBO(which, pv.elbos.TraceMeanField_ELBO())
+            losses.append(stepped(engine, elbo=elbo, steps=4)[0])
+        assert losses[0][1] == pytest.approx(_replayed_first(0.1), rel=0.2)
+        assert losses[0][0] < losses[1][0]
+    both = [
+        stepped(e, elbo=pv.elbos.BetaELBO(beta, pv.elbos.DReG(3)), steps=6)
+        for e in ("eager", "traced")
+    ]
+    assert both[0][0] == pytest.approx(both[1][0], rel=1e-6)
+    assert both[0][2].objective.elbo.steps == both[1][2].objective.elbo.steps == 6
+    fits = []
+    for engine in ("eager", "traced"):
+        program = small()
+        history = pv.fit(
+            program, X, engine=engine, max_epochs=3, warmup=2, batch_size=16, seed=0, device="cpu"
+        )
+        fits.append((history.table.drop(columns="seconds").to_numpy().tolist(), weights(program)))
+    assert_alike(*fits)
+
+
+def _replayed_first(beta: float) -> float:
+    elbo = pv.elbos.BetaELBO(beta, pv.elbos.TraceMeanField_ELBO())
+    return float(stepped("eager", elbo=elbo, steps=2)[0][1])
+
+
+def test_modes_frozen_weights_and_plain_tensors_are_seen() -> None:
+    program = Masked()
+    svi = SVI(
+        program.model,
+        program.guide,
+        torch.optim.SGD,
+        pv.elbos.Trace_ELBO(),
+        lr=1e-3,
+        engine="traced",
+    )
+    svi.step(X)
+    before = svi.step(X)
+    with torch.no_grad():
+        program.offset.fill_(50.0)
+    assert svi.step(X) > before + 100.0
+    freezing = small()
+    _, _, svi = stepped("traced", freezing)
+    frozen, other = freezing.encoder.layers[1].weight, freezing.decoder.layers[1].weight
+    kept = frozen.requires_grad_(False).clone(), other.clone()
+    svi.step(X)
+    assert (torch.equal(frozen, kept[0]), torch.equal(other, kept[1])) == (True, False)
+    dropping = small(encoder=Dropping(6), decoder=Dropping(2))
+    svi = SVI(
+        dropping.model,
+        dropping.guide,
+        torch.optim.SGD,
+        pv.elbos.Trace_ELBO(),
+        lr=0.0,
+        engine="traced",
+    )
+    dropping.eval()
+    mean = dropping.encoder.layers[1].running_mean.clone()
+    svi.step(X)
+    assert torch.equal(dropping.encoder.layers[1].running_mean, mean)
+    dropping.train()
+    svi.step(X)
+    assert not torch.equal(dropping.encoder.layers[1].running_mean, mean)
+
+
+def test_handlers_outside_are_seen() -> None:
+    _, _, svi = stepped("traced", steps=1)
+    torch.manual_seed(3)
+    plain = svi.step(X)
+    torch.manual_seed(3)
+    with poutine.scale(scale=2.0):
+        scaled = svi.update(X).loss
+    assert scaled > 1.9 * plain
+
+
+class Branching(nn.Module):
+    """A program that looks at a draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z if z.mean() > 0 else -z, 1.0), obs=x[:, 0])
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+class Counting(Branching):
+    """A program that anneals itself, by a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def model(self, x: Tensor) -> None:
+        self.calls += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.scale(scale=min(1.0, self.calls / 100)):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+UNTRACEABLE = {
+    "branching": (Branching, BRANCHES),
+    "counting": (Counting, "something else from call to call"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_what_cannot_be_traced_runs_eagerly_with_one_warning(name: str) -> None:
+    make, why = UNTRACEABLE[name]
+    program = make()
+    svi = SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine="auto")
+    with pytest.warns(UserWarning, match=f"eagerly.*{why}") as told:
+        both = svi.step(X), svi.step(X)
+    assert len(told) == 1
+    assert both[0] != both[1]
+    assert (svi.engine, why in svi.why) == ("eager", True)
+    program = make()
+    svi = SVI(
+        program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine="traced"
+    )
+    with pytest.raises(ValueError, match=f"'traced' can take.*{why}"):
+        svi.step(X)
+
+
+def test_pyros_own_elbos_run_eagerly_and_nobody_is_warned() -> None:
+    for elbo in (
+        pyro.infer.Trace_ELBO(),
+        pv.elbos.TraceEnum_ELBO(strict_enumeration_warning=False),
+    ):
+        _, _, svi = stepped("auto", elbo=elbo)
+        assert (svi.engine, "reads numbers" in svi.why) == ("eager", True)
+
+
+def test_too_many_ways_to_call_it_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "MOST_GRAPHS", 3)
+    program = small()
+    svi = SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine="auto")
+    with pytest.warns(UserWarning, match="in more than 3 ways"):
+        losses = [svi.step(X[:rows]) for rows in range(2, 8)]
+    assert torch.stack(losses).isfinite().all()
+
+
+def test_no_state_of_the_world_is_touched() -> None:
+    before = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    store = dict(pyro.get_param_store())
+    program = small()
+    svi = SVI(
+        program.model,
+        program.guide,
+        torch.optim.Adam,
+        pv.elbos.Trace_ELBO(),
+        engine="traced",
+        precision="medium",
+    )
+    svi._replayed = Replayed(svi._step)
+    svi._replayed.graph(X, given=1.0)
+    assert torch.equal(before[0], torch.get_rng_state())
+    svi.step(X)
+    assert torch.get_float32_matmul_precision() == before[1]
+    assert dict(pyro.get_param_store()) == store
+    assert pyro.settings.get("validate_poutine")
+    assert all(p.grad is None for p in program.parameters())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("engine", "compield", "perhaps 'compiled'"),
+        ("engine", None, "one of auto, eager"),
+        ("precision", "hihg", "perhaps 'high'"),
+        ("precision", 32, "one of highest"),
+    ],
+)
+def test_wrong_names_are_refused(option: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        pv.fit(small(), X, **{option: value})
+
+
+def test_a_cuda_graph_without_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match="CUDA graphs on CUDA alone"):
+        stepped("cudagraph")
+
+
+@pytest.mark.param_store
+def test_half_precision_is_near_and_stays_in_the_networks() -> None:
+    full, half = (stepped("eager", precision=p) for p in (None, "bf16"))
+    assert half[0][0] == pytest.approx(full[0][0], rel=0.01)
+    assert half[0][0] != full[0][0]
+    assert half[0] == pytest.approx(full[0], rel=0.1)
+    assert_alike(half, stepped("traced", precision="bf16"))
+    densities: list[torch.dtype] = []
+
+    class Noting(pv.elbos.Trace_ELBO):
+        def _of_traces(self, *traces: Any) -> Any:
+            densities.extend(
+                site[key].dtype
+                for trace in traces
+                for site in trace.nodes.values()
+                if site["type"] == "sample"
+                for key in ("value", "log_prob")
+            )
+            return super()._of_traces(*traces)
+
+    stepped("eager", precision="bf16", elbo=Noting(), steps=1)
+    assert set(densities) == {torch.float32}
+    with pytest.raises(ValueError, match=r"site 'z' in float32.*bfloat16.*\.float\(\)"):
+        stepped("eager", Masked(), precision="bf16")
+
+
+class Recorded(engines.Captured):
+    """A stand-in for a CUDA graph: operations are noted once, and redone into the same memory."""
+
+    @staticmethod
+    def is_possible(device: torch.device) -> bool:
+        return True
+
+    def __init__(self, function: Callable[[], Any], state: list[Tensor], warm_up: int = 3) -> None:
+        before = [(tensor, tensor.clone()) for tensor in state]
+        generator = torch.get_rng_state()
+        for _ in range(warm_up):
+            function()
+        self.noted = _Noted()
+        with self.noted, torch.no_grad():
+            self.outputs = function()
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        torch.set_rng_state(generator)
+
+    @torch.no_grad()
+    def replay(self) -> Any:
+        for func, args, kwargs, found in self.noted.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(_tensors(found), _tensors(again)):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return self.outputs
+
+
+class _Noted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, found))
+        return found
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, list | tuple):
+        for part in found:
+            yield from _tensors(part)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "SGD"])
+def test_a_captured_step_is_the_traced_one(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "Captured", Recorded)
+    options = {"optimizer": OPTIMIZERS[optimizer], "steps": 9, "xs": [X, X + 0.0, X[:20]]}
+    programs = [small(encoder=Dropping(6)) for _ in range(2)]
+    both = [stepped(e, p, **options) for e, p in zip(("traced", "cudagraph"), programs)]
+    assert_alike(*both)
+    captured = both[1][2]
+    assert len(captured._captures) == 2
+    assert all(isinstance(group["lr"], float) for group in captured.optimizer.param_groups)
+
+
+def test_a_captured_step_follows_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "Captured", Recorded)
+    program = small()
+    svi = SVI(
+        program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine="cudagraph"
+    )
+    for _ in range(3):
+        svi.step(X)
+    svi.optimizer.param_groups[0]["lr"] = 0.0
+    before = weights(program)
+    svi.step(X)
+    assert_same(before, weights(program))
+
+
+def test_a_fit_by_captured_steps_is_the_traced_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "Captured", Recorded)
+    found = []
+    for engine in ("traced", "cudagraph", "auto"):
+        program = small()
+        history = pv.fit(
+            program,
+            X,
+            engine=engine,
+            max_epochs=3,
+            batch_size=16,
+            seed=0,
+            device="cpu",
+            validation=0.2,
+            schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        )
+        found.append((history.table.drop(columns="seconds").to_numpy().tolist(), weights(program)))
+        assert history.engine == ("traced" if engine == "traced" else "cudagraph")
+    assert_alike(found[0], found[1])
+    assert_alike(found[0], found[2])
+
+
+def test_compiled_steps_are_the_eager_ones_but_for_rounding() -> None:
+    programs = [small(encoder=Dropping(6)) for _ in range(2)]
+    eager, compiled = (
+        stepped(e, p, steps=30, max_grad_norm=1.0) for e, p in zip(("eager", "compiled"), programs)
+    )
+    assert compiled[2].engine == "compiled"
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
+    for name, value in eager[1].items():
+        torch.testing.assert_close(compiled[1][name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_auto_compiles_what_repays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(engines.Graph, "compile", lambda self, tensors: compiled.append(self.size))
+    few, many = (stepped("auto", total_steps=n)[2] for n in (1000, 10**6))
+    assert (few.engine, many.engine) == ("traced", "compiled")
+    assert len(compiled) == 1
+    assert "of 1000 steps" in few.why
+    assert stepped("auto")[2].engine == "traced"
+    history = pv.fit(small(), X, max_epochs=2, device="cpu")
+    assert history.engine == "traced"
+    assert "would save" in history.why
+
+
+def test_without_a_compiler_auto_runs_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, tensors: Any) -> None:
+        raise UntraceableError("Inductor refuses its graph: no compiler")
+
+    monkeypatch.setattr(engines.Graph, "compile", refuse)
+    svi = stepped("auto", total_steps=10**6)[2]
+    assert (svi.engine, "no compiler" in svi.why) == ("traced", True)
+    with pytest.raises(ValueError, match="no compiler"):
+        stepped("compiled")
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+def test_bad_steps_change_nothing(engine: str) -> None:
+    program = small(encoder=Dropping(6))
+    svi = SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine=engine)
+    with pyro.validation_enabled(False):
+        svi.step(X)
+        before = weights(program)
+        svi.step(X * torch.nan)
+        svi.step(X)
+    assert (svi.is_bad, svi.good) == (1.0, 1.0)
+    assert_same(before, weights(program))
+
+
+class Classed(Branching):
+    """A program with classes in words of zeros and ones."""
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            words = nn.functional.one_hot(x[:, 0].long(), num_classes=2)
+            loc = words.to(x.dtype) @ torch.stack([self.loc, -self.loc])
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def test_classes_in_one_hot_words_are_traced() -> None:
+    assert_alike(*(stepped(engine, Classed()) for engine in ("eager", "traced")))
