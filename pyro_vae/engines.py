@@ -148,7 +148,7 @@ class Graph:
 class _Key(NamedTuple):
     """All that a graph was traced for, beside the values of tensors."""
 
-    arguments: TreeSpec
+    arguments: TreeSpec | None
     leaves: tuple[Hashable, ...]
     modes: tuple[bool, ...]
     trained: tuple[bool, ...]
@@ -208,10 +208,11 @@ class Replayed:
         Raises:
             UntraceableError: Where the module cannot be replayed.
         """
-        leaves, spec = tree_flatten((args, kwargs))
+        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        leaves, spec = (args, None) if is_plain else tree_flatten((args, kwargs))
         key = _Key(
             spec,
-            tuple(map(_said, leaves)),
+            tuple([_said(leaf) for leaf in leaves]),
             tuple([m.training for m in self._modules]),
             tuple([p.requires_grad for p in self._trained]),
             outer_handlers(),
@@ -225,7 +226,7 @@ class Replayed:
                     f"it is called in more than {MOST_GRAPHS} ways: other shapes, Python numbers "
                     "or handlers each time"
                 )
-            found = self._graphs[key] = self._traced(leaves, spec)
+            found = self._graphs[key] = self._traced(*tree_flatten((args, kwargs)))
         return found
 
     @property
@@ -493,16 +494,23 @@ _FUSED: dict[Any, Callable[..., Any]] = {
 
 
 def _inductor(graph: GraphModule, inputs: Sequence[Any]) -> Run:
-    options = {"fallback_random": True}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # torch's own, about itself
-            from torch import _inductor as torch_inductor
+    """Compiles a graph, calls between its kernels too, where Inductor can."""
+    is_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+    for wraps in (True, False) if is_cpu else (False,):
+        options = {"fallback_random": True, "cpp_wrapper": wraps}
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # torch's own, about itself
+                from torch import _inductor as torch_inductor
 
-            run: Run = torch_inductor.compile(graph, [*inputs], options=options)
-    except Exception as error:
-        raise UntraceableError(f"Inductor refuses its graph: {_reason(error)}") from error
-    return run
+                run: Run = torch_inductor.compile(graph, [*inputs], options=options)
+                with kept_generators():
+                    run(*map(_copied, inputs))  # what wraps the kernels is loaded here
+                return run
+        except Exception as error:
+            if not wraps:
+                raise UntraceableError(f"Inductor refuses its graph: {_reason(error)}") from error
+    raise AssertionError
 
 
 class Captured:

@@ -15,7 +15,7 @@ from torch.distributions.constraints import Constraint
 
 from .checks import is_size, perhaps, short
 from .links import Link, link_of
-from .scoring import scored
+from .scoring import scored, to_event
 
 __all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "Word"]
 
@@ -261,7 +261,7 @@ class Family(nn.Module):
         wanted = rows + self._event()[: len(self._event()) - len(base.event_shape)]
         if base.batch_shape != wanted:
             base = base.expand(wanted)
-        return base.to_event(len(self.event_shape) - len(base.event_shape))
+        return to_event(base, len(self.event_shape) - len(base.event_shape))
 
     def _values(self, features: Tensor | None) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["Bernoulli", "Normal", "scored"]
+__all__ = ["Bernoulli", "Normal", "scored", "to_event"]
+
+GROUP = 16
 
 
 def scored(distribution: Any) -> Any:
@@ -63,6 +65,47 @@ class Normal(dist.Normal):  # type: ignore[misc]
         squares = -((value - _once(self.loc)) ** 2) / (2 * scale**2)
         log_prob = squares - scale.log() - math.log(math.sqrt(2 * math.pi))
         return log_prob.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+
+
+def to_event(base: Any, dims: int) -> Any:
+    """Returns a distribution with its last dims made one event.
+
+    Arguments:
+        base: The distribution.
+        dims: How many.
+    """
+    if isinstance(base, Bernoulli) and dims > 0:
+        return Bernoullis(base, dims)
+    return base.to_event(dims)
+
+
+class Bernoullis(dist.Independent):  # type: ignore[misc]
+    r"""Independent Bernoulli variables, scored together where no gradient is asked for.
+
+    .. math:: \sum_j x_j l_j - \max(l_j, 0) - \log(1 + e^{-|l_j|})
+
+    The last logarithms are those of products over 16 elements, each factor between 1 and 2: one
+    logarithm where there were 16, which are the larger half of an evaluation after its products
+    of matrices.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns log p(value) of the events.
+
+        Arguments:
+            value: Zeros and ones, of a shape that broadcasts with the logits.
+        """
+        if torch.is_grad_enabled():
+            return super().log_prob(value)
+        if self.base_dist._validate_args:
+            self.base_dist._validate_sample(value)
+        dims, logits = self.reinterpreted_batch_ndims, self.base_dist.logits
+        scores = value * logits - logits.clamp_min(0.0)
+        factors = (1.0 + (-logits.abs()).exp()).flatten(-dims)
+        whole = factors.shape[-1] // GROUP * GROUP
+        products = factors[..., :whole].unflatten(-1, (GROUP, whole // GROUP)).prod(-2)
+        logs = products.log().sum(-1) + factors[..., whole:].log().sum(-1)
+        return scores.flatten(-dims).sum(-1) - logs
 
 
 def _once(expanded: Tensor) -> Tensor:

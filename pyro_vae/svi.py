@@ -151,8 +151,11 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         Raises:
             ValueError: Where the engine cannot take the step: the message says why.
         """
-        with at_precision(self.precision):
+        if self.precision is None:
             outputs = self._taken(args, kwargs)
+        else:
+            with at_precision(self.precision):
+                outputs = self._taken(args, kwargs)
         loss, per_row, *terms = outputs[:TERMS]
         return Estimate(loss, per_row, RowTerms._make(terms))  # type: ignore[arg-type]
 

@@ -159,7 +159,7 @@ class _FusedAdam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], is_bad: Tensor) -> None:
         beta1, beta2 = self.group["betas"]
-        torch._foreach_add_(self.steps, 1.0)
+        torch._foreach_add_(self.steps, 1.0 - is_bad)
         self.kernel(
             self.parameters,
             [gradient for gradient in gradients if gradient is not None],
@@ -177,7 +177,6 @@ class _FusedAdam:
             grad_scale=None,
             found_inf=is_bad,
         )
-        torch._foreach_add_(self.steps, is_bad, alpha=-1.0)
 
 
 def optimizer_of(

@@ -66,8 +66,9 @@ def active_units(
         raise ValueError(f"Expected two rows or more; got {len(rows)}.")
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
+        drawing = plan.drawing(program, _values(program, plan), num_samples)
         pieces = [
-            _moments(program, rows[piece].to_like(program).x, plan, num_samples)
+            _moments(drawing, rows[piece].to_like(program).x, plan, num_samples)
             for piece in plan.pieces()
         ]
     tables = []
@@ -79,13 +80,17 @@ def active_units(
     return table
 
 
+def _values(program: nn.Module, plan: Plan) -> Any:
+    def values(x: Data, count: int) -> dict[str, Tensor]:
+        return log_densities(program, x, count, known=plan.structure).values
+
+    return values
+
+
 def _moments(
-    program: nn.Module, x: Data, plan: Plan, num_samples: int
+    drawing: Any, x: Data, plan: Plan, num_samples: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    parts = [
-        log_densities(program, x, count, known=plan.structure).values
-        for count in plan.parts(num_samples)
-    ]
+    parts = [drawing(x, count) for count in plan.parts(num_samples)]
     return {
         site: _mean_and_variance(torch.cat([part[site] for part in parts])) for site in parts[0]
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import checked_count
 from ..contexts import evaluating, seeded
+from ..evidence.drawing import densities_of, parts_of
 from ..evidence.importance_sampling import (
     MAX_ELEMENTS,
     Plan,
@@ -21,7 +22,7 @@ from ..evidence.importance_sampling import (
     labelled,
     point_masses,
 )
-from ..importance import Densities, Structure, densities, log_densities
+from ..importance import Densities, densities, log_densities
 from ..rows import Data, Rows
 
 __all__ = ["to_arviz"]
@@ -82,7 +83,7 @@ def to_arviz(
     rows = checked_rows(program, x)
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
-        run = _Run(program, plan.structure)
+        run = _Run(program, plan, num_samples)
         points = point_masses(program, rows)
         pieces = [run.observed(rows[piece].to_like(program).x) for piece in plan.pieces()]
         observed = _joined(pieces, axis=0)
@@ -116,20 +117,30 @@ def _num_predictive(
 class _Run:
     """Draws from the guide, and from the model with its observed sites free."""
 
-    def __init__(self, program: Any, known: Structure) -> None:
+    def __init__(self, program: Any, plan: Plan, num_samples: int) -> None:
         self.program = program
-        self.known = known
+        self.known = known = plan.structure
         self.data_sites = data_sites(known)
         self.free = poutine.uncondition(program.model)
         self.all_sites = dataclasses.replace(
             known, latents=known.latents + self.data_sites, observed=()
         )
+        self.drawn, self.predicted, self.prior = (
+            self._by_engine(plan, function, num_samples)
+            for function in (self._drawn, self._posterior_predictive, self._prior)
+        )
+
+    def _by_engine(self, plan: Plan, function: Any, num_samples: int) -> Any:
+        drawing = plan.drawing(
+            self.program, lambda x, count: parts_of(function(x, count)), num_samples
+        )
+        return lambda x, count: densities_of(drawing(x, count))
 
     def draws(self, x: Data, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
         first, rest = plan.parts(num_predictive), plan.parts(num_samples - num_predictive)
-        posterior = [self._posterior_predictive(x, n) for n in first]
-        posterior += [log_densities(self.program, x, n, known=self.known) for n in rest]
-        prior = [self._prior(x, n) for n in first]
+        posterior = [self.predicted(x, n) for n in first]
+        posterior += [self.drawn(x, n) for n in rest]
+        prior = [self.prior(x, n) for n in first]
         give_memory_back()
         return {
             "posterior": _values(posterior, self.known.latents),
@@ -138,6 +149,9 @@ class _Run:
             "prior_predictive": _values(prior, self.data_sites),
             "sample_stats": self._stats(posterior),
         }
+
+    def _drawn(self, x: Data, count: int) -> Densities:
+        return log_densities(self.program, x, count, known=self.known)
 
     def _prior(self, x: Data, count: int) -> Densities:
         return densities(self.free, self.free, (x,), count, self.all_sites)

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from ..checks import checked_count
 from ..contexts import evaluating, seeded
 from ..importance import Structure, log_densities, programs_of, structure
-from ..rows import Data, Rows
+from ..rows import Data, Rows, floating_like
+from .drawing import Drawing
 from .pareto import good_k, pareto_k
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 MAX_ELEMENTS = 2**24
+IN_CACHE = 2**22
+PIECES_KEPT = 16
 
 ATTRIBUTES = {
     "log_evidence": {
@@ -148,13 +151,16 @@ def log_evidence(
                 "Expected a guide with a density, for importance weights; got a point mass "
                 f"(Delta) at {', '.join(points)}."
             )
-        plan = Plan.of(program, rows, num_samples, max_elements)
+        plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
+        drawing = plan.drawing(program, _log_weights(program, plan), num_samples)
         pieces = []
         with _bar(len(rows) * num_samples, shown=progress) as bar:
-            for piece in plan.pieces():
+            for i, piece in enumerate(plan.pieces()):
                 x = rows[piece].to_like(program).x
-                log_weights = _log_weights(program, x, plan, num_samples)
-                pieces.append(estimates(log_weights))
+                parts = [drawing(x, n)["log_weights"] for n in plan.parts(num_samples)]
+                pieces.append(estimates(torch.cat(parts).cpu().numpy()))
+                if i % PIECES_KEPT == 0:
+                    give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
     values = {name: np.concatenate([piece[name] for piece in pieces]) for name in ATTRIBUTES}
     return labelled(values, rows.names, num_samples, seed)
@@ -339,12 +345,14 @@ class Plan:
         rows: The number of rows.
         rows_at_once: The most rows of a piece.
         draws_at_once: The most draws of each row in one part of a piece.
+        elements: How many elements the largest tensor has for each draw of each row.
     """
 
     structure: Structure
     rows: int
     rows_at_once: int
     draws_at_once: int
+    elements: int
 
     @classmethod
     def of(cls, program: nn.Module, rows: Rows, num_samples: int, max_elements: int) -> "Plan":
@@ -360,12 +368,23 @@ class Plan:
         elements = _elements_per_draw(program, rows, found)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         draws = min(num_samples, max(1, max_elements // (at_once * elements)))
-        return cls(found, len(rows), at_once, draws)
+        return cls(found, len(rows), at_once, draws, elements)
 
     def pieces(self) -> list[slice]:
         """The pieces of the rows."""
         starts = range(0, self.rows, self.rows_at_once)
         return [slice(start, min(start + self.rows_at_once, self.rows)) for start in starts]
+
+    def drawing(self, program: nn.Module, function: Any, num_samples: int) -> Drawing:
+        """Returns a function of rows and draws that runs piece after piece.
+
+        Arguments:
+            program: The program.
+            function: What it runs, as of :class:`Drawing`.
+            num_samples: The number of draws of each row, of all parts.
+        """
+        calls = len(self.pieces()) * len(self.parts(num_samples))
+        return Drawing(program, function, calls, self.rows * num_samples * self.elements)
 
     def parts(self, num_samples: int) -> list[int]:
         """How many draws each part of a piece has.
@@ -383,14 +402,18 @@ def _bar(total: int, *, shown: bool) -> Any:
     return tqdm(total=total, desc="evidence", unit=" draws", unit_scale=True, disable=not shown)
 
 
-def _log_weights(program: nn.Module, x: Data, plan: Plan, num_samples: int) -> np.ndarray:
-    parts = [
-        log_densities(program, x, count, known=plan.structure).log_weights
-        for count in plan.parts(num_samples)
-    ]
-    log_weights = torch.cat(parts).cpu().numpy()
-    give_memory_back()
+def _log_weights(program: nn.Module, plan: Plan) -> Any:
+    def log_weights(x: Data, count: int) -> dict[str, Tensor]:
+        found = log_densities(program, x, count, known=plan.structure)
+        return {"log_weights": found.log_weights}
+
     return log_weights
+
+
+def _at_once(program: nn.Module, max_elements: int) -> int:
+    """How many elements a tensor has best: on a CPU as many as its caches hold."""
+    is_cpu = floating_like(program).device.type == "cpu"
+    return min(max_elements, IN_CACHE) if is_cpu else max_elements
 
 
 def give_memory_back() -> None:
