@@ -20,6 +20,7 @@ from .updates import MakeOptimizer, Updates, optimizer_of
 __all__ = ["SVI", "MakeOptimizer", "Totals"]
 
 COMPILING_COSTS = 20.0
+WORTH_TRACING = 200
 TERMS = 5
 
 
@@ -39,9 +40,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     - `"compiled"` has these operations compiled by Inductor, 10 to 20 seconds of work: the same
       draws, numbers that differ by rounding.
     - `"cudagraph"` captures them, and the optimiser's update, in a CUDA graph.
-    - `"auto"` takes `"eager"` for Pyro's own ELBOs; else `"traced"`, or `"compiled"` where
-      `total_steps` repay it, on a GPU `"cudagraph"`; and `"eager"`, with one warning that says
-      why, where the program is no fixed sequence of operations. `why` says what was chosen.
+    - `"auto"` takes `"eager"` for Pyro's own ELBOs and for a few steps; else `"traced"`, or
+      `"compiled"` where `total_steps` repay it, on a GPU `"cudagraph"`; and `"eager"`, with one
+      warning that says why, where the program is no fixed sequence of operations. `why` says
+      what was chosen.
 
     Python numbers in a program are read when it is traced; parameters, buffers and other tensors
     each time. A run of the operations is first checked against the program.
@@ -175,7 +177,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
         if self.engine == "auto" and not self.objective.is_traceable:
             self.engine, self.why = "eager", f"{self.objective.elbo} reads numbers off the device"
-        if self.engine != "eager":
+        if self.engine == "auto" and self._are_few():
+            self.engine, self.why = "eager", f"{self.total_steps} steps do not repay tracing"
+        if self.engine != "eager" and not self._are_few():
             try:
                 return self._replay(args, kwargs)
             except UntraceableError as error:
@@ -183,6 +187,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         outputs = self._step(*args, **kwargs)
         self._updates(outputs[TERMS:], self.is_bad)
         return outputs
+
+    def _are_few(self) -> bool:
+        """Whether `"auto"` leaves steps of this shape to the program itself."""
+        return self._is_auto and self.total_steps is not None and self.total_steps < WORTH_TRACING
 
     def _fall_back(self, error: UntraceableError) -> None:
         if not self._is_auto:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
-from pyro_vae import engines
+from pyro_vae import engines, scoring
 from pyro_vae.engines import Replayed, UntraceableError
 from pyro_vae.svi import SVI
 
@@ -127,7 +127,8 @@ class Dropping(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
         return self.layers(x) + self.mean
 
 
@@ -531,6 +532,7 @@ def test_a_captured_step_follows_the_learning_rate(monkeypatch: pytest.MonkeyPat
 def test_a_fit_by_captured_steps_is_the_traced_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "Captured", Recorded)
     found = []
+    monkeypatch.setattr("pyro_vae.svi.WORTH_TRACING", 0)
     for engine in ("traced", "cudagraph", "auto"):
         program = small()
         history = pv.fit(
@@ -569,7 +571,10 @@ def test_auto_compiles_what_repays_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 1
     assert "of 1000 steps" in few.why
     assert stepped("auto")[2].engine == "traced"
+    assert stepped("auto", total_steps=100)[2].why == "100 steps do not repay tracing"
     history = pv.fit(small(), X, max_epochs=2, device="cpu")
+    assert (history.engine, history.why) == ("eager", "2 steps do not repay tracing")
+    history = pv.fit(small(), X, max_epochs=60, batch_size=13, patience=None, device="cpu")
     assert history.engine == "traced"
     assert "would save" in history.why
 
@@ -615,3 +620,73 @@ class Classed(Branching):
 
 def test_classes_in_one_hot_words_are_traced() -> None:
     assert_alike(*(stepped(engine, Classed()) for engine in ("eager", "traced")))
+
+
+EVALUATIONS: dict[str, Callable[..., Any]] = {
+    "log_evidence": lambda p, x: pv.log_evidence(p, x, 40, max_elements=200, seed=0),
+    "to_arviz": lambda p, x: pv.to_arviz(p, x, 40, max_elements=200, seed=0)["vi_stats"],
+    "active_units": lambda p, x: pv.diagnostics.active_units(p, x, max_elements=200, seed=0),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_is_the_same_by_every_engine(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = small(encoder=Dropping(6))
+    found = {}
+    ran: list[engines.Graph] = []
+    run = engines.Graph.__call__
+    monkeypatch.setattr(engines.Graph, "__call__", lambda g, *args: ran.append(g) or run(g, *args))
+    for engine, worth in {"eager": 10**9, "traced": 0}.items():
+        monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_TRACING", worth)
+        found[engine] = EVALUATIONS[name](program, X)
+        assert bool(ran) == (engine == "traced")
+    tables = [
+        f if name == "active_units" else f.to_dataframe().drop(columns="name", errors="ignore")
+        for f in found.values()
+    ]
+    assert tables[0].equals(tables[1])
+
+
+def test_compiled_evidence_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = small(encoder=Dropping(6))
+    eager = pv.log_evidence(program, X, 40, max_elements=2000, seed=0)
+    monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_TRACING", 0)
+    monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_COMPILING", 0)
+    compiled = pv.log_evidence(program, X, 40, max_elements=2000, seed=0)
+    for name in ("log_evidence", "elbo", "mcse"):
+        torch.testing.assert_close(
+            torch.tensor(compiled[name].values),
+            torch.tensor(eager[name].values),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_a_program_that_cannot_be_traced_is_evaluated_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_TRACING", 0)
+    evidence = pv.log_evidence(Branching(), X, 40, max_elements=50, seed=0)
+    assert bool(evidence["log_evidence"].notnull().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3,), (16,), (37,), (5, 9)])
+def test_bernoulli_events_are_scored_alike_with_and_without_a_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    program = pv.VAE(shape, 2, pv.likelihoods.Bernoulli(), seed=0).to(dtype)
+    scale = 40.0 if dtype == torch.float64 else 10.0
+    z, x = scale * torch.randn(7, 4, 2, dtype=dtype), (torch.rand(4, *shape) < 0.5).to(dtype)
+    with torch.no_grad():
+        found = program.decode(z).log_prob(x)
+    expected = program.decode(z).log_prob(x)
+    torch.testing.assert_close(found, expected.detach())
+    bits = dist.Bernoulli(logits=program.decode(z[0]).base_dist.logits, validate_args=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="support"):
+        scoring.to_event(scoring.Bernoulli(logits=bits.logits, validate_args=True), 1).log_prob(
+            x + 0.5
+        )

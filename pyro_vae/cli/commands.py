@@ -208,6 +208,8 @@ def _fit(
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
+    engine: Annotated[str, typer.Option(help="auto, traced, compiled ...")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="highest, high, medium, bf16.")] = None,
     *,
     resume: Resume = False,
     overwrite: Overwrite = False,

@@ -65,6 +65,8 @@ class Settings:
     num_samples: int = 1000
     seed: int = 0
     device: str = "auto"
+    engine: str = "auto"
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,8 @@ class Run:
             "epochs": len(self.history),
             "best_epoch": self.history.best_epoch,
             "stopped": self.history.stopped,
+            "engine": self.history.engine,
+            "why": self.history.why,
         }
 
     def report(self, out: Path, seconds: float) -> None:
@@ -234,6 +238,8 @@ class Run:
             f"{epochs} epochs ({self.history.stopped}), weights of epoch {best}, {seconds:.0f} s",
             highlight=False,
         )
+        engine, why = self.history.engine, self.history.why
+        console.print(f"steps: {engine}; {why}", markup=False, highlight=False)
         if is_rising(self.history):
             said = "still rising at max_epochs: more --max-epochs, or a larger --lr"
             console.print(said, highlight=False)
@@ -298,6 +304,8 @@ def run(ask: Settings, out: Path, *, resume: bool, overwrite: bool, command: str
         optimizer=partial(torch.optim.AdamW, weight_decay=ask.weight_decay),
         schedule=_schedule(ask),
         batch_size=ask.batch_size,
+        engine=ask.engine,
+        precision=ask.precision,
         lr=ask.lr,
         max_epochs=ask.max_epochs,
         patience=ask.patience or None,
