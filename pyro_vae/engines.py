@@ -421,6 +421,8 @@ def _lift_constants(graph: GraphModule) -> list[Tensor]:
         value = getattr(graph, name)
         if not isinstance(value, Tensor):
             raise UntraceableError(f"its graph holds {type(value).__name__}")
+        if any(_changes(user, node) for user in node.users):
+            raise UntraceableError("it changes a tensor in place that is no buffer")
         if name not in lifted:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"lifted_{len(lifted)}")
@@ -429,6 +431,17 @@ def _lift_constants(graph: GraphModule) -> list[Tensor]:
         graph.graph.erase_node(node)
     graph.recompile()
     return [value for value, _ in lifted.values()]
+
+
+def _changes(node: Node, changed: Node) -> bool:
+    """Whether an operation writes into a tensor."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    named = zip(node.target._schema.arguments, node.args)
+    return any(
+        argument is changed and said.alias_info is not None and said.alias_info.is_write
+        for said, argument in named
+    )
 
 
 def _check_replay(

@@ -219,11 +219,12 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         tensors = self._replayed.tensors(*args, **kwargs)
         if graph.is_compiled is None:
             self._choose(graph, tensors)
-        if self.engine == "cudagraph" and self._updates.is_warm:
-            outputs = self._captured(graph, tensors)
-        else:
+        capture = self._captured(graph, tensors) if self._updates.is_warm else None
+        if capture is None:
             outputs = graph(tensors)
             self._updates(outputs[TERMS:], self.is_bad)
+        else:
+            outputs = capture(tensors[self._replayed.num_own :])
         self.objective.count_step()
         return outputs
 
@@ -260,22 +261,37 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 f"{self.total_steps} steps"
             )
 
-    def _captured(self, graph: Graph, tensors: list[Tensor]) -> Outputs:
-        own = self._replayed.num_own if self._replayed is not None else 0
+    def _captured(self, graph: Graph, tensors: list[Tensor]) -> "_Capture | None":
+        if self.engine != "cudagraph" or self._replayed is None:
+            return None
+        own = self._replayed.num_own
         places = (self._updates.version, *[tensor.data_ptr() for tensor in tensors[:own]])
         capture = self._captures.get(graph)
         if capture is None or capture.places != places:
-            capture = _Capture(self, graph, tensors[:own], tensors[own:])
-            capture.places = places
+            try:
+                capture = _Capture(self, graph, tensors[:own], tensors[own:], places)
+            except RuntimeError as error:
+                said = f"a step of it cannot be captured: {error}"
+                if not self._is_auto:
+                    raise UntraceableError(said) from error
+                self.engine, self.why = "traced", said
+                return None
             self._captures[graph] = capture
-        return capture(tensors[own:])
+        return capture
 
 
 class _Capture:
     """A step, captured, and the tensors that its arguments are copied to."""
 
-    def __init__(self, svi: SVI, graph: Graph, own: list[Tensor], arguments: list[Tensor]) -> None:
-        self.places: tuple[int, ...] = ()
+    def __init__(
+        self,
+        svi: SVI,
+        graph: Graph,
+        own: list[Tensor],
+        arguments: list[Tensor],
+        places: tuple[int, ...],
+    ) -> None:
+        self.places = places
         self.static = [argument.clone() for argument in arguments]
         self.updates = svi._updates
 

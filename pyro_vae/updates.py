@@ -159,7 +159,7 @@ class _FusedAdam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], is_bad: Tensor) -> None:
         beta1, beta2 = self.group["betas"]
-        torch._foreach_add_(self.steps, 1.0 - is_bad)
+        torch._foreach_add_(self.steps, [1.0 - is_bad] * len(self.steps))
         self.kernel(
             self.parameters,
             [gradient for gradient in gradients if gradient is not None],

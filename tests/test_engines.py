@@ -1,7 +1,9 @@
 """The engines agree: one state and one noise give one loss, one gradient, one fit."""
 
 import functools
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -341,7 +343,22 @@ class Counting(Branching):
                 pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
 
+class Ticking(Branching):
+    """A program that counts in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = torch.zeros(())
+
+    def model(self, x: Tensor) -> None:
+        self.calls += 1.0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.calls, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
 UNTRACEABLE = {
+    "ticking": (Ticking, "no buffer"),
     "branching": (Branching, BRANCHES),
     "counting": (Counting, "something else from call to call"),
 }
@@ -529,6 +546,19 @@ def test_a_captured_step_follows_the_learning_rate(monkeypatch: pytest.MonkeyPat
     assert_same(before, weights(program))
 
 
+def test_what_cannot_be_captured_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(Recorded):
+        def __init__(self, function: Callable[[], Any], state: list[Tensor]) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(engines, "Captured", Refusing)
+    losses, _, svi = stepped("auto")
+    assert (svi.engine, "not permitted" in svi.why) == ("traced", True)
+    assert losses == stepped("traced")[0]
+    with pytest.raises(ValueError, match="cannot be captured.*not permitted"):
+        stepped("cudagraph")
+
+
 def test_a_fit_by_captured_steps_is_the_traced_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "Captured", Recorded)
     found = []
@@ -690,3 +720,81 @@ def test_bernoulli_events_are_scored_alike_with_and_without_a_gradient(
         scoring.to_event(scoring.Bernoulli(logits=bits.logits, validate_args=True), 1).log_prob(
             x + 0.5
         )
+
+
+@pytest.mark.parametrize("name", ["Trace_ELBO", "IWAE", "BetaELBO of DReG", "MMD"])
+def test_many_repeats_of_per_row_are_traced_and_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = small(encoder=Dropping(6))
+    found = []
+    for worth in (10**9, 5):
+        monkeypatch.setattr("pyro_vae.elbos.estimator.WORTH_TRACING", worth)
+        elbo = ESTIMATORS[name]()
+        torch.manual_seed(0)
+        found.append(elbo.per_row(program.model, program.guide, X, num_repeats=5))
+    assert torch.equal(found[0].value, found[1].value)
+    assert torch.equal(found[0].mcse, found[1].mcse)
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+def test_nothing_outlives_its_svi(engine: str) -> None:
+    losses, _, svi = stepped(engine, program := small(), elbo=pv.elbos.DReG(3))
+    kept = [weakref.ref(held) for held in (svi._step, svi.optimizer, program)]
+    del svi, program
+    gc.collect()
+    assert losses
+    assert [held() for held in kept] == [None, None, None]
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced", "compiled"])
+def test_steps_leave_no_tensor_behind(engine: str) -> None:
+    """Tensors that live after 40 steps are as many as after 20."""
+    _, _, svi = stepped(engine, elbo=pv.elbos.IWAE(3))
+    alive = []
+    for _ in range(2):
+        for _ in range(20):
+            svi.step(X)
+        gc.collect()
+        alive.append(sum(type(held) is Tensor for held in gc.get_objects()))
+    assert alive[0] == alive[1]
+
+
+class Interrupting(Branching):
+    """A program during which Ctrl-C is pressed, in the call that is asked for."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def model(self, x: Tensor) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_ctrl_c_while_it_is_traced_leaves_all_as_it_was(at: int) -> None:
+    program = Interrupting(at)
+    loc, before = program.loc, weights(program)
+    svi = SVI(
+        program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine="traced"
+    )
+    generator = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        svi.step(X)
+    assert program.loc is loc
+    assert_same(weights(program), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert pyro.settings.get("validate_poutine")
+    assert not svi.optimizer.state
+    assert_alike((svi.step(X).item(), weights(program)), _first_step(Interrupting(0), generator))
+
+
+def _first_step(program: nn.Module, generator: Tensor) -> tuple[float, dict[str, Tensor]]:
+    torch.set_rng_state(generator)
+    svi = SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO())
+    return svi.step(X).item(), weights(program)

@@ -5,7 +5,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pyro
 import pyro.infer
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import checked_count, checked_finite
 from ..contexts import evaluating, kept_buffers, kept_generators, local_parameters
+from ..engines import Outputs, Replayed, UntraceableError
 from ..importance import Program, RowTerms, Structure, plate_nesting, row_terms_of
 from ..rows import Rows
 
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 WITHOUT_RSAMPLE = "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, VIMCO, RWS and TVO"
+WORTH_TRACING = 200
 WITHOUT_ROWS = "Expected latent sites that have a value for each row; got some that all share."
 PER_SUM = "Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO and TraceEnum_ELBO"
 
@@ -198,12 +200,32 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         args = _checked_data(objective.programs, args)
         sums: Any = 0.0
         with objective.evaluating():
+            objective.settle(*args, **kwargs)
+            elbo = cast(Estimator, objective.elbo)
+            rows = elbo._repeated(objective, args, kwargs, num_repeats)
             for _ in range(num_repeats):
-                row = self._rows(objective, args, kwargs).double()
+                row = rows().double()
                 sums = sums + torch.stack([row, row.square()])
         mean, square = sums / num_repeats
         variance = (square - mean.square()).clamp_min(0.0) / (num_repeats - 1 or math.nan)
         return PerRow(mean, variance.sqrt())
+
+    def _repeated(
+        self, objective: "Objective", args: Any, kwargs: Any, num_repeats: int
+    ) -> Callable[[], Tensor]:
+        """What gives the objective of each row again and again: traced, if often and if it can."""
+
+        def eager() -> Tensor:
+            return self._rows(objective, args, kwargs)
+
+        if num_repeats < WORTH_TRACING or not self.is_traceable:
+            return eager
+        replayed = Replayed(_Rows(objective, self))
+        try:
+            replayed.graph(*args, **kwargs)
+        except UntraceableError:
+            return eager
+        return lambda: cast(Tensor, replayed(*args, **kwargs)[0])
 
     def _rows(self, objective: "Objective", args: Any, kwargs: Any) -> Tensor:
         per_row = objective(*args, **kwargs).per_row
@@ -480,6 +502,17 @@ class Objective(nn.Module):
         with tempered:
             loss = self.elbo.differentiable_loss(*self.pair, *args, **kwargs)
         return Estimate(loss, None, terms)
+
+
+class _Rows(nn.Module):
+    """The objective of each row, as a module."""
+
+    def __init__(self, objective: Objective, elbo: Estimator) -> None:
+        super().__init__()
+        self.objective, self.elbo = objective, elbo
+
+    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        return (self.elbo._rows(self.objective, args, kwargs),)
 
 
 class _Loss(nn.Module):
