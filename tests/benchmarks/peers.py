@@ -433,7 +433,11 @@ def pythae_epochs(grey: Tensor, shape: Shape, epochs: int) -> list[float]:
 
 
 def scvi_epochs(grey: Tensor, shape: Shape, epochs: int) -> list[float]:
-    """PEAKVI, its model of binary counts, cut down to this one; its rows are binarised once."""
+    """PEAKVI, its model of binary counts, cut down to this one; its rows are binarised once.
+
+    scvi-tools 1.4 asks for pandas below 3, which pyro_vae refuses: both are in one environment
+    only by force.
+    """
     with kept_quiet(), tempfile.TemporaryDirectory() as folder:
         import anndata
         from lightning.pytorch.callbacks import Callback
