@@ -185,8 +185,12 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             except UntraceableError as error:
                 self._fall_back(error)
         outputs = self._step(*args, **kwargs)
-        self._updates(outputs[TERMS:], self.is_bad)
+        self._move(outputs)
         return outputs
+
+    def _move(self, outputs: Outputs) -> None:
+        """Updates the parameters by the gradients of a step."""
+        self._updates(outputs[TERMS:], self._step.is_bad, self._step.is_good)
 
     def _are_few(self) -> bool:
         """Whether `"auto"` leaves steps of this shape to the program itself."""
@@ -222,7 +226,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         capture = self._captured(graph, tensors) if self._updates.is_warm else None
         if capture is None:
             outputs = graph(tensors)
-            self._updates(outputs[TERMS:], self.is_bad)
+            self._move(outputs)
         else:
             outputs = capture(tensors[self._replayed.num_own :])
         self.objective.count_step()
@@ -297,7 +301,7 @@ class _Capture:
 
         def step() -> Outputs:
             outputs = graph([*own, *self.static])
-            self.updates(outputs[TERMS:], svi.is_bad)
+            svi._move(outputs)
             return outputs
 
         with self.updates.rates_on_device():
@@ -321,6 +325,7 @@ class _Step(nn.Module):
     """
 
     is_bad: Tensor
+    is_good: Tensor
     good: Tensor
 
     def __init__(
@@ -334,7 +339,7 @@ class _Step(nn.Module):
         self.max_grad_norm = max_grad_norm
         self.row_weight = 1.0
         self.totals = Totals()
-        for name in ("is_bad", "good"):
+        for name in ("is_bad", "is_good", "good"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
         self.to(parameters[0].device)
         self._places = _places(objective, parameters)
@@ -367,7 +372,8 @@ class _Step(nn.Module):
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         finite = torch.isfinite(norm) & torch.isfinite(estimate.loss)
         self.is_bad.copy_(torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype)))
-        self.good.add_(1.0 - self.is_bad)
+        self.is_good.copy_(1.0 - self.is_bad)
+        self.good.add_(self.is_good)
         if self.max_grad_norm is None:
             return gradients
         rows = self.row_weight * len(estimate.terms.reconstruction)

@@ -48,15 +48,21 @@ class Updates:
         self.version = 0
         optimizer.register_load_state_dict_post_hook(self._forget)
 
-    def __call__(self, gradients: Sequence[Tensor | None], is_bad: Tensor) -> None:
+    def __call__(
+        self,
+        gradients: Sequence[Tensor | None],
+        is_bad: Tensor,
+        is_good: Tensor | None = None,
+    ) -> None:
         """Takes a step.
 
         Arguments:
             gradients: That of each parameter; `None` for those to leave alone.
             is_bad: 1 where nothing is to change, 0 else, shape ().
+            is_good: 1 - is_bad, where that is known already.
         """
         if self._fused is not None and self._fused.takes(gradients):
-            self._fused.step(gradients, is_bad)
+            self._fused.step(gradients, is_bad, 1.0 - is_bad if is_good is None else is_good)
             return
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -157,9 +163,9 @@ class _FusedAdam:
         return tuple([gradient is None for gradient in gradients]) == self.missing
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], is_bad: Tensor) -> None:
+    def step(self, gradients: Sequence[Tensor | None], is_bad: Tensor, is_good: Tensor) -> None:
         beta1, beta2 = self.group["betas"]
-        torch._foreach_add_(self.steps, [1.0 - is_bad] * len(self.steps))
+        torch._foreach_add_(self.steps, [is_good] * len(self.steps))
         self.kernel(
             self.parameters,
             [gradient for gradient in gradients if gradient is not None],
