@@ -500,7 +500,19 @@ def _normal_(
     return tensor.copy_(drawn if (mean, std) == (0.0, 1.0) else drawn * std + mean)
 
 
+def _addmm(
+    bias: Tensor, one: Tensor, other: Tensor, *, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """A product whose bias is added by what comes next, not copied to where the product goes.
+
+    A difference, since Inductor would put a sum back to where it was.
+    """
+    product = one @ other if alpha == 1.0 else alpha * (one @ other)
+    return product - (-bias if beta == 1.0 else -beta * bias)
+
+
 _FUSED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten._foreach_norm.Scalar: _foreach_norm,
     torch.ops.aten.normal_.default: _normal_,
 }

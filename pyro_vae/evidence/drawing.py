@@ -1,5 +1,6 @@
 """Draws and their densities, piece after piece of one shape, by the engine that repays itself."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
@@ -41,6 +42,8 @@ class Drawing:
         self.engine = "eager" if calls < WORTH_TRACING else "traced"
         self._is_compiled = elements >= WORTH_COMPILING
         self._names: dict[Graph, tuple[str, ...]] = {}
+        self._uses: Counter[Graph] = Counter()
+        self._many = max(16, calls // 8)
         self._asked: set[Hashable] = set()
 
     def __call__(self, x: Any, count: int) -> dict[str, Tensor]:
@@ -64,11 +67,12 @@ class Drawing:
         self._module.count = count
         graph = self._replayed.graph(x, given=count)
         tensors = self._replayed.tensors(x)
-        if graph not in self._names:
-            self._names[graph] = self._module.names
-            if self._is_compiled and len(self._names) == 1:
-                graph.compile(tensors)
-                self.engine = "compiled"
+        self._names.setdefault(graph, self._module.names)
+        self._uses[graph] += 1
+        is_worth_it = len(self._names) == 1 or self._uses[graph] >= self._many
+        if self._is_compiled and is_worth_it and not graph.is_compiled:
+            graph.compile(tensors)
+            self.engine = "compiled"
         outputs: Any = graph(tensors)
         return dict(zip(self._names[graph], outputs, strict=True))
 

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 MAX_ELEMENTS = 2**24
-IN_CACHE = 2**22
-PIECES_KEPT = 16
+IN_CACHE = 2**20  # larger blocks are given back to the system and zeroed anew at each call
+PIECES_AT_ONCE = 32
 
 ATTRIBUTES = {
     "log_evidence": {
@@ -153,16 +153,18 @@ def log_evidence(
             )
         plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
         drawing = plan.drawing(program, _log_weights(program, plan), num_samples)
-        pieces = []
+        found, waiting = [], []
         with _bar(len(rows) * num_samples, shown=progress) as bar:
-            for i, piece in enumerate(plan.pieces()):
+            for piece in plan.pieces():
                 x = rows[piece].to_like(program).x
                 parts = [drawing(x, n)["log_weights"] for n in plan.parts(num_samples)]
-                pieces.append(estimates(torch.cat(parts).cpu().numpy()))
-                if i % PIECES_KEPT == 0:
+                waiting.append(torch.cat(parts).cpu().numpy())
+                if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
+                    found.append(estimates(np.concatenate(waiting, axis=1)))
+                    waiting.clear()
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
-    values = {name: np.concatenate([piece[name] for piece in pieces]) for name in ATTRIBUTES}
+    values = {name: np.concatenate([part[name] for part in found]) for name in ATTRIBUTES}
     return labelled(values, rows.names, num_samples, seed)
 
 
@@ -367,7 +369,8 @@ class Plan:
         found = structure(program, rows[:2].to_like(program).x)
         elements = _elements_per_draw(program, rows, found)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
-        draws = min(num_samples, max(1, max_elements // (at_once * elements)))
+        most = min(num_samples, max(1, max_elements // (at_once * elements)))
+        draws = math.ceil(num_samples / math.ceil(num_samples / most))  # parts of one size
         return cls(found, len(rows), at_once, draws, elements)
 
     def pieces(self) -> list[slice]:
