@@ -274,7 +274,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if capture is None or capture.places != places:
             try:
                 capture = _Capture(self, graph, tensors[:own], tensors[own:], places)
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError) as error:
                 said = f"a step of it cannot be captured: {error}"
                 if not self._is_auto:
                     raise UntraceableError(said) from error
