@@ -1,6 +1,7 @@
 """A module whose call is traced once to a graph of tensor operations, and then replayed."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -518,14 +519,26 @@ _FUSED: dict[Any, Callable[..., Any]] = {
 }
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps to itself what torch warns of and logs about itself."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
 def _inductor(graph: GraphModule, inputs: Sequence[Any]) -> Run:
     """Compiles a graph, calls between its kernels too, where Inductor can."""
     is_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
     for wraps in (True, False) if is_cpu else (False,):
         options = {"fallback_random": True, "cpp_wrapper": wraps}
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # torch's own, about itself
+            with _silence(), torch.no_grad():
                 from torch import _inductor as torch_inductor
 
                 run: Run = torch_inductor.compile(graph, [*inputs], options=options)
