@@ -172,9 +172,11 @@ class Replayed:
         module: Its forward takes tensors, and returns a tuple of tensors and `None`.
 
     Example:
-        >>> double = Replayed(_Returns(nn.Linear(2, 2)))
-        >>> double(torch.ones(3, 2))[0].shape
-        torch.Size([3, 2])
+        >>> class Squared(nn.Module):
+        ...     def forward(self, x: Tensor) -> tuple[Tensor]:
+        ...         return (x * x,)
+        >>> Replayed(Squared())(torch.full((2,), 3.0))
+        (tensor([9., 9.]),)
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -314,17 +316,6 @@ class _Calls(nn.Module):
         with local_parameters(self.module):
             outputs = self.module(*args, **kwargs)
         return outputs, {name: owner[key] for name, (owner, key) in places.items()}
-
-
-class _Returns(nn.Module):
-    """Puts the one tensor that a module returns in a tuple."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
-        return (self.module(*args, **kwargs),)
 
 
 def saved_by_compiling(size: int) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import engines
+from .checks import checked_count
 from .elbos import Estimate, Objective
 from .engines import Graph, Outputs, Replayed, UntraceableError, at_precision, saved_by_compiling
 from .halved import Halved
@@ -100,7 +101,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             )
         given = {} if lr is None else {"lr": lr}
         self.optimizer = optimizer_of(optim, self.parameters, **given)
-        self.total_steps = total_steps
+        self.total_steps = None
+        if total_steps is not None:
+            self.total_steps = checked_count("total_steps", total_steps)
         self.why = "" if engine == "auto" else "as asked"
         self._is_auto = engine == "auto"
         self._step = _Step(self.objective, self.parameters, max_grad_norm)
@@ -252,10 +255,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
     def _settle(self, saved: float, *, is_repaid: bool) -> None:
         if engines.Captured.is_possible(self.is_bad.device):
-            self.engine, self.why = (
-                "cudagraph",
-                "capturing takes a second",
-            )
+            self.engine, self.why = "cudagraph", "there is a GPU to capture steps on"
         elif self.total_steps is None:
             self.engine, self.why = "traced", "how many steps will come is not known"
         else:
@@ -338,10 +338,11 @@ class _Step(nn.Module):
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.row_weight = 1.0
-        self.totals = Totals()
+        device = parameters[0].device
+        self.totals = Totals().to(device)
         for name in ("is_bad", "is_good", "good"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float32), persistent=False)
-        self.to(parameters[0].device)
+            zero = torch.zeros((), dtype=torch.float32, device=device)
+            self.register_buffer(name, zero, persistent=False)
         self._places = _places(objective, parameters)
         self._buffers_of = [
             (module._buffers, name)

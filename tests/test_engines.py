@@ -700,6 +700,25 @@ def test_compiled_evidence_is_the_same_but_for_rounding(monkeypatch: pytest.Monk
         )
 
 
+def test_evidence_without_a_compiler_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, tensors: Any) -> None:
+        raise UntraceableError("Inductor refuses its graph: no compiler")
+
+    program = small()
+    eager = pv.log_evidence(program, X, 40, max_elements=200, seed=0)
+    monkeypatch.setattr(engines.Graph, "compile", refuse)
+    for name in ("WORTH_TRACING", "WORTH_COMPILING"):
+        monkeypatch.setattr(f"pyro_vae.evidence.drawing.{name}", 0)
+    traced = pv.log_evidence(program, X, 40, max_elements=200, seed=0)
+    assert traced.identical(eager)
+
+
+@pytest.mark.parametrize("total_steps", [0, -1, 2.5, "many"])
+def test_total_steps_is_a_count(total_steps: Any) -> None:
+    with pytest.raises(ValueError, match="total_steps"):
+        stepped("auto", total_steps=total_steps)
+
+
 def test_a_program_that_cannot_be_traced_is_evaluated_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -18,7 +18,7 @@ from ..checks import checked_count, checked_finite
 from ..contexts import evaluating, kept_buffers, kept_generators, local_parameters
 from ..engines import Outputs, Replayed, UntraceableError
 from ..importance import Program, RowTerms, Structure, plate_nesting, row_terms_of
-from ..rows import Rows
+from ..rows import Rows, floating_like
 
 __all__ = [
     "Estimate",
@@ -396,7 +396,8 @@ class Objective(nn.Module):
         elbo = self.elbo = copy.copy(elbo)
         self.schedules = elbo.schedules() if isinstance(elbo, Estimator) else []
         self.register_buffer("kl_weight", None, persistent=False)
-        weights = torch.ones(len(self.schedules), dtype=torch.float64)
+        device = floating_like(self.programs).device
+        weights = torch.ones(len(self.schedules), dtype=torch.float64, device=device)
         self.register_buffer("weights", weights, persistent=False)
 
     @property

@@ -71,10 +71,18 @@ class Drawing:
         self._uses[graph] += 1
         is_worth_it = len(self._names) == 1 or self._uses[graph] >= self._many
         if self._is_compiled and is_worth_it and not graph.is_compiled:
-            graph.compile(tensors)
-            self.engine = "compiled"
+            self._compile(graph, tensors)
         outputs: Any = graph(tensors)
         return dict(zip(self._names[graph], outputs, strict=True))
+
+    def _compile(self, graph: Graph, tensors: list[Tensor]) -> None:
+        """Has a graph compiled; without a compiler, say, it runs as it was traced."""
+        try:
+            graph.compile(tensors)
+        except UntraceableError:
+            self._is_compiled = False
+        else:
+            self.engine = "compiled"
 
 
 class _Named(nn.Module):
