@@ -1,6 +1,7 @@
 """What a row is: counting, naming, indexing, chunks and device of a tensor or a dict of them."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def floating_like(module: nn.Module | None) -> Tensor:
         module: The module; one without weights, like `None`, gives torch's defaults.
     """
     if module is not None:
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
             if tensor.is_floating_point():
                 return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return torch.empty(0)

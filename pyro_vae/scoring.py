@@ -11,7 +11,7 @@ from torch.distributions.utils import broadcast_all
 
 __all__ = ["Bernoulli", "Normal", "scored", "to_event"]
 
-GROUP = 16
+MOST_IN_GROUP, LANES = 7, 8
 
 
 def scored(distribution: Any) -> Any:
@@ -84,9 +84,9 @@ class Bernoullis(dist.Independent):  # type: ignore[misc]
 
     .. math:: \sum_j x_j l_j - \max(l_j, 0) - \log(1 + e^{-|l_j|})
 
-    The last logarithms are those of products over 16 elements, each factor between 1 and 2: one
-    logarithm where there were 16, which are the larger half of an evaluation after its products
-    of matrices.
+    The last logarithms are those of products over up to 7 elements, each factor between 1 and 2:
+    one logarithm where there were 7. Inductor writes out sums and products of so few, and makes
+    of all this one pass over the logits.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -100,12 +100,17 @@ class Bernoullis(dist.Independent):  # type: ignore[misc]
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
         dims, logits = self.reinterpreted_batch_ndims, self.base_dist.logits
-        scores = value * logits - logits.clamp_min(0.0)
-        factors = (1.0 + (-logits.abs()).exp()).flatten(-dims)
-        whole = factors.shape[-1] // GROUP * GROUP
-        products = factors[..., :whole].unflatten(-1, (GROUP, whole // GROUP)).prod(-2)
-        logs = products.log().sum(-1) + factors[..., whole:].log().sum(-1)
-        return scores.flatten(-dims).sum(-1) - logs
+        groups = (_group(math.prod(self.event_shape)), -1)
+        scores = (value * logits - logits.clamp_min(0.0)).flatten(-dims).unflatten(-1, groups)
+        factors = (1.0 + (-logits.abs()).exp()).flatten(-dims).unflatten(-1, groups)
+        return (scores.sum(-2) - factors.prod(-2).log()).sum(-1)
+
+
+def _group(size: int) -> int:
+    """How many elements share a logarithm: a divisor, if one leaves whole vectors to a CPU."""
+    divisors = [few for few in range(1, MOST_IN_GROUP + 1) if size % few == 0]
+    aligned = [few for few in divisors if size // few % LANES == 0]
+    return max(aligned or divisors)
 
 
 def _once(expanded: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ __all__ = [
 MAX_ELEMENTS = 2**24
 IN_CACHE = 2**20  # larger blocks are given back to the system and zeroed anew at each call
 PIECES_AT_ONCE = 32
+MAX_WEIGHTS = 2**17  # of whose numbers a processor's cache holds all
 
 ATTRIBUTES = {
     "log_evidence": {
@@ -153,18 +154,21 @@ def log_evidence(
             )
         plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
         drawing = plan.drawing(program, _log_weights(program, plan), num_samples)
-        found, waiting = [], []
+        values = {name: np.empty(len(rows)) for name in ATTRIBUTES}
+        waiting: list[np.ndarray] = []
+        done = 0
         with _bar(len(rows) * num_samples, shown=progress) as bar:
             for piece in plan.pieces():
                 x = rows[piece].to_like(program).x
                 parts = [drawing(x, n)["log_weights"] for n in plan.parts(num_samples)]
                 waiting.append(torch.cat(parts).cpu().numpy())
                 if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
-                    found.append(estimates(np.concatenate(waiting, axis=1)))
+                    for name, numbers in estimates(np.concatenate(waiting, axis=1)).items():
+                        values[name][done : piece.stop] = numbers
+                    done = piece.stop
                     waiting.clear()
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
-    values = {name: np.concatenate([part[name] for part in found]) for name in ATTRIBUTES}
     return labelled(values, rows.names, num_samples, seed)
 
 
@@ -254,15 +258,24 @@ def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         By name, each of shape (rows,).
     """
-    log_weights = np.asarray(log_weights, dtype=np.float64)
+    size, rows = log_weights.shape
+    at_once = max(1, MAX_WEIGHTS // max(size, 1))
+    values = {name: np.empty(rows) for name in ATTRIBUTES}
+    for start in range(0, rows, at_once):
+        piece = slice(start, start + at_once)
+        for name, numbers in _estimates(log_weights[:, piece].astype(np.float64)).items():
+            values[name][piece] = numbers
+    return values
+
+
+def _estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
     size = len(log_weights)
     with np.errstate(all="ignore"):
-        top = log_weights.max(axis=0)
-        weights = np.exp(log_weights - np.where(np.isfinite(top), top, 0))
+        log_evidence, weights = _log_mean_exp(log_weights)
         mean = weights.mean(axis=0)
-        quarters = _quarters(log_weights)
+        quarters, _ = _log_mean_exp(_quarters(log_weights))
         return {
-            "log_evidence": _log_mean_exp(log_weights),
+            "log_evidence": log_evidence,
             "mcse": weights.std(axis=0, ddof=1) / (math.sqrt(size) * mean),
             "ess": weights.sum(axis=0) ** 2 / np.square(weights).sum(axis=0),
             "pareto_k": pareto_k(log_weights),
@@ -276,14 +289,15 @@ def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
 def _quarters(log_weights: np.ndarray) -> np.ndarray:
     size, rows = log_weights.shape
     quarters = log_weights[: size // 4 * 4].reshape(4, size // 4, rows)
-    return _log_mean_exp(quarters.swapaxes(0, 1))
+    return quarters.swapaxes(0, 1)
 
 
-def _log_mean_exp(log_weights: np.ndarray) -> np.ndarray:
+def _log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logarithm of the mean weight, and the weights over the largest of them."""
     top = log_weights.max(axis=0)
     top = np.where(np.isfinite(top), top, 0)
-    mean: np.ndarray = np.log(np.exp(log_weights - top).mean(axis=0)) + top
-    return mean
+    weights = np.exp(log_weights - top)
+    return np.log(weights.mean(axis=0)) + top, weights
 
 
 def labelled(

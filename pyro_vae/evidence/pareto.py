@@ -8,7 +8,7 @@ __all__ = ["good_k", "pareto_k"]
 
 PRIOR_DRAWS = 10
 MIN_TAIL = 5
-MAX_ELEMENTS = 2**22
+MAX_ELEMENTS = 2**17
 FLOAT32_NOISE = 1e-6
 
 

@@ -29,9 +29,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -52,13 +53,12 @@ from torch import Tensor
 
 import pyro_vae as pv
 from pyro_vae.contexts import evaluating, kept_generators
-from pyro_vae.engines import Graph, at_precision
+from pyro_vae.engines import at_precision
 from pyro_vae.evidence.drawing import WORTH_COMPILING, WORTH_TRACING, Drawing
 from pyro_vae.evidence.importance_sampling import (
     IN_CACHE,
     Plan,
     checked_rows,
-    estimates,
     give_memory_back,
 )
 from pyro_vae.importance import log_densities
@@ -219,14 +219,14 @@ def evidence_part(asked: argparse.Namespace) -> None:
     with evaluating(vae):
         rows = checked_rows(vae, x)
         plan = Plan.of(vae, rows, SAMPLES, IN_CACHE)
-        draw, compiling = prepared_drawing(vae, x[: plan.rows_at_once], plan)
+        drawing, compiling = prepared_drawing(vae, x[: plan.rows_at_once], plan)
+
+        def draw() -> dict[str, Tensor]:
+            return drawing(x[: plan.rows_at_once], plan.draws_at_once)
+
         multiply = decoder_products(shape, plan)
         calls = {"matrix products": multiply, "matrix products, medium": at_medium(multiply)}
         calls |= {"densities": draw, "densities, medium": at_medium(draw)}
-        calls["densities and estimates"] = lambda: (
-            estimates(draw()["log_weights"].numpy()),
-            give_memory_back(),
-        )
         taken = interleaved(calls, asked.rounds)
     drawn = plan.rows_at_once * plan.draws_at_once
     flops = 2 * drawn * shape.hidden * (shape.latent + shape.pixels)
@@ -237,22 +237,22 @@ def evidence_part(asked: argparse.Namespace) -> None:
     size = f"{plan.rows_at_once} row(s) x {plan.draws_at_once} draws"
     say(f"log p(x), a piece of {size}; at least {SHARE}\n{table.round(3).to_string()}")
     say(f"the first three pieces, traced and compiled among them, took {compiling:.1f} s more")
-    whole_evidence(vae, x, best / drawn)
+    whole_evidence(vae, x, plan, drawing, multiply, asked.rounds)
 
 
-def prepared_drawing(vae: pv.VAE, x: Tensor, plan: Plan) -> tuple[Call, float]:
-    """A function that draws a piece by compiled code, and what it took to have it compiled."""
+def prepared_drawing(vae: pv.VAE, x: Tensor, plan: Plan) -> tuple[Drawing, float]:
+    """What draws a piece, compiled, and the seconds it took to have it compiled."""
 
     def log_weights(x: Any, count: int) -> dict[str, Tensor]:
         return {"log_weights": log_densities(vae, x, count, known=plan.structure).log_weights}
 
     drawing = Drawing(vae, log_weights, WORTH_TRACING, WORTH_COMPILING)
 
-    def draw() -> dict[str, Tensor]:
+    def draw() -> Any:
         return drawing(x, plan.draws_at_once)
 
     first = 3 * seconds_of(draw, 3)
-    return draw, first - 3 * seconds_of(draw, 3)
+    return drawing, first - 3 * seconds_of(draw, 3)
 
 
 def decoder_products(shape: Shape, plan: Plan) -> Call:
@@ -268,40 +268,23 @@ def decoder_products(shape: Shape, plan: Plan) -> Call:
     return multiply
 
 
-def whole_evidence(vae: pv.VAE, x: Tensor, seconds_a_draw: float) -> None:
-    start = time.perf_counter()
-    with spent_in(Graph, "compile") as compiling:
-        pv.log_evidence(vae, x, SAMPLES, seed=0)
-    total = time.perf_counter() - start
-    rest = total - sum(compiling)
-    line = {
-        "s in all": total,
-        "s compiling": sum(compiling),
-        "s for the rest": rest,
-        "ms a row": 1e3 * rest / len(x),
-        "share of the best": seconds_a_draw * SAMPLES * len(x) / rest,
-    }
-    shown = pd.DataFrame([line], index=[f"{len(x)} rows"])
-    say(f"log_evidence, {SAMPLES} samples a row\n{shown.round(3).to_string()}")
-
-
-@contextlib.contextmanager
-def spent_in(owner: type, name: str) -> Iterator[list[float]]:
-    """Notes how long each call of a method takes."""
-    method, seconds = getattr(owner, name), []
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            seconds.append(time.perf_counter() - start)
-
-    setattr(owner, name, noted)
-    try:
-        yield seconds
-    finally:
-        setattr(owner, name, method)
+def whole_evidence(
+    vae: pv.VAE, x: Tensor, plan: Plan, drawing: Drawing, multiply: Call, rounds: int
+) -> None:
+    """Whole calls of compiled code, each between two halves of its own matrix products."""
+    pieces = len(x) // plan.rows_at_once * SAMPLES // plan.draws_at_once
+    found = []
+    with patch.object(Plan, "drawing", lambda *_: drawing):
+        for _ in range(rounds + 1):
+            before = seconds_of(multiply, pieces // 2)
+            start = time.perf_counter()
+            pv.log_evidence(vae, x, SAMPLES, seed=0)
+            taken = time.perf_counter() - start
+            best = pieces * (before + seconds_of(multiply, pieces // 2)) / 2
+            found.append({"ms a row": 1e3 * taken / len(x), "share": best / taken})
+    shown = pd.DataFrame(found[1:]).describe().loc[["25%", "50%", "75%"]]
+    size = f"{len(x)} rows of {SAMPLES} samples, {rounds} calls"
+    say(f"log_evidence, {size}; at least {SHARE}\n{shown.round(3).to_string()}")
 
 
 def memory_part(asked: argparse.Namespace) -> None:
@@ -427,7 +410,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=60_000, help="of an epoch")
     parser.add_argument("--epochs", type=int, default=3, help="of a turn")
     parser.add_argument("--turns", type=int, default=2, help="of each system's epochs")
-    parser.add_argument("--evidence-rows", type=int, default=2500)
+    parser.add_argument("--evidence-rows", type=int, default=128)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     asked.parts = asked.parts.split(",")
