@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import engines
-from .checks import checked_count
+from .checks import checked_count, checked_finite, checked_positive
 from .elbos import Estimate, Objective
 from .engines import Graph, Outputs, Replayed, UntraceableError, at_precision, saved_by_compiling
 from .halved import Halved
@@ -47,7 +47,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
       what was chosen.
 
     Python numbers in a program are read when it is traced; parameters, buffers and other tensors
-    each time. A run of the operations is first checked against the program.
+    each time. A run of the operations is first checked against the program, on the first
+    arguments of a shape, which Pyro's validation sees, if it is on; it sees no later ones.
 
     Arguments:
         model: The model: a method of the module that owns the parameters.
@@ -63,8 +64,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         total_steps: How many steps there will be, about, for `"auto"`.
 
     Raises:
-        ValueError: Where the programs own no parameters, or the optimiser cannot be made; in a
-            step, where the engine that was asked for cannot take it.
+        ValueError: Where the programs own no parameters, a number is not positive, or the
+            optimiser cannot be made; in a step, where the engine that was asked for cannot take
+            it, or the first data of a shape are outside the likelihood's support.
 
     Example:
         >>> import pyro_vae as pv
@@ -99,7 +101,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 "Expected a model or guide that is a method of a module with parameters to train; "
                 "got none."
             )
-        given = {} if lr is None else {"lr": lr}
+        if max_grad_norm is not None:
+            max_grad_norm = checked_positive("max_grad_norm", max_grad_norm)
+        given = {} if lr is None else {"lr": checked_finite("lr", lr, least=0.0)}
         self.optimizer = optimizer_of(optim, self.parameters, **given)
         self.total_steps = None
         if total_steps is not None:

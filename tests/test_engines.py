@@ -88,9 +88,9 @@ def test_loss_and_gradient_of_the_graph_are_those_of_the_program(name: str) -> N
     replayed = Replayed(svi._step)
     if name in REFUSED:
         with pytest.raises(UntraceableError, match=REFUSED[name]):
-            replayed(x)
+            outputs(replayed, x)
         return
-    replayed(x)
+    outputs(replayed, x)
     ours, theirs = outputs(replayed, x), outputs(svi._step, x)
     assert [one is None for one in ours] == [other is None for other in theirs]
     for one, other in zip(ours, theirs):
@@ -713,10 +713,39 @@ def test_evidence_without_a_compiler_is_traced(monkeypatch: pytest.MonkeyPatch) 
     assert traced.identical(eager)
 
 
-@pytest.mark.parametrize("total_steps", [0, -1, 2.5, "many"])
-def test_total_steps_is_a_count(total_steps: Any) -> None:
-    with pytest.raises(ValueError, match="total_steps"):
-        stepped("auto", total_steps=total_steps)
+@pytest.mark.parametrize("value", [-1, "many", float("nan")])
+@pytest.mark.parametrize("option", ["total_steps", "lr", "max_grad_norm"])
+def test_numbers_out_of_range_are_refused(option: str, value: Any) -> None:
+    program = small()
+    with pytest.raises(ValueError, match=f"Expected {option} to be"):
+        SVI(
+            program.model,
+            program.guide,
+            torch.optim.Adam,
+            pv.elbos.Trace_ELBO(),
+            **{option: value},
+        )
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced"])
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        pytest.param(X + 0.5, "within the support", id="outside the support"),
+        pytest.param(X[:, :-1], "cannot be multiplied", id="too narrow"),
+        pytest.param(X[:0], "size cannot be zero", id="empty"),
+        pytest.param(X * torch.nan, "constraint Real", id="NaN"),
+    ],
+)
+def test_a_programs_own_errors_are_raised_by_every_engine(
+    x: Tensor, said: str, engine: str
+) -> None:
+    program = small()
+    svi = SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), engine=engine)
+    before = weights(program)
+    with pytest.raises((ValueError, RuntimeError, ZeroDivisionError), match=said):
+        svi.step(x)
+    assert_same(before, weights(program))
 
 
 def test_a_program_that_cannot_be_traced_is_evaluated_as_it_is(
