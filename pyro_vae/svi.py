@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pyro.infer
@@ -63,6 +64,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             networks under autocast, with densities and sums in float32; `None` leaves torch's own.
         total_steps: How many steps there will be, about, for `"auto"`.
 
+    Attributes:
+        before_compiling: Called before each compilation, to tell whoever waits for it.
+
     Raises:
         ValueError: Where the programs own no parameters, a number is not positive, or the
             optimiser cannot be made; in a step, where the engine that was asked for cannot take
@@ -109,6 +113,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if total_steps is not None:
             self.total_steps = checked_count("total_steps", total_steps)
         self.why = "" if engine == "auto" else "as asked"
+        self.before_compiling: Callable[[], object] = lambda: None
         self._is_auto = engine == "auto"
         self._step = _Step(self.objective, self.parameters, max_grad_norm)
         self._updates = Updates(self.optimizer, self.parameters)
@@ -249,6 +254,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         is_first = not self._is_auto and self._replayed is not None and self._replayed.size == 1
         graph.is_compiled = self.engine == "compiled" and (is_repaid or is_first)
         if graph.is_compiled:
+            self.before_compiling()
             try:
                 graph.compile(tensors)
             except UntraceableError as error:

@@ -301,6 +301,7 @@ class _Run:
             unit="epoch",
             disable=not (progress and _is_watched()),
         )
+        self.svi.before_compiling = functools.partial(bar.set_postfix_str, "compiling a step")
         with bar, kept_modes(self.program), _interrupts() as interrupted:
             while len(self.records) < self.settings.max_epochs:
                 if self._is_out_of_patience():

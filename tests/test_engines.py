@@ -593,12 +593,18 @@ def test_compiled_steps_are_the_eager_ones_but_for_rounding() -> None:
         torch.testing.assert_close(compiled[1][name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_auto_compiles_what_repays_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_what_repays_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     compiled: list[int] = []
     monkeypatch.setattr(engines.Graph, "compile", lambda self, tensors: compiled.append(self.size))
     few, many = (stepped("auto", total_steps=n)[2] for n in (1000, 10**6))
     assert (few.engine, many.engine) == ("traced", "compiled")
     assert len(compiled) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("pyro_vae.training._is_watched", lambda: True)
+        pv.fit(small(), X, max_epochs=2, engine="compiled", device="cpu")
+    assert "compiling a step" in capsys.readouterr().err
     assert "of 1000 steps" in few.why
     assert stepped("auto")[2].engine == "traced"
     assert stepped("auto", total_steps=100)[2].why == "100 steps do not repay tracing"
