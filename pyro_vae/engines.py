@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from .checks import perhaps
 from .contexts import kept_generators, local_parameters, outer_handlers
+from .simplified import simplified, written
 
 __all__ = [
     "ENGINES",
@@ -101,18 +102,25 @@ class Graph:
 
     Arguments:
         module: The graph as torch traced it.
+        short: The same in fewer operations, to be run as it is.
         lifted: The tensors that it takes besides parameters, buffers and arguments.
         shape: Which of its outputs are there.
 
     Attributes:
-        size: The number of its operations.
+        size: The number of its operations, run as it is.
         is_compiled: Whether it is compiled; `None` before that was thought about.
     """
 
-    def __init__(self, module: GraphModule, lifted: list[Tensor], shape: tuple[bool, ...]) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        short: GraphModule,
+        lifted: list[Tensor],
+        shape: tuple[bool, ...],
+    ) -> None:
         self._module, self._lifted, self._shape = module, lifted, shape
-        self._run: Run = module.forward
-        self.size = len(module.graph.nodes)
+        self._run: Run = short.forward
+        self.size = len(short.graph.nodes)
         self.is_compiled: bool | None = None
 
     def compile(self, tensors: Sequence[Tensor]) -> None:
@@ -283,8 +291,11 @@ class Replayed:
         with pyro.validation_enabled(False):
             graph = _graph_of(function, [*map(_copied, inputs)])
         lifted = _lift_constants(graph)
-        _check_replay(graph, inputs, lifted, expected)
-        return Graph(graph, lifted, tuple(shape))
+        short = simplified(graph)
+        for node in (*graph.graph.nodes, *short.graph.nodes):
+            node.meta.clear()
+        _check_replay(short, inputs, lifted, expected)
+        return Graph(graph, short, lifted, tuple(shape))
 
     def _current(self) -> list[Tensor]:
         return [owner[name] for owner, name in self._places.values()]
@@ -325,7 +336,7 @@ def saved_by_compiling(size: int) -> float:
     """Seconds that compiling takes off each run of a graph, about: its Python, on a CPU.
 
     Arguments:
-        size: The number of its operations.
+        size: The number of its operations, run as it is.
     """
     return 4e-6 * size
 
@@ -401,8 +412,6 @@ def _tidy(graph: GraphModule) -> None:
         if node.op == "call_function" and node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
-    for node in graph.graph.nodes:
-        node.meta.clear()
     graph.recompile()
 
 
@@ -416,27 +425,17 @@ def _lift_constants(graph: GraphModule) -> list[Tensor]:
         value = getattr(graph, name)
         if not isinstance(value, Tensor):
             raise UntraceableError(f"its graph holds {type(value).__name__}")
-        if any(_changes(user, node) for user in node.users):
+        if any(node in written(user) for user in node.users):
             raise UntraceableError("it changes a tensor in place that is no buffer")
         if name not in lifted:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"lifted_{len(lifted)}")
+                last.meta = dict(node.meta)
             lifted[name] = (value.detach(), last)
         node.replace_all_uses_with(lifted[name][1])
         graph.graph.erase_node(node)
     graph.recompile()
     return [value for value, _ in lifted.values()]
-
-
-def _changes(node: Node, changed: Node) -> bool:
-    """Whether an operation writes into a tensor."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    named = zip(node.target._schema.arguments, node.args)
-    return any(
-        argument is changed and said.alias_info is not None and said.alias_info.is_write
-        for said, argument in named
-    )
 
 
 def _check_replay(
@@ -476,6 +475,8 @@ def _spread_out(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
         run = make_fx(lambda *flat: graph.forward(*flat), decomposition_table=_FUSED)
         spread: GraphModule = run(*map(_copied, inputs))
     _tidy(spread)
+    for node in spread.graph.nodes:
+        node.meta.clear()
     return spread
 
 

@@ -28,6 +28,7 @@ FLOORS = [
         "plots",
         "rows",
         "scoring",
+        "simplified",
         "specs",
         "states",
         "updates",
