@@ -338,7 +338,7 @@ def saved_by_compiling(size: int) -> float:
     Arguments:
         size: The number of its operations, run as it is.
     """
-    return 4e-6 * size
+    return 6e-6 * size
 
 
 def _said(leaf: Any) -> Hashable:
