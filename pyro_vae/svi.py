@@ -22,6 +22,7 @@ from .updates import MakeOptimizer, Updates, optimizer_of
 __all__ = ["SVI", "MakeOptimizer", "Totals"]
 
 COMPILING_COSTS = 20.0
+WORTH_COMPILING = 20.0  # times what compiling costs: with less time than that it is not done
 WORTH_TRACING = 200
 TERMS = 5
 
@@ -63,6 +64,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             or `"medium"`, as of `torch.set_float32_matmul_precision`; `"bf16"` runs the programs'
             networks under autocast, with densities and sums in float32; `None` leaves torch's own.
         total_steps: How many steps there will be, about, for `"auto"`.
+        max_seconds: How long they may take, for `"auto"`.
 
     Attributes:
         before_compiling: Called before each compilation, to tell whoever waits for it.
@@ -94,6 +96,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         engine: str = "eager",
         precision: str | None = None,
         total_steps: int | None = None,
+        max_seconds: float | None = None,
     ) -> None:
         self.engine = engines.checked_engine(engine)
         self.precision = engines.checked_precision(precision)
@@ -112,6 +115,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.total_steps = None
         if total_steps is not None:
             self.total_steps = checked_count("total_steps", total_steps)
+        self.max_seconds = math.inf
+        if max_seconds is not None:
+            self.max_seconds = checked_positive("max_seconds", max_seconds)
         self.why = "" if engine == "auto" else "as asked"
         self.before_compiling: Callable[[], object] = lambda: None
         self._is_auto = engine == "auto"
@@ -248,7 +254,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         """Settles what `"auto"` is, and compiles a graph whose uses repay it."""
         uses = math.inf if self.total_steps is None else self.total_steps
         saved = saved_by_compiling(graph.size) * uses
-        is_repaid = saved > 2.0 * COMPILING_COSTS
+        has_time = self.max_seconds > WORTH_COMPILING * COMPILING_COSTS
+        is_repaid = saved > 2.0 * COMPILING_COSTS and has_time
         if self.engine == "auto":
             self._settle(saved, is_repaid=is_repaid)
         is_first = not self._is_auto and self._replayed is not None and self._replayed.size == 1
@@ -274,6 +281,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 f"compiling costs some {COMPILING_COSTS:.0f} s and would save {saved:.0f} s of "
                 f"{self.total_steps} steps"
             )
+            if math.isfinite(self.max_seconds):
+                self.why += f", for which there are {self.max_seconds:g} s"
 
     def _captured(self, graph: Graph, tensors: list[Tensor]) -> "_Capture | None":
         if self.engine != "cudagraph" or self._replayed is None:

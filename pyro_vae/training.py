@@ -193,9 +193,10 @@ def fit(
     saved = read_tensors(path) if path is not None and path.exists() else None
     split_seed = _split_seed(seed, saved)
     rows, held_out, known = _checked_rows(program, x, validation, change, split_seed)
-    steps = functools.partial(SVI, *pair, optimizer, Trace_ELBO() if elbo is None else elbo)
+    loss = Trace_ELBO() if elbo is None else elbo
+    steps = functools.partial(SVI, *pair, optimizer, loss, engine=engine, precision=precision)
     svi = steps(
-        lr=settings.lr, max_grad_norm=settings.max_grad_norm, engine=engine, precision=precision
+        lr=settings.lr, max_grad_norm=settings.max_grad_norm, max_seconds=settings.max_seconds
     )
     svi.objective.check(known)
     run = _Run(

@@ -614,6 +614,8 @@ def test_auto_compiles_what_repays_it(
     assert "compiling a step" in capsys.readouterr().err
     assert "of 1000 steps" in few.why
     assert stepped("auto")[2].engine == "traced"
+    short = stepped("auto", total_steps=10**6, max_seconds=30.0)[2]
+    assert (short.engine, "there are 30 s" in short.why) == ("traced", True)
     assert stepped("auto", total_steps=100)[2].why == "100 steps do not repay tracing"
     history = pv.fit(small(), X, max_epochs=2, device="cpu")
     assert (history.engine, history.why) == ("eager", "2 steps do not repay tracing")
@@ -727,7 +729,7 @@ def test_evidence_without_a_compiler_is_traced(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("value", [-1, "many", float("nan")])
-@pytest.mark.parametrize("option", ["total_steps", "lr", "max_grad_norm"])
+@pytest.mark.parametrize("option", ["total_steps", "max_seconds", "lr", "max_grad_norm"])
 def test_numbers_out_of_range_are_refused(option: str, value: Any) -> None:
     program = small()
     with pytest.raises(ValueError, match=f"Expected {option} to be"):
