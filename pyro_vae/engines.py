@@ -292,8 +292,8 @@ class Replayed:
             graph = _graph_of(function, [*map(_copied, inputs)])
         lifted = _lift_constants(graph)
         short = simplified(graph)
-        for node in (*graph.graph.nodes, *short.graph.nodes):
-            node.meta.clear()
+        _forget(graph)
+        _forget(short)
         _check_replay(short, inputs, lifted, expected)
         return Graph(graph, short, lifted, tuple(shape))
 
@@ -415,6 +415,12 @@ def _tidy(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def _forget(graph: GraphModule) -> None:
+    """Drops what the tracer noted of each result: its shape, and where it came from."""
+    for node in graph.graph.nodes:
+        node.meta.clear()
+
+
 def _lift_constants(graph: GraphModule) -> list[Tensor]:
     """Makes inputs of the tensors that the module merely held, so that they are read each time."""
     nodes: list[Node] = [node for node in graph.graph.nodes if node.op == "get_attr"]
@@ -475,8 +481,7 @@ def _spread_out(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
         run = make_fx(lambda *flat: graph.forward(*flat), decomposition_table=_FUSED)
         spread: GraphModule = run(*map(_copied, inputs))
     _tidy(spread)
-    for node in spread.graph.nodes:
-        node.meta.clear()
+    _forget(spread)
     return spread
 
 

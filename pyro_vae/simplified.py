@@ -17,7 +17,7 @@ aten = torch.ops.aten
 _UNINITIALISED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty"}
 _OF_A_SHAPE = {"full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"}
 _FROM_NOTHING = {"full", "zeros", "ones", "arange", "scalar_tensor", "eye"}
-_TRANSPOSING = {aten.t.default, aten.transpose.int}
+_UNDOING_THEMSELVES = {aten.t.default, aten.transpose.int, aten.neg.default}
 _RESHAPING = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
 _NEUTRAL = {
     aten.mul.Tensor: 1,
@@ -156,10 +156,7 @@ def _same(node: Node) -> Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None
-    if node.target in _TRANSPOSING and source.target is node.target:
-        inner = source.args[0]
-        return inner if isinstance(inner, Node) and _are_alike(node, inner) else None
-    if node.target is aten.neg.default and source.target is aten.neg.default:
+    if node.target in _UNDOING_THEMSELVES and source.target is node.target:
         inner = source.args[0]
         return inner if isinstance(inner, Node) and _are_alike(node, inner) else None
     changes_nothing = node.target in _RESHAPING or _is_neutral(node)

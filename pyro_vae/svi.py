@@ -70,7 +70,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         before_compiling: Called before each compilation, to tell whoever waits for it.
 
     Raises:
-        ValueError: Where the programs own no parameters, a number is not positive, or the
+        ValueError: Where the programs own no parameters, a number is out of range, or the
             optimiser cannot be made; in a step, where the engine that was asked for cannot take
             it, or the first data of a shape are outside the likelihood's support.
 
