@@ -4,27 +4,26 @@ A model is three named things, a prior p(z), a likelihood p(x | z) and a posteri
 any distribution of Pyro. See :class:`VAE`, :func:`fit`, :func:`log_evidence`, :func:`compare`.
 """
 
-from . import datasets as datasets
 from . import diagnostics as diagnostics
 from . import elbos as elbos
 from . import evidence as evidence
-from . import importance as importance
 from . import likelihoods as likelihoods
 from . import networks as networks
 from . import plots as plots
 from . import posteriors as posteriors
 from . import priors as priors
-from . import svi as svi
-from .checkpoint import load as load
-from .checkpoint import save as save
+from .data import datasets as datasets
 from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
 from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
+from .distributions import Family as Family
+from .distributions import Predicted as Predicted
+from .distributions import Shared as Shared
 from .evidence import log_evidence as log_evidence
-from .families import Family as Family
-from .families import Predicted as Predicted
-from .families import Shared as Shared
+from .programs import VAE as VAE
+from .programs import load as load
+from .programs import save as save
 from .training import History as History
 from .training import fit as fit
-from .vae import VAE as VAE
+from .training import svi as svi

@@ -15,7 +15,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_vae.rows import Rows
+from pyro_vae.data.rows import Rows
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

@@ -17,7 +17,7 @@ import torch
 import torch._dynamo  # what the first step of an optimiser imports
 
 import pyro_vae as pv
-from pyro_vae.files import write_tensors
+from pyro_vae.data.files import write_tensors
 
 PARTIAL = ".run.partial"
 

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_vae.links import base_of
+from pyro_vae.distributions.links import base_of
 
 
 class Grid(NamedTuple):

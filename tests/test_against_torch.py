@@ -15,7 +15,7 @@ from benchmarks import mnist
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae import datasets
+from pyro_vae.data import datasets
 
 STEPS = 200
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-12}

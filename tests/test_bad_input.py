@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 
 import pyro_vae as pv
 from pyro_vae import Predicted, Shared
-from pyro_vae.datasets import load
+from pyro_vae.data.datasets import load
 
 LIKELIHOODS = pv.likelihoods
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import pyro_vae as pv
-from pyro_vae import Predicted, Shared, files
-from pyro_vae.checkpoint import _digest
-from pyro_vae.files import read_json, read_tensors, write_json, write_tensors
+from pyro_vae import Predicted, Shared
+from pyro_vae.data import files
+from pyro_vae.data.files import read_json, read_tensors, write_json, write_tensors
+from pyro_vae.programs.saving import _digest
 
-checkpoint = importlib.import_module("pyro_vae.checkpoint")
+checkpoint = importlib.import_module("pyro_vae.programs.saving")
 
 
 def table(history: pv.History) -> dict[str, list[float]]:

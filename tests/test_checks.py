@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae.checks import (
+from pyro_vae.data.checks import (
     checked_count,
     checked_number_of,
     checked_positive,

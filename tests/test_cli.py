@@ -16,11 +16,10 @@ import torch
 import xarray as xr
 
 import pyro_vae as pv
-from pyro_vae import specs
-from pyro_vae.cli import main, member, runs
+from pyro_vae.cli import main, member, runs, specs
 from pyro_vae.cli.commands import ELBOS
 from pyro_vae.cli.members import members
-from pyro_vae.files import read_tensors
+from pyro_vae.data.files import read_tensors
 
 SMALL = ["--max-epochs", "2", "--hidden", "16", "--latent", "2", "--num-samples", "40"]
 FILES = [

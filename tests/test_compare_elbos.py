@@ -1,6 +1,7 @@
 """`compare_elbos`: what it says of estimators is true, and the program is as it was."""
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 import pyro_vae as pv
-from pyro_vae.diagnostics import Comparison, estimators, moments
+from pyro_vae.diagnostics import Comparison, moments
 from pyro_vae.diagnostics.memory import LiveBytes
 from pyro_vae.elbos import Weighted, Weights
 from pyro_vae.evidence import linear_gaussian
-from pyro_vae.evidence.exact import marginal
+from pyro_vae.evidence.linear_gaussian import marginal
+
+estimators = importlib.import_module("pyro_vae.diagnostics.compare_elbos")
 
 E = pv.elbos
 X = 1.5 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

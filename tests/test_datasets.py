@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_vae.datasets import Dataset, binarize, load
-from pyro_vae.rows import Rows
+from pyro_vae.data.datasets import Dataset, binarize, load
+from pyro_vae.data.rows import Rows
 
 IDX = {"uint8": 8, "int8": 9, "int16": 11, "int32": 12, "float32": 13, "float64": 14}
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import Family, Predicted, Shared
+from pyro_vae.distributions.links import link_of, named_links
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.links import link_of, named_links
 
 ROWS = 4
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import elbos
-from pyro_vae.contexts import seeded
 from pyro_vae.elbos import Estimator
-from pyro_vae.importance import RowTerms
+from pyro_vae.elbos.log_densities import RowTerms
+from pyro_vae.programs.running import seeded
 
 QUICK: dict[str, Any] = {"batch_size": 25, "max_epochs": 2, "seed": 0, "device": "cpu"}
 STILL: dict[str, Any] = {"optimizer": torch.optim.SGD, "lr": 1e-30}

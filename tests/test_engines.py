@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
-from pyro_vae import engines, scoring
-from pyro_vae.engines import Replayed, UntraceableError
-from pyro_vae.svi import SVI
+from pyro_vae.distributions import densities as scoring
+from pyro_vae.engine import replay as engines
+from pyro_vae.engine.replay import Replayed, UntraceableError
+from pyro_vae.training.svi import SVI
 
 MLP = pv.networks.MLP
 BRANCHES = "depends on the value of a tensor"
@@ -569,7 +570,7 @@ def test_what_cannot_be_captured_is_traced(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_fit_by_captured_steps_is_the_traced_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "Captured", Recorded)
     found = []
-    monkeypatch.setattr("pyro_vae.svi.WORTH_TRACING", 0)
+    monkeypatch.setattr("pyro_vae.training.svi.WORTH_TRACING", 0)
     for engine in ("traced", "cudagraph", "auto"):
         program = small()
         history = pv.fit(
@@ -609,7 +610,9 @@ def test_auto_compiles_what_repays_it(
     assert (few.engine, many.engine) == ("traced", "compiled")
     assert len(compiled) == 1
     with monkeypatch.context() as patched:
-        patched.setattr("pyro_vae.training._is_watched", lambda: True)
+        patched.setattr(
+            importlib.import_module("pyro_vae.training.fit"), "_is_watched", lambda: True
+        )
         pv.fit(small(), X, max_epochs=2, engine="compiled", device="cpu")
     assert "compiling a step" in capsys.readouterr().err
     assert "of 1000 steps" in few.why
@@ -690,7 +693,7 @@ def test_evaluation_is_the_same_by_every_engine(
     run = engines.Graph.__call__
     monkeypatch.setattr(engines.Graph, "__call__", lambda g, *args: ran.append(g) or run(g, *args))
     for engine, worth in {"eager": 10**9, "traced": 0}.items():
-        monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_TRACING", worth)
+        monkeypatch.setattr("pyro_vae.elbos.drawing.WORTH_TRACING", worth)
         found[engine] = EVALUATIONS[name](program, X)
         assert bool(ran) == (engine == "traced")
     tables = [
@@ -703,8 +706,8 @@ def test_evaluation_is_the_same_by_every_engine(
 def test_compiled_evidence_is_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     program = small(encoder=Dropping(6))
     eager = pv.log_evidence(program, X, 40, max_elements=2000, seed=0)
-    monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_TRACING", 0)
-    monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_COMPILING", 0)
+    monkeypatch.setattr("pyro_vae.elbos.drawing.WORTH_TRACING", 0)
+    monkeypatch.setattr("pyro_vae.elbos.drawing.WORTH_COMPILING", 0)
     compiled = pv.log_evidence(program, X, 40, max_elements=2000, seed=0)
     for name in ("log_evidence", "elbo", "mcse"):
         torch.testing.assert_close(
@@ -723,7 +726,7 @@ def test_evidence_without_a_compiler_is_traced(monkeypatch: pytest.MonkeyPatch) 
     eager = pv.log_evidence(program, X, 40, max_elements=200, seed=0)
     monkeypatch.setattr(engines.Graph, "compile", refuse)
     for name in ("WORTH_TRACING", "WORTH_COMPILING"):
-        monkeypatch.setattr(f"pyro_vae.evidence.drawing.{name}", 0)
+        monkeypatch.setattr(f"pyro_vae.elbos.drawing.{name}", 0)
     traced = pv.log_evidence(program, X, 40, max_elements=200, seed=0)
     assert traced.identical(eager)
 
@@ -766,7 +769,7 @@ def test_a_programs_own_errors_are_raised_by_every_engine(
 def test_a_program_that_cannot_be_traced_is_evaluated_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pyro_vae.evidence.drawing.WORTH_TRACING", 0)
+    monkeypatch.setattr("pyro_vae.elbos.drawing.WORTH_TRACING", 0)
     evidence = pv.log_evidence(Branching(), X, 40, max_elements=50, seed=0)
     assert bool(evidence["log_evidence"].notnull().all())
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
+from pyro_vae.data.rows import Rows
 from pyro_vae.evidence import good_k, log_evidence, pareto_k, summary
-from pyro_vae.evidence.importance_sampling import checked_rows, estimates, point_masses
-from pyro_vae.rows import Rows
+from pyro_vae.evidence.log_evidence import checked_rows, estimates, point_masses
 
 MODERN = int(az.__version__.split(".")[0]) >= 1
 
@@ -337,7 +337,7 @@ def test_bad_input_is_refused(case: str) -> None:
 def test_data_are_checked_in_pieces_and_moved_in_pieces(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
-    monkeypatch.setattr("pyro_vae.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
     vae, x = wide_vae(), torch.zeros(10, 4, dtype=torch.float64)
     sizes: list[int] = []
     monkeypatch.setattr(vae, "check", lambda rows: sizes.append(len(rows)))
@@ -350,7 +350,7 @@ def test_data_are_checked_in_pieces_and_moved_in_pieces(
 
 
 def test_a_refused_row_is_counted_from_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
     x = torch.zeros(10, 4)
     x[9] = torch.nan
     with pytest.raises(ValueError, match="row 1. Rows are counted from row 8 here"):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.contexts import evaluating, seeded
-from pyro_vae.importance import log_densities
+from pyro_vae.elbos.log_densities import log_densities
+from pyro_vae.programs.running import evaluating, seeded
 
 QUICK: dict[str, Any] = {"batch_size": 16, "max_epochs": 2, "seed": 0, "device": "cpu"}
 STILL: dict[str, Any] = {"optimizer": torch.optim.SGD, "lr": 1e-30}
@@ -257,7 +257,7 @@ def test_the_terms_are_those_of_log_densities() -> None:
 def test_rows_are_checked_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
-    monkeypatch.setattr("pyro_vae.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
     fit(small(), X, validation=X[:9], max_epochs=1)
     assert max(moved) == 4
     bad = X.clone()
@@ -827,7 +827,7 @@ def test_max_seconds_stops_after_the_epoch_it_runs_out_in(
 ) -> None:
     """By a clock on which each epoch takes a second; a resume goes on counting."""
     ticks = itertools.count()
-    monkeypatch.setattr("pyro_vae.training.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     vae, whole = small(), small()
     options: dict[str, Any] = {"max_epochs": 7, "checkpoint": tmp_path / "checkpoint"}
     history = fit(vae, X, max_seconds=1.5, **options)

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.importance import Densities, log_densities, row_terms_of, structure
+from pyro_vae.elbos.log_densities import Densities, log_densities, row_terms_of, structure
 
 PARTICLES, ROWS = 5, 4
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_vae as pv
-from pyro_vae.importance import log_densities
+from pyro_vae.elbos.log_densities import log_densities
 
 
 def digits() -> np.ndarray:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 import pyro_vae as pv
-from pyro_vae.importance import log_densities
-from pyro_vae.links import base_of
-from pyro_vae.scoring import scored
+from pyro_vae.distributions.densities import scored
+from pyro_vae.distributions.links import base_of
+from pyro_vae.elbos.log_densities import log_densities
 
 DRAWS = 4000
 P = 1e-4

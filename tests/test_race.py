@@ -1,6 +1,7 @@
 """race: one start for all, held-out log p(x) in pairs, its standard errors, how it ends."""
 
 import datetime
+import importlib
 import itertools
 import math
 import os
@@ -20,10 +21,10 @@ from small_vae import GREY, X, small
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.contexts import seeded
 from pyro_vae.diagnostics.race import crossed_error
 from pyro_vae.elbos import IWAE, Trace_ELBO, TraceMeanField_ELBO
-from pyro_vae.evidence.importance_sampling import standard_error
+from pyro_vae.evidence.log_evidence import standard_error
+from pyro_vae.programs.running import seeded
 
 TRAIN, TEST = X[:40], X[40:]
 QUICK: dict[str, Any] = {
@@ -197,7 +198,7 @@ def test_the_standard_error_of_one_seed_is_that_over_rows() -> None:
 def test_equal_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
-    monkeypatch.setattr("pyro_vae.training.time", clock)
+    monkeypatch.setattr(importlib.import_module("pyro_vae.training.fit"), "time", clock)
     found = race(budget=datetime.timedelta(seconds=3), seeds=[0])
     assert (found.table.epochs == 3).all()
     assert (found.table.seconds == 3).all()

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pyro_vae.rows import Rows, floating_like
+from pyro_vae.data.rows import Rows, floating_like
 
 VALUES = np.arange(12.0).reshape(4, 3)
 SOURCES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.simplified import simplified
+from pyro_vae.engine.simplified import simplified
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -153,5 +153,5 @@ def test_what_is_returned_is_nobody_elses() -> None:
 def test_large_tensors_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = make_fx(of_the_shape)(X.clone())
     assert len(dict(simplified(graph).named_buffers())) == 3
-    monkeypatch.setattr("pyro_vae.simplified.MOST_HELD", 0)
+    monkeypatch.setattr("pyro_vae.engine.simplified.MOST_HELD", 0)
     assert not dict(simplified(graph).named_buffers())

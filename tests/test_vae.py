@@ -18,9 +18,9 @@ from pyro.infer import MCMC, NUTS, SVI, Predictive
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.contexts import seeded
-from pyro_vae.importance import log_densities, structure
-from pyro_vae.vae import _central
+from pyro_vae.elbos.log_densities import log_densities, structure
+from pyro_vae.programs.running import seeded
+from pyro_vae.programs.vae import _central
 
 ROWS = 7
 
@@ -491,8 +491,8 @@ def test_rows_are_checked_and_encoded_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
     vae, x = small(), bits(10, 4).double()
-    monkeypatch.setattr("pyro_vae.rows.ASKED_AT_ONCE", 4)
-    monkeypatch.setattr("pyro_vae.vae._MAX_ELEMENTS", 3 * 8 * 2)
+    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.programs.vae._MAX_ELEMENTS", 3 * 8 * 2)
     vae.check(x)
     assert moved == [4, 4, 2]
     moved.clear()
@@ -510,7 +510,7 @@ def test_reconstructions_are_chunked_without_a_change_of_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     vae, x = small(), bits()
-    monkeypatch.setattr("pyro_vae.vae._MAX_ELEMENTS", 4 * 3 * 2)
+    monkeypatch.setattr("pyro_vae.programs.vae._MAX_ELEMENTS", 4 * 3 * 2)
     assert vae.reconstruct(x, num_samples=3)["lower"].shape == (ROWS, 4)
 
 
@@ -669,7 +669,7 @@ class Seen(nn.Linear):
 
 def test_reconstructions_are_cut_by_the_largest_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = small(decoder=Seen(2, 50))
-    monkeypatch.setattr("pyro_vae.vae._MAX_ELEMENTS", 50 * 3 * 2)
+    monkeypatch.setattr("pyro_vae.programs.vae._MAX_ELEMENTS", 50 * 3 * 2)
     vae.decoder.most = 0
     vae.reconstruct(bits(), num_samples=3)
     assert vae.decoder.most == 3 * 2

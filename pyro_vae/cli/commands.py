@@ -15,13 +15,14 @@ import torch
 import typer
 from rich.console import Console
 
-from .. import datasets, plots
-from ..checkpoint import load
-from ..contexts import device_of
+from .. import plots
+from ..data import datasets
+from ..data.files import new_file
+from ..data.rows import Rows
 from ..diagnostics import compare_elbos
 from ..evidence import linear_gaussian
-from ..files import new_file
-from ..rows import Rows
+from ..programs.running import device_of
+from ..programs.saving import load
 from .judgement import Judgement, show_estimators
 from .members import members
 from .runs import (

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..contexts import evaluating
+from ..data.rows import Rows
 from ..diagnostics import Comparison, active_units
 from ..evidence import log_evidence, summary
-from ..evidence.importance_sampling import point_masses
-from ..rows import Rows
+from ..evidence.log_evidence import point_masses
+from ..programs.running import evaluating
 
 __all__ = ["Judgement", "show_estimators"]
 

@@ -12,8 +12,9 @@ import pyro.distributions as dist
 from torch import nn
 from torch.distributions import Distribution
 
-from .. import elbos, likelihoods, posteriors, priors, specs
-from ..families import Predicted, Shared
+from .. import elbos, likelihoods, posteriors, priors
+from ..distributions.family import Predicted, Shared
+from . import specs
 
 __all__ = ["member", "members"]
 

@@ -14,15 +14,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .. import datasets, plots, specs
-from ..checkpoint import write_program
-from ..contexts import seeded
+from .. import plots
+from ..data import datasets
+from ..data.files import new_folder, read_json, write_json
+from ..data.rows import Rows
 from ..diagnostics import to_arviz
-from ..files import new_folder, read_json, write_json
-from ..networks import MLP
-from ..rows import Rows
-from ..training import History, fit
-from ..vae import VAE
+from ..networks.mlp import MLP
+from ..programs.running import seeded
+from ..programs.saving import write_program
+from ..programs.vae import VAE
+from ..training.fit import History, fit
+from . import specs
 from .judgement import Judgement
 from .members import member
 

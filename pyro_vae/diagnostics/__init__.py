@@ -1,9 +1,9 @@
 """How far a fit can be trusted, and what ArviZ needs to show it."""
 
-from .comparison import compare as compare
-from .estimators import Comparison as Comparison
-from .estimators import compare_elbos as compare_elbos
-from .latents import active_units as active_units
+from .active_units import active_units as active_units
+from .compare import compare as compare
+from .compare_elbos import Comparison as Comparison
+from .compare_elbos import compare_elbos as compare_elbos
 from .race import Race as Race
 from .race import race as race
-from .tree import to_arviz as to_arviz
+from .to_arviz import to_arviz as to_arviz

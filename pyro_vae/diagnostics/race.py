@@ -17,14 +17,14 @@ import xarray as xr
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..checks import checked_count
-from ..contexts import seeded
+from ..data.checks import checked_count
+from ..data.rows import Rows
 from ..elbos import Objective
-from ..evidence.importance_sampling import checked_rows, log_evidence
-from ..evidence.pareto import good_k
-from ..importance import programs_of, structure
-from ..rows import Rows
-from ..training import History, Transform, fit
+from ..elbos.log_densities import programs_of, structure
+from ..evidence.log_evidence import checked_rows, log_evidence
+from ..evidence.pareto_k import good_k
+from ..programs.running import seeded
+from ..training.fit import History, Transform, fit
 
 __all__ = ["Race", "race"]
 

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import checked_count, checked_finite
-from ..importance import Densities, Particles, latent_sites
+from ..data.checks import checked_count, checked_finite
 from .divergence import analytic_kl, factors, is_factorised
 from .estimator import Estimator
+from .log_densities import Densities, Particles, latent_sites
 from .multi_sample import Drawn
 
 __all__ = ["MMD", "TotalCorrelation", "inverse_multiquadric"]

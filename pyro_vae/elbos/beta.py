@@ -7,9 +7,9 @@ from typing import Any
 import pyro.infer
 from torch import Tensor
 
-from ..checks import checked_finite
-from ..importance import Program, Structure
+from ..data.checks import checked_finite
 from .estimator import Estimate, Estimator, Objective, Schedule
+from .log_densities import Program, Structure
 from .trace_elbo import Trace_ELBO
 
 __all__ = ["BetaELBO"]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import checked_count, checked_finite
+from ..data.checks import checked_count, checked_finite
 from .estimator import Estimator
 from .multi_sample import MultiSample, Weighted, Weights, log_mean_exp
 

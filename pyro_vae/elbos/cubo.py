@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ..checks import checked_finite
+from ..data.checks import checked_finite
 from .estimator import Estimator
 from .multi_sample import Autograd, Weighted, Weights, log_mean_exp
 

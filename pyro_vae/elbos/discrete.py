@@ -12,11 +12,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..contexts import kept_buffers, kept_generators
-from ..importance import Program, row_terms, row_terms_of
-from ..rows import PLATE
+from ..data.rows import PLATE
+from ..programs.running import kept_buffers, kept_generators
 from .estimator import WITHOUT_ROWS, Estimate, Estimator, Objective, owners
 from .handed import Handed
+from .log_densities import Program, row_terms, row_terms_of
 from .trace_elbo import PLAIN_PARTICLES, Trace_ELBO, mean_terms_of
 
 __all__ = ["TraceEnum_ELBO", "TraceGraph_ELBO"]

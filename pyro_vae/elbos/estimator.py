@@ -14,11 +14,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ..checks import checked_count, checked_finite
-from ..contexts import evaluating, kept_buffers, kept_generators, local_parameters
-from ..engines import Outputs, Replayed, UntraceableError
-from ..importance import Program, RowTerms, Structure, plate_nesting, row_terms_of
-from ..rows import Rows, floating_like
+from ..data.checks import checked_count, checked_finite
+from ..data.rows import Rows, floating_like
+from ..engine.replay import Outputs, Replayed, UntraceableError
+from ..programs.running import evaluating, kept_buffers, kept_generators, local_parameters
+from .log_densities import Program, RowTerms, Structure, plate_nesting, row_terms_of
 
 __all__ = [
     "Estimate",

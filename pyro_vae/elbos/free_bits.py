@@ -6,9 +6,9 @@ from typing import Any
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from ..checks import checked_finite
-from ..importance import Densities, Particles, latent_sites
+from ..data.checks import checked_finite
 from .divergence import analytic_kl, factors, is_factorised
+from .log_densities import Densities, Particles, latent_sites
 from .multi_sample import Drawn
 
 __all__ = ["FreeBits"]

@@ -7,9 +7,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..importance import Particles, latent_sites
 from .bounds import IWAE
 from .estimator import Estimator
+from .log_densities import Particles, latent_sites
 from .multi_sample import Weighted, Weights
 from .trace_elbo import PLAIN_PARTICLES, Trace_ELBO
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import checked_count
-from ..importance import Program
+from ..data.checks import checked_count
 from .estimator import Estimate, Estimator, Tempered
+from .log_densities import Program
 
 __all__ = ["Handed"]
 

@@ -8,9 +8,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..importance import RowTerms, Structure, is_one_scale, latent_sites, row_terms
 from .divergence import analytic_kl
 from .estimator import refuse_unreparameterised
+from .log_densities import RowTerms, Structure, is_one_scale, latent_sites, row_terms
 from .trace_elbo import Trace_ELBO
 
 __all__ = ["TraceMeanField_ELBO"]

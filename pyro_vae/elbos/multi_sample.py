@@ -11,9 +11,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..checks import checked_count
-from ..importance import Densities, Particles, Program, RowTerms, draw, latent_sites
+from ..data.checks import checked_count
 from .estimator import Estimate, Estimator, refuse_unreparameterised
+from .log_densities import Densities, Particles, Program, RowTerms, draw, latent_sites
 
 __all__ = ["Autograd", "Drawn", "MultiSample", "Weighted", "Weights", "log_mean_exp"]
 

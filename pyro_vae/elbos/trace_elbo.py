@@ -10,9 +10,9 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..importance import Program, RowTerms, row_terms
 from .estimator import Estimate, Estimator
 from .handed import Handed
+from .log_densities import Program, RowTerms, row_terms
 
 __all__ = ["PLAIN_PARTICLES", "Trace_ELBO", "mean_terms_of"]
 

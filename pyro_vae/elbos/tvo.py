@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import checked_count, checked_finite
+from ..data.checks import checked_count, checked_finite
 from .multi_sample import Weighted, Weights
 
 __all__ = ["TVO"]

@@ -7,8 +7,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..families import Family, Word
-from ..links import base_of
+from ..distributions import Family, Word
+from ..distributions.links import base_of
 
 __all__ = ["Likelihood"]
 

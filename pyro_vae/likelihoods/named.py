@@ -2,7 +2,7 @@ r"""Likelihoods with a name: a Pyro distribution, and what the field expects of 
 
 import pyro.distributions as dist
 
-from ..families import Predicted, Shared, Word
+from ..distributions import Predicted, Shared, Word
 from .likelihood import Likelihood
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import pyro.distributions as dist
 
-from ..families import Predicted, Word
+from ..distributions import Predicted, Word
 from .posterior import Posterior
 
 __all__ = ["Delta", "LowRankMultivariateNormal", "MultivariateNormal", "Normal"]

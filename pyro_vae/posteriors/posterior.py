@@ -2,7 +2,7 @@
 
 from torch.distributions import Distribution
 
-from ..families import Family, Word
+from ..distributions import Family, Word
 
 __all__ = ["Posterior"]
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from ..checks import checked_number_of, checked_shape
-from ..families import Family, Shared
+from ..data.checks import checked_number_of, checked_shape
+from ..distributions import Family, Shared
 
 __all__ = ["Mixture", "mixture_of"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from ..checks import checked_shape, short
-from ..families import ALTERNATIVES, Family, Shared, Word
+from ..data.checks import checked_shape, short
+from ..distributions import ALTERNATIVES, Family, Shared, Word
 
 __all__ = [
     "Prior",

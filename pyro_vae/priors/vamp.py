@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..checks import checked_number_of, checked_shape
-from ..rows import Rows
+from ..data.checks import checked_number_of, checked_shape
+from ..data.rows import Rows
 from .mixture import mixture_of
 
 __all__ = ["VampPrior"]

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_engines import MEMBERS, member, outputs
 
-from pyro_vae.engines import Replayed, UntraceableError
-from pyro_vae.svi import SVI, TERMS
+from pyro_vae.engine.replay import Replayed, UntraceableError
+from pyro_vae.training.svi import SVI, TERMS
 
 STEPS, LR = 200, 1e-3
 LIMITS = {"loss": 1e-5, "gradient": 1e-5, "weights": 1e-3}

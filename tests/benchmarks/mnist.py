@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import datasets
-from pyro_vae.contexts import kept_generators, seeded
+from pyro_vae.data import datasets
 from pyro_vae.evidence import log_evidence
-from pyro_vae.svi import SVI
-from pyro_vae.training import History
+from pyro_vae.programs.running import kept_generators, seeded
+from pyro_vae.training.fit import History
+from pyro_vae.training.svi import SVI
 
 BATCH_SIZE, LR = 128, 1e-3
 STEPS, LOSS_LIMIT, EVIDENCE_LIMIT = 200, 1e-5, 0.4

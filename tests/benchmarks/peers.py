@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
-from pyro_vae import datasets
-from pyro_vae.contexts import kept_generators, seeded
-from pyro_vae.engines import at_precision
+from pyro_vae.data import datasets
+from pyro_vae.engine.replay import at_precision
+from pyro_vae.programs.running import kept_generators, seeded
 
 LR = 1e-3
 

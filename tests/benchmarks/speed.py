@@ -53,16 +53,16 @@ from peers import (
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.contexts import evaluating, kept_generators
-from pyro_vae.engines import at_precision
-from pyro_vae.evidence.drawing import WORTH_COMPILING, WORTH_TRACING, Drawing
-from pyro_vae.evidence.importance_sampling import (
+from pyro_vae.elbos.drawing import WORTH_COMPILING, WORTH_TRACING, Drawing
+from pyro_vae.elbos.log_densities import log_densities
+from pyro_vae.engine.replay import at_precision
+from pyro_vae.evidence.log_evidence import (
     IN_CACHE,
     Plan,
     checked_rows,
     give_memory_back,
 )
-from pyro_vae.importance import log_densities
+from pyro_vae.programs.running import evaluating, kept_generators
 
 BLOCK = 0.12
 WARM_UP = 3

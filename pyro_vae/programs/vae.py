@@ -18,22 +18,22 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 from torch.nn.parameter import UninitializedBuffer
 
-from . import priors
-from .checks import checked_shape, is_size
-from .contexts import (
+from .. import priors
+from ..data.checks import checked_shape, is_size
+from ..data.rows import PLATE, Rows, floating_like
+from ..distributions.family import Family
+from ..distributions.links import base_of
+from ..likelihoods import Likelihood
+from ..networks.mlp import MLP
+from ..posteriors import Normal, Posterior
+from ..priors.prior import check_prior_shape
+from .running import (
     evaluating,
     kept_modes,
     parameters_are_local,
     seeded,
     unmoved_statistics,
 )
-from .families import Family
-from .likelihoods import Likelihood
-from .links import base_of
-from .networks import MLP
-from .posteriors import Normal, Posterior
-from .priors.prior import check_prior_shape
-from .rows import PLATE, Rows, floating_like
 
 __all__ = ["VAE"]
 

@@ -7,15 +7,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked_count
-from ..contexts import evaluating, seeded
-from ..evidence.importance_sampling import (
+from ..data.checks import checked_count
+from ..data.rows import Data
+from ..elbos.log_densities import log_densities
+from ..evidence.log_evidence import (
     MAX_ELEMENTS,
     Plan,
     checked_rows,
 )
-from ..importance import log_densities
-from ..rows import Data
+from ..programs.running import evaluating, seeded
 
 __all__ = ["active_units"]
 

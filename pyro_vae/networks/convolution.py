@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out. They know no distribution, and infer their sizes."""
+"""Convolutions: an encoder and a decoder of images."""
 
 import math
 from collections.abc import Sequence
@@ -7,44 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import is_size
+from .mlp import checked_sizes
 
-__all__ = ["MLP", "Convolution", "Deconvolution"]
-
-
-class MLP(nn.Module):
-    r"""Creates a multi-layer perceptron whose last hidden layer is its output.
-
-    .. math:: h_0 = \mathrm{flatten}(x), \qquad h_l = \sigma(W_l h_{l-1} + b_l)
-
-    The layers are made at the first batch, in a VAE when it is built, from its seed. A family
-    puts its own linear layer behind.
-
-    Arguments:
-        hidden: The numbers of units of the layers; without any the network only flattens.
-        activation: The class of the activation, built without arguments.
-
-    Raises:
-        ValueError: Where a number of units is not a positive integer.
-
-    Example:
-        >>> network = MLP(32, 16)
-        >>> network(torch.randn(5, 8, 8)).shape
-        torch.Size([5, 16])
-    """
-
-    def __init__(self, *hidden: int, activation: type[nn.Module] = nn.ReLU) -> None:
-        super().__init__()
-        self.hidden = _sizes("hidden units", hidden)
-        self.activation = activation
-        layers: list[nn.Module] = [nn.Flatten()]
-        for outputs in self.hidden:
-            layers += [nn.LazyLinear(outputs), activation()]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (rows, *event) to (rows, units)."""
-        return self.layers(x)
+__all__ = ["Convolution", "Deconvolution"]
 
 
 class Convolution(nn.Module):
@@ -67,7 +32,7 @@ class Convolution(nn.Module):
 
     def __init__(self, *channels: int, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
-        self.channels = _sizes("channels", channels, at_least=1)
+        self.channels = checked_sizes("channels", channels, at_least=1)
         self.activation = activation
         layers: list[nn.Module] = []
         for outputs in self.channels:
@@ -103,7 +68,7 @@ class Deconvolution(nn.Module):
 
     def __init__(self, *channels: int, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
-        self.channels = _sizes("channels", channels, at_least=1)
+        self.channels = checked_sizes("channels", channels, at_least=1)
         self.activation = activation
         self.event_shape: tuple[int, ...] | None = None
 
@@ -133,12 +98,6 @@ class Deconvolution(nn.Module):
         height, width = self.event_shape[-2:]
         image = self.project(z.flatten(1)).unflatten(-1, (self.channels[0], *self.start))
         return self.layers(image)[..., :height, :width]
-
-
-def _sizes(what: str, sizes: tuple[int, ...], *, at_least: int = 0) -> tuple[int, ...]:
-    if len(sizes) < at_least or not all(map(is_size, sizes)):
-        raise ValueError(f"Expected positive numbers of {what}; got {sizes}.")
-    return sizes
 
 
 def _with_channels(x: Tensor) -> Tensor:

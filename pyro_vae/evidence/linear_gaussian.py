@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from ..contexts import evaluating
-from ..vae import VAE
-from .importance_sampling import checked_rows
+from ..programs.running import evaluating
+from ..programs.vae import VAE
+from .log_evidence import checked_rows
 
 __all__ = ["doubled", "linear_gaussian", "marginal"]
 

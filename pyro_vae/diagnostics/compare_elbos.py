@@ -18,8 +18,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from .. import plots
-from ..checks import checked_count
-from ..contexts import evaluating, kept_buffers, kept_generators, seeded
+from ..data.checks import checked_count
+from ..data.rows import Data, Rows
 from ..elbos import (
     IWAE,
     MIWAE,
@@ -28,17 +28,17 @@ from ..elbos import (
     Objective,
     Trace_ELBO,
 )
-from ..evidence.exact import doubled, marginal
-from ..evidence.importance_sampling import (
+from ..elbos.log_densities import Structure, draw, latent_sites, programs_of, structure
+from ..evidence.linear_gaussian import doubled, marginal
+from ..evidence.log_evidence import (
     Plan,
     checked_rows,
     estimates,
     give_memory_back,
     point_masses,
 )
-from ..evidence.pareto import good_k
-from ..importance import Structure, draw, latent_sites, programs_of, structure
-from ..rows import Data, Rows
+from ..evidence.pareto_k import good_k
+from ..programs.running import evaluating, kept_buffers, kept_generators, seeded
 from .memory import LiveBytes
 from .moments import (
     Moments,

@@ -10,15 +10,15 @@ import pandas as pd
 import xarray as xr
 from torch import nn
 
-from ..contexts import evaluating
-from ..evidence.importance_sampling import (
+from ..elbos.log_densities import structure
+from ..evidence.log_evidence import (
     MAX_ELEMENTS,
     checked_rows,
     data_sites,
     log_evidence,
     standard_error,
 )
-from ..importance import structure
+from ..programs.running import evaluating
 
 __all__ = ["compare"]
 

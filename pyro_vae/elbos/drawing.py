@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..engines import Graph, Outputs, Replayed, UntraceableError
-from ..importance import Densities
+from ..engine.replay import Graph, Outputs, Replayed, UntraceableError
+from .log_densities import Densities
 
 __all__ = ["Drawing", "densities_of", "parts_of"]
 

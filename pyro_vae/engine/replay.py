@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
-from .checks import perhaps
-from .contexts import kept_generators, local_parameters, outer_handlers
+from ..data.checks import perhaps
+from ..programs.running import kept_generators, local_parameters, outer_handlers
 from .simplified import simplified, written
 
 __all__ = [

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from .checks import is_size, perhaps, short
+from ..data.checks import is_size, perhaps, short
+from .densities import scored, to_event
 from .links import Link, link_of
-from .scoring import scored, to_event
 
 __all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "Word"]
 

@@ -7,7 +7,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .rows import floating_like
+from ..data.rows import floating_like
 
 __all__ = ["Halved"]
 

@@ -11,13 +11,20 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import engines
-from .checks import checked_count, checked_finite, checked_positive
-from .elbos import Estimate, Objective
-from .engines import Graph, Outputs, Replayed, UntraceableError, at_precision, saved_by_compiling
-from .halved import Halved
-from .importance import Program, RowTerms
-from .updates import MakeOptimizer, Updates, optimizer_of
+from ..data.checks import checked_count, checked_finite, checked_positive
+from ..elbos import Estimate, Objective
+from ..elbos.log_densities import Program, RowTerms
+from ..engine import replay as engines
+from ..engine.halved import Halved
+from ..engine.replay import (
+    Graph,
+    Outputs,
+    Replayed,
+    UntraceableError,
+    at_precision,
+    saved_by_compiling,
+)
+from ..engine.updates import MakeOptimizer, Updates, optimizer_of
 
 __all__ = ["SVI", "MakeOptimizer", "Totals"]
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..checks import checked_count
-from ..contexts import evaluating, seeded
-from ..importance import Structure, log_densities, programs_of, structure
-from ..rows import Data, Rows, floating_like
-from .drawing import Drawing
-from .pareto import good_k, pareto_k
+from ..data.checks import checked_count
+from ..data.rows import Data, Rows, floating_like
+from ..elbos.drawing import Drawing
+from ..elbos.log_densities import Structure, log_densities, programs_of, structure
+from ..programs.running import evaluating, seeded
+from .pareto_k import good_k, pareto_k
 
 __all__ = [
     "Plan",

@@ -16,8 +16,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from .contexts import evaluating, seeded
-from .rows import PLATE, Data, Rows
+from ..data.rows import PLATE, Data, Rows
+from ..programs.running import evaluating, seeded
 
 __all__ = [
     "Densities",

@@ -24,9 +24,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
-from . import plots
-from .checks import checked_count, checked_positive
-from .contexts import (
+from .. import plots
+from ..data.checks import checked_count, checked_positive
+from ..data.files import PathLike, load_state, read_tensors, write_tensors
+from ..data.rows import PLATE, Data, Rows
+from ..elbos import Estimator, Trace_ELBO
+from ..elbos.log_densities import Structure, programs_of, row_terms_of, structure
+from ..programs.running import (
     device_of,
     evaluating,
     kept_generators,
@@ -34,10 +38,6 @@ from .contexts import (
     local_parameters,
     seeded,
 )
-from .elbos import Estimator, Trace_ELBO
-from .files import PathLike, load_state, read_tensors, write_tensors
-from .importance import Structure, programs_of, row_terms_of, structure
-from .rows import PLATE, Data, Rows
 from .states import (
     call_of,
     generator_states,

@@ -9,10 +9,11 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..checks import checked_count
-from ..contexts import evaluating, seeded
-from ..evidence.drawing import densities_of, parts_of
-from ..evidence.importance_sampling import (
+from ..data.checks import checked_count
+from ..data.rows import Data, Rows
+from ..elbos.drawing import densities_of, parts_of
+from ..elbos.log_densities import Densities, densities, log_densities
+from ..evidence.log_evidence import (
     MAX_ELEMENTS,
     Plan,
     checked_rows,
@@ -22,8 +23,7 @@ from ..evidence.importance_sampling import (
     labelled,
     point_masses,
 )
-from ..importance import Densities, densities, log_densities
-from ..rows import Data, Rows
+from ..programs.running import evaluating, seeded
 
 __all__ = ["to_arviz"]
 

@@ -11,7 +11,7 @@ from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, Transform
 
-from .checks import perhaps
+from ..data.checks import perhaps
 
 __all__ = ["Link", "SMALLEST", "base_of", "link_of", "named_links"]
 

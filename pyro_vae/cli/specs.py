@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .checks import closest
+from ..data.checks import closest
 
 __all__ = ["Call", "build", "near", "parse"]
 

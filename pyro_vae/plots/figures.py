@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from .checks import checked_count
-from .contexts import evaluating, seeded
-from .rows import Rows
+from ..data.checks import checked_count
+from ..data.rows import Rows
+from ..programs.running import evaluating, seeded
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from . import families, likelihoods, networks, posteriors, priors
-from .contexts import device_of, kept_generators
-from .families import Predicted, Shared
-from .files import (
+from .. import likelihoods, networks, posteriors, priors
+from ..data.files import (
     PathLike,
     load_state,
     new_folder,
@@ -29,7 +27,10 @@ from .files import (
     write_json,
     write_tensors,
 )
-from .rows import floating_like
+from ..data.rows import floating_like
+from ..distributions import family as families
+from ..distributions.family import Predicted, Shared
+from .running import device_of, kept_generators
 from .vae import VAE
 
 __all__ = ["load", "save", "write_program"]

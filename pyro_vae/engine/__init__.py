@@ -1,0 +1,1 @@
+"""The engine room: steps traced to graphs, simplified, compiled and captured; optimisers."""
