@@ -18,9 +18,10 @@ PACKAGE = Path(pyro_vae.__file__).parent
 FLOORS = [
     {"data", "distributions", "networks"},
     {"priors", "likelihoods", "posteriors"},
-    {"programs"},
     {"engine"},
     {"elbos"},
+    {"prediction"},
+    {"programs"},
     {"plots"},
     {"training", "evidence"},
     {"diagnostics"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pyro_vae as pv
-from pyro_vae.programs.running import local_parameters
+from pyro_vae.engine.running import local_parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 

@@ -34,7 +34,7 @@ import pyro_vae as pv
 from pyro_vae import elbos
 from pyro_vae.elbos import Estimator
 from pyro_vae.elbos.log_densities import RowTerms
-from pyro_vae.programs.running import seeded
+from pyro_vae.engine.running import seeded
 
 QUICK: dict[str, Any] = {"batch_size": 25, "max_epochs": 2, "seed": 0, "device": "cpu"}
 STILL: dict[str, Any] = {"optimizer": torch.optim.SGD, "lr": 1e-30}

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
 from pyro_vae.data.rows import Rows
+from pyro_vae.elbos.chunks import checked_rows, point_masses
 from pyro_vae.evidence import good_k, log_evidence, pareto_k, summary
-from pyro_vae.evidence.log_evidence import checked_rows, estimates, point_masses
+from pyro_vae.evidence.log_evidence import estimates
 
 MODERN = int(az.__version__.split(".")[0]) >= 1
 

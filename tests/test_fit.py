@@ -26,7 +26,7 @@ from torch.distributions import Distribution, kl_divergence
 
 import pyro_vae as pv
 from pyro_vae.elbos.log_densities import log_densities
-from pyro_vae.programs.running import evaluating, seeded
+from pyro_vae.engine.running import evaluating, seeded
 
 QUICK: dict[str, Any] = {"batch_size": 16, "max_epochs": 2, "seed": 0, "device": "cpu"}
 STILL: dict[str, Any] = {"optimizer": torch.optim.SGD, "lr": 1e-30}

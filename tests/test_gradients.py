@@ -38,7 +38,7 @@ from torch import Tensor
 import pyro_vae as pv
 from pyro_vae import elbos
 from pyro_vae.elbos import Estimator, Weights
-from pyro_vae.programs.running import seeded
+from pyro_vae.engine.running import seeded
 
 REPEATS = 50_000  # of two rows: 10^5 gradients
 DRAWS = 10**6

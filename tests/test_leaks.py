@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae.programs.running import local_parameters
+from pyro_vae.engine.running import local_parameters
 
 
 class Remembering(nn.Module):

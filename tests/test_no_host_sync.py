@@ -14,7 +14,7 @@ from elbo_cases import ESTIMATORS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
-from pyro_vae.programs.running import local_parameters
+from pyro_vae.engine.running import local_parameters
 
 WAITS = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "unique", "equal")
 WAITS += ("_linalg_check_errors",)

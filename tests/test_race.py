@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.diagnostics.race import crossed_error
 from pyro_vae.elbos import IWAE, Trace_ELBO, TraceMeanField_ELBO
+from pyro_vae.engine.running import seeded
 from pyro_vae.evidence.log_evidence import standard_error
-from pyro_vae.programs.running import seeded
 
 TRAIN, TEST = X[:40], X[40:]
 QUICK: dict[str, Any] = {

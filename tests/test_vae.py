@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.elbos.log_densities import log_densities, structure
-from pyro_vae.programs.running import seeded
+from pyro_vae.engine.running import seeded
 from pyro_vae.programs.vae import _central
 
 ROWS = 7

@@ -20,8 +20,8 @@ from ..data import datasets
 from ..data.files import new_file
 from ..data.rows import Rows
 from ..diagnostics import compare_elbos
+from ..engine.running import device_of
 from ..evidence import linear_gaussian
-from ..programs.running import device_of
 from ..programs.saving import load
 from .judgement import Judgement, show_estimators
 from .members import members

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..data.rows import Rows
 from ..diagnostics import Comparison, active_units
+from ..elbos.chunks import point_masses
+from ..engine.running import evaluating
 from ..evidence import log_evidence, summary
-from ..evidence.log_evidence import point_masses
-from ..programs.running import evaluating
 
 __all__ = ["Judgement", "show_estimators"]
 

@@ -19,8 +19,8 @@ from ..data import datasets
 from ..data.files import new_folder, read_json, write_json
 from ..data.rows import Rows
 from ..diagnostics import to_arviz
+from ..engine.running import seeded
 from ..networks.mlp import MLP
-from ..programs.running import seeded
 from ..programs.saving import write_program
 from ..programs.vae import VAE
 from ..training.fit import History, fit

@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 from ..data.checks import checked_count
 from ..data.rows import Data
+from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows
 from ..elbos.log_densities import log_densities
-from ..evidence.log_evidence import (
-    MAX_ELEMENTS,
-    Plan,
-    checked_rows,
-)
-from ..programs.running import evaluating, seeded
+from ..engine.running import evaluating, seeded
 
 __all__ = ["active_units"]
 

@@ -10,15 +10,10 @@ import pandas as pd
 import xarray as xr
 from torch import nn
 
+from ..elbos.chunks import MAX_ELEMENTS, checked_rows, data_sites
 from ..elbos.log_densities import structure
-from ..evidence.log_evidence import (
-    MAX_ELEMENTS,
-    checked_rows,
-    data_sites,
-    log_evidence,
-    standard_error,
-)
-from ..programs.running import evaluating
+from ..engine.running import evaluating
+from ..evidence.log_evidence import log_evidence, standard_error
 
 __all__ = ["compare"]
 

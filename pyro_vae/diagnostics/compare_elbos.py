@@ -28,17 +28,12 @@ from ..elbos import (
     Objective,
     Trace_ELBO,
 )
+from ..elbos.chunks import Plan, checked_rows, give_memory_back, point_masses
 from ..elbos.log_densities import Structure, draw, latent_sites, programs_of, structure
+from ..engine.running import evaluating, kept_buffers, kept_generators, seeded
 from ..evidence.linear_gaussian import doubled, marginal
-from ..evidence.log_evidence import (
-    Plan,
-    checked_rows,
-    estimates,
-    give_memory_back,
-    point_masses,
-)
+from ..evidence.log_evidence import estimates
 from ..evidence.pareto_k import good_k
-from ..programs.running import evaluating, kept_buffers, kept_generators, seeded
 from .memory import LiveBytes
 from .moments import (
     Moments,

@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from ..data.checks import checked_count
 from ..data.rows import Rows
 from ..elbos import Objective
+from ..elbos.chunks import checked_rows
 from ..elbos.log_densities import programs_of, structure
-from ..evidence.log_evidence import checked_rows, log_evidence
+from ..engine.running import seeded
+from ..evidence.log_evidence import log_evidence
 from ..evidence.pareto_k import good_k
-from ..programs.running import seeded
 from ..training.fit import History, Transform, fit
 
 __all__ = ["Race", "race"]

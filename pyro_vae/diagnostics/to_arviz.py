@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 from ..data.checks import checked_count
 from ..data.rows import Data, Rows
-from ..elbos.drawing import densities_of, parts_of
-from ..elbos.log_densities import Densities, densities, log_densities
-from ..evidence.log_evidence import (
+from ..elbos.chunks import (
     MAX_ELEMENTS,
     Plan,
     checked_rows,
     data_sites,
-    estimates,
     give_memory_back,
-    labelled,
     point_masses,
 )
-from ..programs.running import evaluating, seeded
+from ..elbos.drawing import densities_of, parts_of
+from ..elbos.log_densities import Densities, densities, log_densities
+from ..engine.running import evaluating, seeded
+from ..evidence.log_evidence import estimates, labelled
 
 __all__ = ["to_arviz"]
 

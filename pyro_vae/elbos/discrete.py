@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..data.rows import PLATE
-from ..programs.running import kept_buffers, kept_generators
+from ..engine.running import kept_buffers, kept_generators
 from .estimator import WITHOUT_ROWS, Estimate, Estimator, Objective, owners
 from .handed import Handed
 from .log_densities import Program, row_terms, row_terms_of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.checks import checked_count, checked_finite
 from ..data.rows import Rows, floating_like
 from ..engine.replay import Outputs, Replayed, UntraceableError
-from ..programs.running import evaluating, kept_buffers, kept_generators, local_parameters
+from ..engine.running import evaluating, kept_buffers, kept_generators, local_parameters
 from .log_densities import Program, RowTerms, Structure, plate_nesting, row_terms_of
 
 __all__ = [

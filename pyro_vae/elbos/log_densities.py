@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from ..data.rows import PLATE, Data, Rows
-from ..programs.running import evaluating, seeded
+from ..engine.running import evaluating, seeded
 
 __all__ = [
     "Densities",

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..data.checks import perhaps
-from ..programs.running import kept_generators, local_parameters, outer_handlers
+from .running import kept_generators, local_parameters, outer_handlers
 from .simplified import simplified, written
 
 __all__ = [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from ..programs.running import evaluating
+from ..elbos.chunks import checked_rows
+from ..engine.running import evaluating
 from ..programs.vae import VAE
-from .log_evidence import checked_rows
 
 __all__ = ["doubled", "linear_gaussian", "marginal"]
 

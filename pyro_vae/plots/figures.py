@@ -15,7 +15,7 @@ import torch
 
 from ..data.checks import checked_count
 from ..data.rows import Rows
-from ..programs.running import evaluating, seeded
+from ..engine.running import evaluating, seeded
 
 if TYPE_CHECKING:
     import pandas as pd

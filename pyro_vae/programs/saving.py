@@ -30,7 +30,7 @@ from ..data.files import (
 from ..data.rows import floating_like
 from ..distributions import family as families
 from ..distributions.family import Predicted, Shared
-from .running import device_of, kept_generators
+from ..engine.running import device_of, kept_generators
 from .vae import VAE
 
 __all__ = ["load", "save", "write_program"]

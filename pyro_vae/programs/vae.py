@@ -23,17 +23,17 @@ from ..data.checks import checked_shape, is_size
 from ..data.rows import PLATE, Rows, floating_like
 from ..distributions.family import Family
 from ..distributions.links import base_of
-from ..likelihoods import Likelihood
-from ..networks.mlp import MLP
-from ..posteriors import Normal, Posterior
-from ..priors.prior import check_prior_shape
-from .running import (
+from ..engine.running import (
     evaluating,
     kept_modes,
     parameters_are_local,
     seeded,
     unmoved_statistics,
 )
+from ..likelihoods import Likelihood
+from ..networks.mlp import MLP
+from ..posteriors import Normal, Posterior
+from ..priors.prior import check_prior_shape
 
 __all__ = ["VAE"]
 

@@ -30,7 +30,7 @@ from ..data.files import PathLike, load_state, read_tensors, write_tensors
 from ..data.rows import PLATE, Data, Rows
 from ..elbos import Estimator, Trace_ELBO
 from ..elbos.log_densities import Structure, programs_of, row_terms_of, structure
-from ..programs.running import (
+from ..engine.running import (
     device_of,
     evaluating,
     kept_generators,

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
 from pyro_vae.elbos import IWAE, DReG
-from pyro_vae.programs.running import kept_generators, local_parameters
+from pyro_vae.engine.running import kept_generators, local_parameters
 
 PIXELS, HIDDEN, LATENT, BATCH_SIZE, LR = 784, 200, 50, 128, 1e-3
 LIMIT, AGREEMENT = 1.15, 1e-9

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from peers import SHAPES, TABLE, Call, our_step
 
-from pyro_vae.programs.running import kept_generators
+from pyro_vae.engine.running import kept_generators
 
 ENGINES = ("eager", "traced", "compiled")
 

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_vae as pv
 from pyro_vae.data import datasets
 from pyro_vae.engine.replay import at_precision
-from pyro_vae.programs.running import kept_generators, seeded
+from pyro_vae.engine.running import kept_generators, seeded
 
 LR = 1e-3
 

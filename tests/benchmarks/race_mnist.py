@@ -26,7 +26,7 @@ import pyro_vae as pv
 from pyro_vae.data import datasets
 from pyro_vae.diagnostics.race import Race, race
 from pyro_vae.elbos import CIWAE, IWAE, PIWAE, STL, DReG, Trace_ELBO, TraceMeanField_ELBO
-from pyro_vae.programs.running import seeded
+from pyro_vae.engine.running import seeded
 
 EVALUATION_SEED = 1234
 

@@ -53,16 +53,12 @@ from peers import (
 from torch import Tensor
 
 import pyro_vae as pv
+from pyro_vae.elbos.chunks import Plan, checked_rows, give_memory_back
 from pyro_vae.elbos.drawing import WORTH_COMPILING, WORTH_TRACING, Drawing
 from pyro_vae.elbos.log_densities import log_densities
 from pyro_vae.engine.replay import at_precision
-from pyro_vae.evidence.log_evidence import (
-    IN_CACHE,
-    Plan,
-    checked_rows,
-    give_memory_back,
-)
-from pyro_vae.programs.running import evaluating, kept_generators
+from pyro_vae.engine.running import evaluating, kept_generators
+from pyro_vae.evidence.log_evidence import IN_CACHE
 
 BLOCK = 0.12
 WARM_UP = 3

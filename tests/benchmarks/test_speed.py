@@ -14,7 +14,7 @@ import pytest
 import torch
 from peers import PEERS, SHAPES
 
-from pyro_vae.programs.running import kept_generators
+from pyro_vae.engine.running import kept_generators
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
