@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, test = data.split(test=0.2, seed=args.seed)
 
     vae = pv.VAE(
-        event_shape=64,
+        data=64,
         prior=dist.Normal(0.0, 1.0).expand([8]).to_event(1),
         likelihood=pv.likelihoods.Binomial(total_count=16),
         posterior=pv.posteriors.Normal(),

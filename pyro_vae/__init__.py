@@ -17,8 +17,12 @@ from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
 from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
+from .distributions import ConditionalDistribution as ConditionalDistribution
 from .distributions import Family as Family
+from .distributions import Likelihood as Likelihood
+from .distributions import Posterior as Posterior
 from .distributions import Predicted as Predicted
+from .distributions import Prior as Prior
 from .distributions import Shared as Shared
 from .evidence import log_evidence as log_evidence
 from .programs import VAE as VAE

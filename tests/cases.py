@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import Predicted, Shared
-from pyro_vae.likelihoods import Likelihood
-from pyro_vae.posteriors import Posterior
-from pyro_vae.priors import Prior
+from pyro_vae.likelihoods import Family as Likelihood
+from pyro_vae.posteriors import Family as Posterior
+from pyro_vae.priors import Family as Prior
 
 
 class Case(NamedTuple):
@@ -43,7 +43,7 @@ def positives(shape: tuple[int, ...]) -> Tensor:
 
 
 LIKELIHOODS: dict[str, Case] = {
-    "Likelihood": Case(partial(Likelihood, dist.Gumbel, scale=Shared())),
+    "Family": Case(partial(Likelihood, dist.Gumbel, scale=Shared())),
     "Bernoulli": Case(pv.likelihoods.Bernoulli, data=bits),
     "Beta": Case(pv.likelihoods.Beta, data=shares),
     "BetaBinomial": Case(partial(pv.likelihoods.BetaBinomial, total_count=4), data=counts),
@@ -60,7 +60,7 @@ LIKELIHOODS: dict[str, Case] = {
 }
 
 PRIORS: dict[str, Case] = {
-    "Prior": Case(partial(Prior, dist.StudentT, 2, df=6.0)),
+    "Family": Case(partial(Prior, dist.StudentT, 2, df=6.0)),
     "StandardNormal": Case(partial(pv.priors.StandardNormal, 2)),
     "Mixture": Case(partial(pv.priors.Mixture, 3, 2)),
     "VampPrior": Case(partial(pv.priors.VampPrior, 4, 2)),
@@ -70,7 +70,7 @@ PRIORS: dict[str, Case] = {
 }
 
 POSTERIORS: dict[str, Case] = {
-    "Posterior": Case(partial(Posterior, dist.StudentT, df=6.0)),
+    "Family": Case(partial(Posterior, dist.StudentT, df=6.0)),
     "Delta": Case(pv.posteriors.Delta),
     "LowRankMultivariateNormal": Case(partial(pv.posteriors.LowRankMultivariateNormal, 1)),
     "MultivariateNormal": Case(pv.posteriors.MultivariateNormal),
@@ -149,4 +149,5 @@ DISTRIBUTIONS: dict[str, Case] = {
 def members(room: ModuleType) -> set[str]:
     """The public names of a room, but for its files."""
     names = getattr(room, "__all__", vars(room))
-    return {n for n in names if not n.startswith("_") and not inspect.ismodule(getattr(room, n))}
+    kept = [n for n in names if not n.startswith("_") and not inspect.ismodule(getattr(room, n))]
+    return {n for n in kept if not inspect.isabstract(getattr(room, n))}

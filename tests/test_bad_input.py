@@ -147,7 +147,7 @@ DATA: dict[str, Case] = {
         "support of Categorical.* 3",
     ),
     "a short total": (
-        lambda w: w.of(LIKELIHOODS.Likelihood(dist.Multinomial, total_count=6), w.with_value(0.0)),
+        lambda w: w.of(LIKELIHOODS.Family(dist.Multinomial, total_count=6), w.with_value(0.0)),
         "support of Multinomial",
     ),
     "no rows": (lambda w: w.fit(x=ones(0, 6)), r"at least one row.* \(0, 6\)"),
@@ -322,17 +322,17 @@ PROGRAMS: dict[str, Case] = {
     "a prior without its shape": (lambda w: make(prior=dist.Normal), "a prior with its shape"),
     "a prior of no distribution": (lambda w: make(prior=Returns(3)), "return a distribution"),
     "a posterior off the prior's support": (
-        lambda w: make(posterior=pv.posteriors.Posterior(dist.Exponential), prior=uniform_prior()),
+        lambda w: make(posterior=pv.posteriors.Family(dist.Exponential), prior=uniform_prior()),
         "support of the prior",
     ),
-    "no total": (lambda w: LIKELIHOODS.Likelihood(dist.Binomial), "total_count .*to be given"),
+    "no total": (lambda w: LIKELIHOODS.Family(dist.Binomial), "total_count .*to be given"),
     "no rank": (lambda w: pv.posteriors.LowRankMultivariateNormal(), "Expected the rank"),
     "no number of categories": (
-        lambda w: make(LIKELIHOODS.Likelihood(dist.Categorical)),
+        lambda w: make(LIKELIHOODS.Family(dist.Categorical)),
         "size of logits",
     ),
     "a likelihood's parameter misspelt": (
-        lambda w: LIKELIHOODS.Likelihood(dist.Normal, locc=0.0),
+        lambda w: LIKELIHOODS.Family(dist.Normal, locc=0.0),
         "perhaps 'loc'",
     ),
     "a link misspelt": (
@@ -346,7 +346,7 @@ PROGRAMS: dict[str, Case] = {
     ),
     "a likelihood by name": (lambda w: make("Bernoulli"), "likelihood to be a member"),
     "a likelihood of a larger event": (
-        lambda w: make(LIKELIHOODS.Likelihood(dist.LKJCholesky, dim=3)),
+        lambda w: make(LIKELIHOODS.Family(dist.LKJCholesky, dim=3)),
         "",
     ),
     "units below 1": (lambda w: pv.networks.MLP(0), "positive numbers of hidden units"),

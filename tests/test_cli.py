@@ -82,13 +82,13 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 
 MEMBERS = {
     ("prior", "StandardNormal"): "StandardNormal(3)",
-    ("prior", "Mixture(10, 8)"): "10, (8,)",
-    ("prior", "Mixture(10)"): "10, (3,)",
+    ("prior", "Mixture(10, 8)"): "Mixture(10, 8",
+    ("prior", "Mixture(10)"): "Mixture(10, 3",
     ("prior", "VampPrior(5)"): "VampPrior",
     ("prior", "StudentT(df=4.0, loc=0.0, scale=1.0)"): (
-        "Prior(StudentT, (3,), df=4.0, loc=0.0, scale=1.0)"
+        "Family(StudentT, 3, df=4.0, loc=0.0, scale=1.0)"
     ),
-    ("prior", "Laplace"): "Prior(Laplace, (3,))",
+    ("prior", "Laplace"): "Family(Laplace, 3)",
     ("likelihood", "Binomial(total_count=16)"): "Binomial(total_count=16, logits=Predicted())",
     ("likelihood", " Binomial( 16 ) "): "Binomial(total_count=16, logits=Predicted())",
     ("likelihood", "Categorical(17)"): "Categorical(logits=Predicted(shape=17))",
@@ -101,15 +101,15 @@ MEMBERS = {
     ("likelihood", "Poisson(rate=Predicted(link='softplus'))"): (
         "Poisson(rate=Predicted(link='softplus'))"
     ),
-    ("likelihood", "Gumbel"): "Likelihood(Gumbel)",
+    ("likelihood", "Gumbel"): "Family(Gumbel)",
     ("likelihood", "AsymmetricLaplace(asymmetry=Shared())"): (
-        "Likelihood(AsymmetricLaplace, asymmetry=Shared())"
+        "Family(AsymmetricLaplace, asymmetry=Shared())"
     ),
     ("posterior", "MultivariateNormal"): (
         "MultivariateNormal(loc=Predicted(), scale_tril=Predicted())"
     ),
     ("posterior", "LowRankMultivariateNormal(2)"): "LowRankMultivariateNormal",
-    ("posterior", "Laplace"): "Posterior(Laplace)",
+    ("posterior", "Laplace"): "Family(Laplace)",
     ("ELBO", "Trace_ELBO(num_particles=5)"): "Trace_ELBO",
 }
 

@@ -32,7 +32,7 @@ estimators = importlib.import_module("pyro_vae.diagnostics.compare_elbos")
 E = pv.elbos
 X = 1.5 * torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 FULL = dist.MultivariateNormal(torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
-LEARNED = pv.priors.Prior(dist.Normal, 2)
+LEARNED = pv.priors.Family(dist.Normal, 2)
 
 
 def linear(prior: Any = 2, decoder: nn.Module | None = None, **members: Any) -> pv.VAE:

@@ -11,9 +11,10 @@ from cases import CLASS_ALONE, DISTRIBUTIONS, Case
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import Family, Predicted, Shared
+from pyro_vae import Predicted, Shared
+from pyro_vae.distributions import Family
 from pyro_vae.distributions.links import link_of, named_links
-from pyro_vae.likelihoods import Likelihood
+from pyro_vae.likelihoods import Family as Likelihood
 
 ROWS = 4
 
@@ -254,7 +255,7 @@ def test_learned_bounds_refuse_nothing_finite(name: str) -> None:
 
 
 def shared_words(family: Family) -> list[Shared]:
-    return [word for word in family.words.values() if isinstance(word, Shared)]
+    return [word for word in family.specs.values() if isinstance(word, Shared)]
 
 
 def test_features_of_other_sizes_are_refused() -> None:
@@ -538,12 +539,12 @@ def test_the_log_link_has_a_gradient_beyond_its_bounds(start: float) -> None:
 
 def test_a_fixed_tensor_keeps_its_dtype_until_it_is_cast() -> None:
     tenth = torch.full((2,), 0.1, dtype=torch.float64)
-    prior = pv.priors.Prior(dist.Normal, 2, loc=tenth)
+    prior = pv.priors.Family(dist.Normal, 2, loc=tenth)
     assert (prior().base_dist.loc == tenth).all()
     assert prior().log_prob(prior().sample()).dtype == torch.float64
     networks = {"encoder": nn.Linear(4, 3), "decoder": nn.Linear(2, 3)}
     normal = dist.Normal(tenth, 1.0).to_event(1)
-    for given in (prior, normal, pv.priors.Prior(dist.Normal, 2, loc=tenth, scale=1.0)):
+    for given in (prior, normal, pv.priors.Family(dist.Normal, 2, loc=tenth, scale=1.0)):
         single = pv.VAE((4,), given, pv.likelihoods.Normal(), **networks)
         assert {p.dtype for p in single.state_dict().values()} == {torch.float32}
         assert single.sample(2).dtype == torch.float32

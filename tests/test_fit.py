@@ -419,7 +419,7 @@ def test_numpy_numbers_are_numbers() -> None:
 def by_hand(vae: pv.VAE, x: Tensor, weight: float, *, analytic: bool = False) -> list[Tensor]:
     with seeded(0):
         x = x[torch.randperm(len(x))]
-        posterior, prior = vae.encode(x), vae._prior()
+        posterior, prior = vae.encode(x), vae.prior()
         z = posterior.rsample()
         kl = posterior.log_prob(z) - prior.log_prob(z)
         kl = kl_divergence(posterior, prior.expand(posterior.batch_shape)) if analytic else kl

@@ -65,7 +65,7 @@ def test_of_a_vae() -> None:
 def test_of_every_prior_and_posterior(role: str, name: str) -> None:
     member = (PRIORS if role == "prior" else POSTERIORS)[name].make()
     vae = pv.VAE(
-        **{"event_shape": 3, "prior": 2, "likelihood": pv.likelihoods.Normal()} | {role: member}
+        **{"data": 3, "prior": 2, "likelihood": pv.likelihoods.Normal()} | {role: member}
     ).double()
     x = torch.randn(ROWS, 3, dtype=torch.float64)
     found = log_densities(vae, x, PARTICLES)

@@ -25,7 +25,7 @@ def wine() -> np.ndarray:
 
 def linear_vae(columns: int, latents: int, *, scalar: bool = True) -> pv.VAE:
     return pv.VAE(
-        event_shape=(columns,),
+        data=(columns,),
         prior=latents,
         likelihood=pv.likelihoods.Normal(scale=pv.Shared(scalar=scalar)),
         posterior=pv.posteriors.MultivariateNormal(scale_tril=pv.Shared()),

@@ -29,7 +29,7 @@ P = 1e-4
 def swapped(**members: Any) -> pv.VAE:
     """A small VAE, some of its members changed."""
     small = {
-        "event_shape": (3,),
+        "data": (3,),
         "prior": 2,
         "likelihood": pv.likelihoods.Normal(),
         "encoder": pv.networks.MLP(8, activation=nn.Tanh),
@@ -40,7 +40,7 @@ def swapped(**members: Any) -> pv.VAE:
 
 
 def of_images(case: Case, **networks: nn.Module) -> pv.VAE:
-    return swapped(event_shape=case.event_shape, **networks)
+    return swapped(data=case.event_shape, **networks)
 
 
 def vaes() -> dict[str, tuple[Callable[[], pv.VAE], Case]]:
@@ -219,7 +219,7 @@ CARRIED: dict[str, tuple[Distribution, Free, Free]] = {
     ),
     "Dirichlet": (dist.Dirichlet(torch.tensor([2.0, 1.0, 0.5])), sticks, log_jacobian_of_sticks),
 }
-REAL = {name: POSTERIORS[name] for name in ("Normal", "MultivariateNormal", "Posterior")}
+REAL = {name: POSTERIORS[name] for name in ("Normal", "MultivariateNormal", "Family")}
 
 
 @each(CARRIED)
@@ -233,7 +233,7 @@ def test_posteriors_are_carried_over_by_the_change_of_variables(name: str, poste
     assert (carried.batch_shape, carried.event_shape) == ((5,), prior.event_shape)
     z = carried.sample((7,))
     assert prior.support.check(z.float()).all()
-    base = vae.posterior(vae.encoder(x))
+    base = vae.posterior.base(vae.encoder(x))
     expected = base.log_prob(free(z)) - log_jacobian(z)
     torch.testing.assert_close(carried.log_prob(z), expected, rtol=1e-8, atol=1e-8)
     if name != "Dirichlet":
@@ -418,9 +418,15 @@ REFUSED: dict[str, Refused] = {
         r"batch shape \(\); got \(2,\): write .to_event\(1\)",
     ),
     "class as prior": (lambda: swapped(prior=dist.Normal), "prior with its shape"),
-    "name as prior": (lambda: swapped(prior="Normal"), "a prior or a latent size"),
+    "name as prior": (
+        lambda: swapped(prior="Normal"),
+        "the prior to be a distribution.*latent size",
+    ),
     "no latents": (lambda: swapped(prior=0), "positive sizes; got 0"),
-    "specification as prior": (lambda: swapped(prior=NORMAL), "a family that was built"),
+    "specification as prior": (
+        lambda: swapped(prior=NORMAL),
+        "Expected a prior, a pyro_vae.Prior; got Normal.*of another role",
+    ),
     "network as prior": (lambda: swapped(prior=nn.Identity()), "members that fit each other"),
     "transformed prior": (
         lambda: swapped(
@@ -428,19 +434,19 @@ REFUSED: dict[str, Refused] = {
                 dist.Normal(0.0, torch.ones(2)), [dist.transforms.ExpTransform()]
             ).to_event(1)
         ),
-        r"taken apart .* give a module whose forward\(\) returns it",
+        r"cannot be read from it. Give a module whose forward\(\) returns it",
     ),
     "prior of another shape": (
-        lambda: swapped(prior=pv.priors.Prior(dist.Normal, 2, loc=torch.zeros(5))),
+        lambda: swapped(prior=pv.priors.Family(dist.Normal, 2, loc=torch.zeros(5))),
         "size of tensor",
     ),
     "predicted prior": (
-        lambda: pv.priors.Prior(dist.Normal, 2, loc=pv.Predicted()),
+        lambda: pv.priors.Family(dist.Normal, 2, loc=pv.Predicted()),
         "loc to be Shared or fixed",
     ),
     "pseudo-inputs of another shape": (
         lambda: swapped(prior=pv.priors.VampPrior(3, 2, torch.rand(10, 4))),
-        r"rows of event shape \(3,\); got \(4,\)",
+        r"rows of event shape \(3,\) .*got \(4,\)",
     ),
     "few rows for pseudo-inputs": (
         lambda: pv.priors.VampPrior(11, 2, torch.rand(10, 4)),
@@ -461,20 +467,20 @@ REFUSED: dict[str, Refused] = {
             prior=dist.Beta(torch.ones(2), 1.0).to_event(1),
             posterior=dist.Gamma,
         ),
-        "on the support of the prior.*got draws outside it",
+        "on the support of the prior.*some draws lie outside it",
     ),
     "posterior on the sphere's hull": (
         lambda: swapped(prior=dist.ProjectedNormal(torch.ones(3))),
         "fit each other",
     ),
     "name as posterior": (lambda: swapped(posterior="Normal"), "the posterior to be a member"),
-    "no likelihood": (lambda: swapped(likelihood=None), "the likelihood to be a member"),
+    "no likelihood": (lambda: swapped(likelihood=None), "Expected a likelihood, as in"),
     "instance as likelihood": (
         lambda: swapped(likelihood=dist.Normal(0.0, 1.0)),
         "the likelihood to be a member",
     ),
     "likelihood of another shape": (
-        lambda: swapped(event_shape=(3, 3), likelihood=pv.likelihoods.Likelihood(dist.LKJ, dim=2)),
+        lambda: swapped(data=(3, 3), likelihood=pv.likelihoods.Family(dist.LKJ, dim=2)),
         r"likelihood of event shape \(3, 3\); got \(2, 2\)",
     ),
     "totals of another shape": (
@@ -483,7 +489,11 @@ REFUSED: dict[str, Refused] = {
     ),
     "prior as likelihood": (
         lambda: swapped(likelihood=pv.priors.StandardNormal(3)),
-        "fit each other",
+        "Expected a likelihood, a pyro_vae.Likelihood; got StandardNormal",
+    ),
+    "posterior and likelihood swapped": (
+        lambda: pv.VAE(3, 2, pv.posteriors.Normal(), pv.likelihoods.Normal()),
+        "Expected a likelihood, a pyro_vae.Likelihood; got Normal",
     ),
     "function as encoder": (lambda: swapped(encoder=torch.tanh), "encoder to be an nn.Module"),
     "encoder of another size": (
@@ -502,9 +512,9 @@ REFUSED: dict[str, Refused] = {
         lambda: swapped(decoder=nn.Unflatten(1, (1, 2))),
         r"end the network with nn.Flatten\(\)",
     ),
-    "scalar event": (lambda: swapped(event_shape=()), r"positive sizes; got \(\)"),
-    "negative event": (lambda: swapped(event_shape=(3, -1)), "positive sizes"),
-    "event of half a size": (lambda: swapped(event_shape=3.5), "positive sizes; got 3.5"),
+    "scalar event": (lambda: swapped(data=()), r"positive sizes; got \(\)"),
+    "negative event": (lambda: swapped(data=(3, -1)), "positive sizes"),
+    "event of half a size": (lambda: swapped(data=3.5), "positive sizes; got 3.5"),
     "hidden units of none": (lambda: pv.networks.MLP(8, 0), "hidden units"),
     "no channels": (lambda: pv.networks.Convolution(), "channels"),
     "image of one dim": (
@@ -536,7 +546,7 @@ def test_what_does_not_fit_is_refused_when_built(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(ValueError, match=f"(?s){message}") as error:
         make()
-    assert str(error.value).startswith("Expected ")
+    assert str(error.value).startswith(("Expected ", "The "))
 
 
 def instances() -> dict[str, Distribution]:
@@ -589,9 +599,9 @@ def test_plain_distributions_are_taken_apart(name: str, used: bool) -> None:
 
 def test_a_normal_is_taken_apart_by_its_factor() -> None:
     normal = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3))
-    assert set(pv.priors.from_distribution(normal).words) == {"loc", "scale_tril"}
-    named = pv.priors.Prior(dist.MultivariateNormal, 3, covariance_matrix=torch.eye(3))
-    assert "covariance_matrix" in named.words
+    assert set(pv.priors.from_distribution(normal).specs) == {"loc", "scale_tril"}
+    named = pv.priors.Family(dist.MultivariateNormal, 3, covariance_matrix=torch.eye(3))
+    assert "covariance_matrix" in named.specs
 
 
 def test_a_mixture_of_any_family() -> None:
@@ -616,7 +626,9 @@ def test_components_and_pseudo_inputs_start_apart() -> None:
 
 @pytest.mark.parametrize("posterior", [dist.LogNormal, dist.Exponential, dist.Beta])
 def test_a_posterior_that_misses_a_part_of_the_prior_is_refused(posterior: type) -> None:
-    with pytest.raises(ValueError, match="Expected a posterior that covers the support of the"):
+    with pytest.raises(
+        ValueError, match="The posterior lies on .* alone and cannot reach where the prior is"
+    ):
         pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), posterior)
 
 

@@ -28,7 +28,7 @@ ROWS = 7
 def small(**members: Any) -> pv.VAE:
     tanh = {"activation": nn.Tanh}
     parts = {
-        "event_shape": (4,),
+        "data": (4,),
         "prior": 2,
         "likelihood": pv.likelihoods.Bernoulli(),
         "encoder": pv.networks.MLP(8, **tanh),
@@ -552,7 +552,7 @@ COUNTS = ["BetaBinomial", "Binomial", "Categorical", "NegativeBinomial", "Poisso
 @pytest.mark.parametrize("name", [*COUNTS, "Bernoulli"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool])
 def test_integers_are_scored_as_floats(name: str, dtype: torch.dtype) -> None:
-    geometric = pv.likelihoods.Likelihood(dist.Geometric)
+    geometric = pv.likelihoods.Family(dist.Geometric)
     vae = small(likelihood=geometric if name == "Geometric" else LIKELIHOODS[name].make())
     top = 2 if name == "Bernoulli" or dtype == torch.bool else 5
     x = torch.randint(0, top, (ROWS, 4)).to(dtype)

@@ -9,19 +9,18 @@ from types import ModuleType
 from typing import Any
 
 import pyro.distributions as dist
-from torch import nn
 from torch.distributions import Distribution
 
 from .. import elbos, likelihoods, posteriors, priors
-from ..distributions.family import Predicted, Shared
+from ..distributions import Likelihood, Posterior, Predicted, Prior, Shared
 from . import specs
 
 __all__ = ["member", "members"]
 
 _ROOMS: dict[str, tuple[ModuleType, type, Any]] = {
-    "prior": (priors, nn.Module, priors.Prior),
-    "likelihood": (likelihoods, nn.Module, likelihoods.Likelihood),
-    "posterior": (posteriors, nn.Module, posteriors.Posterior),
+    "prior": (priors, Prior, priors.Family),
+    "likelihood": (likelihoods, Likelihood, likelihoods.Family),
+    "posterior": (posteriors, Posterior, posteriors.Family),
     "ELBO": (elbos, elbos.Estimator, None),
 }
 _WORDS = {"Predicted": Predicted, "Shared": Shared}
@@ -44,7 +43,7 @@ def member(text: str, what: str, **given: Any) -> Any:
         >>> member("StudentT(df=4.0, scale=Shared(scalar=True))", "likelihood")
         StudentT(df=4.0, loc=Predicted(), scale=Shared(scalar=True))
         >>> member("Gumbel", "likelihood")
-        Likelihood(Gumbel)
+        Family(Gumbel)
     """
     if _REFERENCE.fullmatch(text.strip()):
         return _imported(text.strip())
@@ -106,7 +105,7 @@ def _public(room: ModuleType, kind: type | None) -> dict[str, type]:
         if inspect.isclass(value)
         and issubclass(value, kind or Distribution)
         and not (name.startswith("_") or inspect.isabstract(value))
-        and (kind is None or "distribution" not in inspect.signature(value).parameters)
+        and name != "Family"
     }
 
 

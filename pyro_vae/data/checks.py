@@ -18,6 +18,7 @@ __all__ = [
     "is_size",
     "perhaps",
     "short",
+    "size_of",
 ]
 
 
@@ -110,6 +111,19 @@ def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def size_of(shape: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Returns a shape as a user writes it: one size as an int.
+
+    Arguments:
+        shape: The shape.
+
+    Example:
+        >>> size_of((8,)), size_of((2, 3))
+        (8, (2, 3))
+    """
+    return shape[0] if len(shape) == 1 else tuple(shape)
+
+
 def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
     """Returns the names that a wrong one is near to, the nearest first; capitals do not count.
 
@@ -142,7 +156,7 @@ def perhaps(name: str, names: Iterable[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """Returns how a value is written; of a tensor only the shape.
+    """Returns how a value is written: a tensor by its shape, a class by its name.
 
     Arguments:
         value: Any value.
@@ -152,6 +166,8 @@ def short(value: Any) -> str:
         >>> short(torch.zeros(2, 3)), short(0.5)
         ('tensor of shape (2, 3)', '0.5')
     """
+    if isinstance(value, type):
+        return value.__name__
     return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 

@@ -14,26 +14,27 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 from ..data.checks import is_size, perhaps, short
+from .conditional import Arguments, ConditionalDistribution
 from .densities import scored, to_event
 from .links import Link, link_of
 
-__all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "Word"]
+__all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "ParameterSpec"]
 
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    r"""Says that a parameter is computed from the features of each row, by a linear layer.
+    r"""A parameter that a linear layer computes from the features of each row.
 
     .. math:: \theta(h) = g^{-1}(W h + b)
 
     Arguments:
-        shape: The parameter's size where the shape of x does not tell it (the number of
+        shape: The parameter's size if the shape of x does not determine it (the number of
             categories, the rank of a factor): an int or a tuple.
         link: The name of the link (`"identity"`, `"log"`, `"logit"`, `"softplus"`) or a
             transform; by default the one of the parameter's constraint.
 
     Raises:
-        ValueError: Where a size is not a positive integer.
+        ValueError: If a size is not a positive integer.
 
     Example:
         >>> import pyro.distributions as dist
@@ -53,16 +54,16 @@ class Predicted:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Says that a parameter is learned, and the same for every row.
+    """A parameter that is learned, and the same for every row.
 
     Arguments:
-        init: Where it starts, as a value of the parameter itself.
+        init: Its start, a value of the parameter itself.
         scalar: Whether one number serves all elements of the event; else each has its own.
-        shape: The parameter's size where the shape of x does not tell it.
+        shape: The parameter's size if the shape of x does not determine it.
         link: The name of the link or a transform; by default the one of its constraint.
 
     Raises:
-        ValueError: Where a size is not a positive integer.
+        ValueError: If a size is not a positive integer.
 
     Example:
         >>> import pyro.distributions as dist
@@ -85,7 +86,7 @@ class Shared:
         return _call("Shared", init=self.init, scalar=scalar, shape=self.shape, link=self.link)
 
 
-Word: TypeAlias = Predicted | Shared | float | int | bool | str | Tensor | None
+ParameterSpec: TypeAlias = Predicted | Shared | float | int | bool | str | Tensor | None
 
 ALTERNATIVES = (
     ("logits", "probs"),
@@ -94,26 +95,25 @@ ALTERNATIVES = (
 )
 
 
-class Family(nn.Module):
+class Family(ConditionalDistribution):
     r"""Creates a family of distributions, one for each row of features.
 
     .. math:: p(y \mid h) = D(y;\ \theta_1(h), \theta_2(h), \dots)
 
-    Each parameter of the Pyro distribution :math:`D` is written as in a GLM: nothing or
-    :class:`Predicted` where it is computed from the features, :class:`Shared` where it is learned
-    and the same for every row, a number or tensor where it is fixed, `None` where it is left out.
-    Shapes and links follow from the distribution's own `arg_constraints`. A family is a
-    specification until it is built for an event shape.
+    Each parameter of the Pyro distribution :math:`D` is written as in a GLM. :class:`Predicted`
+    computes it from the features, and is the default. :class:`Shared` learns one value for all
+    rows. A number or a tensor fixes it, `None` leaves it out. Shapes and links follow from the
+    distribution's `arg_constraints`. A family has no layers until it is built for an event shape.
 
-    To add one, subclass it with an `__init__` whose arguments are the distribution's parameters
-    by their names, and hand them on.
+    To add a named family, subclass it together with its role, :class:`Likelihood` say. Write an
+    `__init__` whose arguments are the distribution's parameters, and pass them on by name.
 
     Arguments:
         distribution: A class of Pyro distributions.
-        parameters: A word on each of its parameters.
+        parameters: How each parameter is obtained: `Predicted()`, `Shared()` or a fixed value.
 
     Raises:
-        ValueError: Where a word is on something that is not a parameter, or a count is not given.
+        ValueError: If there is no such parameter, or one without a default is missing.
 
     Example:
         >>> import pyro.distributions as dist
@@ -125,27 +125,26 @@ class Family(nn.Module):
     """
 
     default: type[Predicted] | type[Shared] = Predicted
-    _like: Tensor
     event_shape: torch.Size
-    feature_shape: torch.Size | None = None
+    _like: Tensor
 
-    def __init__(self, distribution: type[Distribution], /, **parameters: Word) -> None:
+    def __init__(self, distribution: type[Distribution], /, **parameters: ParameterSpec) -> None:
         super().__init__()
         self.distribution: Any = _checked_class(distribution)
-        self.words = parameters
-        _check_words(distribution, self.constraints, parameters)
+        self.specs = parameters
+        _check_specs(distribution, self.constraints, parameters)
         self.is_built = False
 
     @property
     def constraints(self) -> dict[str, Constraint]:
-        """Where the values of each parameter must lie, as the distribution says."""
+        """The constraint of each parameter, as the distribution declares it."""
         found = getattr(self.distribution, "arg_constraints", {})
         return dict(found) if isinstance(found, Mapping) else {}
 
-    def arguments(self) -> dict[str, Any]:
-        """What the constructor was called with, by name."""
-        own = {"distribution": self.distribution} if _takes_class(type(self)) else {}
-        return own | self.words
+    def arguments(self) -> Arguments:
+        """Returns the arguments of the constructor, positional and by name."""
+        names_its_own = type(self).__init__ is not Family.__init__
+        return (() if names_its_own else (self.distribution,)), dict(self.specs)
 
     def build(
         self, event_shape: tuple[int, ...], features: Tensor | None = None, *, extra: Any = ()
@@ -155,11 +154,11 @@ class Family(nn.Module):
         Arguments:
             event_shape: The shape of one draw, (*event).
             features: An example of the features, (rows, units) or (rows, channels, *sizes) with
-                the event's trailing sizes; `None` where nothing is predicted.
-            extra: Dims before the event, of a mixture's components, say.
+                the event's trailing sizes; `None` if nothing is predicted.
+            extra: Dims before the event, those of a mixture's components for example.
 
         Raises:
-            ValueError: Where a parameter's shape cannot be told, or the features' do not fit.
+            ValueError: If a parameter's shape is not determined, or the features do not fit.
         """
         self.event_shape = torch.Size(event_shape)
         self.extra = torch.Size(extra)
@@ -170,57 +169,57 @@ class Family(nn.Module):
         self.shared = nn.ParameterDict()
         self.links: dict[str, Any] = {}
         self.shapes: dict[str, torch.Size] = {}
-        for name, word in self._complete_words().items():
-            self._build_parameter(name, word, features)
+        for name, spec in self._all_specs().items():
+            self._build_parameter(name, spec, features)
         self.is_built = True
         return self
 
     def _fixed_dtype(self) -> torch.dtype:
         """The widest of torch's default and the fixed tensors, which so keep their values."""
         dtype = torch.get_default_dtype()
-        for word in self.words.values():
-            if isinstance(word, Tensor) and word.is_floating_point():
-                dtype = torch.promote_types(dtype, word.dtype)
+        for spec in self.specs.values():
+            if isinstance(spec, Tensor) and spec.is_floating_point():
+                dtype = torch.promote_types(dtype, spec.dtype)
         return dtype
 
-    def _complete_words(self) -> dict[str, Word]:
+    def _all_specs(self) -> dict[str, ParameterSpec]:
         left_out = {
             other
             for group in ALTERNATIVES
-            for other in _others(group, self.words, self.constraints)
+            for other in _others(group, self.specs, self.constraints)
         }
         names = [name for name in self.constraints if name not in left_out]
-        unsaid: dict[str, Word] = {
-            name: self.default() for name in names if name not in self.words
+        defaults: dict[str, ParameterSpec] = {
+            name: self.default() for name in names if name not in self.specs
         }
-        return unsaid | {k: v for k, v in self.words.items() if v is not None}
+        return defaults | {k: v for k, v in self.specs.items() if v is not None}
 
-    def _build_parameter(self, name: str, word: Word, features: Tensor | None) -> None:
-        if isinstance(word, Tensor):
-            dtype = self._like.dtype if word.is_floating_point() else word.dtype
-            fixed = word.detach().to(self._like.device, dtype, copy=True)
+    def _build_parameter(self, name: str, spec: ParameterSpec, features: Tensor | None) -> None:
+        if isinstance(spec, Tensor):
+            dtype = self._like.dtype if spec.is_floating_point() else spec.dtype
+            fixed = spec.detach().to(self._like.device, dtype, copy=True)
             self.register_buffer(f"fixed_{name}", fixed)
-        if not isinstance(word, Predicted | Shared):
+        if not isinstance(spec, Predicted | Shared):
             return
         constraint = self.constraints.get(name, constraints.real)
-        self.links[name] = link_of(constraint, word.link)
-        self.shapes[name] = self._parameter_shape(name, word, constraint)
-        shape = self._free_shape(name, word)
-        if isinstance(word, Shared):
+        self.links[name] = link_of(constraint, spec.link)
+        self.shapes[name] = self._parameter_shape(name, spec, constraint)
+        shape = self._free_shape(name, spec)
+        if isinstance(spec, Shared):
             free = _event_dim(constraint) > self._support_dim() and not _is_square(constraint)
-            spread = 0.1 if free and not word.scalar else 0.0
-            self.shared[name] = _shared(name, word, shape, self.links[name], self._like, spread)
+            spread = 0.1 if free and not spec.scalar else 0.0
+            self.shared[name] = _shared(name, spec, shape, self.links[name], self._like, spread)
         else:
             self.heads[name] = _Head(name, shape, self._event(), features)
 
     def _event(self) -> torch.Size:
         return self.extra + self.event_shape
 
-    def _parameter_shape(self, name: str, word: Predicted | Shared, constraint: Any) -> torch.Size:
+    def _parameter_shape(self, name: str, spec: Predicted | Shared, constraint: Any) -> torch.Size:
         event, n, m = self._event(), self._support_dim(), _event_dim(constraint)
         batch, own = event[: len(event) - n], event[len(event) - n :]
-        if word.shape is not None:
-            named = (word.shape,) if isinstance(word.shape, int) else tuple(word.shape)
+        if spec.shape is not None:
+            named = (spec.shape,) if isinstance(spec.shape, int) else tuple(spec.shape)
             return (event if m > n else batch) + torch.Size(named)
         if m <= n:
             return batch + own[:m]
@@ -231,13 +230,13 @@ class Family(nn.Module):
             f"{name}=Predicted(shape=...); got an event of shape {tuple(self.event_shape)} alone."
         )
 
-    def _free_shape(self, name: str, word: Predicted | Shared) -> torch.Size:
+    def _free_shape(self, name: str, spec: Predicted | Shared) -> torch.Size:
         """The shape of the unconstrained values behind a parameter."""
         link = self.links[name]
-        if not isinstance(word, Shared) or not word.scalar:
+        if not isinstance(spec, Shared) or not spec.scalar:
             return torch.Size(link.inverse_shape(self.shapes[name]))
         if link.domain.event_dim > 0:
-            raise ValueError(f"Expected {name} to have elements of its own; got {word!r}.")
+            raise ValueError(f"Expected {name} to have elements of its own; got {spec!r}.")
         return torch.Size()
 
     def _support_dim(self) -> int:
@@ -269,25 +268,21 @@ class Family(nn.Module):
             values[name] = self.links[name](head(features).to(self._like.dtype))
         for name, parameter in self.shared.items():
             values[name] = self.links[name](parameter).expand(self.shapes[name])
-        for name, word in self.words.items():
-            if word is not None and name not in values:
-                values[name] = self._fixed(name, word)
+        for name, spec in self.specs.items():
+            if spec is not None and name not in values:
+                values[name] = self._fixed(name, spec)
         return values
 
-    def _fixed(self, name: str, word: Word) -> Any:
-        if isinstance(word, Tensor):
+    def _fixed(self, name: str, spec: ParameterSpec) -> Any:
+        if isinstance(spec, Tensor):
             return getattr(self, f"fixed_{name}")
-        if isinstance(word, float) or (isinstance(word, int) and name in self.constraints):
-            return torch.full_like(self._like, float(word))
-        return word
+        if isinstance(spec, float) or (isinstance(spec, int) and name in self.constraints):
+            return torch.full_like(self._like, float(spec))
+        return spec
 
-    def extra_repr(self) -> str:
-        """The words, as they were written."""
-        named = [self.distribution.__name__] if _takes_class(type(self)) else []
-        return ", ".join(named + [f"{name}={short(word)}" for name, word in self.words.items()])
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
+    def _title(self) -> str:
+        name: str = self.distribution.__name__
+        return name
 
 
 class _Head(nn.Module):
@@ -347,37 +342,37 @@ def _signature(distribution: type[Distribution]) -> dict[str, inspect.Parameter]
     return {k: v for k, v in parameters.items() if k not in ("self", "validate_args")}
 
 
-def _check_words(
-    distribution: type[Distribution], known: dict[str, Any], words: Mapping[str, Word]
+def _check_specs(
+    distribution: type[Distribution], known: dict[str, Any], specs: Mapping[str, ParameterSpec]
 ) -> None:
     signature = _signature(distribution)
-    for name, word in words.items():
+    for name, spec in specs.items():
         if name not in signature and name not in known:
             hint = perhaps(name, [*signature, *known])
             raise ValueError(
                 f"Expected parameters of {distribution.__name__} out of {sorted(signature)}"
                 f"{hint}; got {name!r}."
             )
-        if not isinstance(word, Predicted | Shared | int | float | str | Tensor | None):
+        if not isinstance(spec, Predicted | Shared | int | float | str | Tensor | None):
             raise ValueError(
-                f"Expected {name} to be Predicted(), Shared(), a number or a tensor; got {word!r}."
+                f"Expected {name} to be Predicted(), Shared(), a number or a tensor; got {spec!r}."
             )
-        if name in known and isinstance(word, int | float | Tensor):
-            _check_fixed(name, word, known[name])
+        if name in known and isinstance(spec, int | float | Tensor):
+            _check_fixed(name, spec, known[name])
     for name, parameter in signature.items():
-        if name not in words and _must_be_given(name, parameter, known):
+        if name not in specs and _must_be_given(name, parameter, known):
             raise ValueError(
                 f"Expected {name} of {distribution.__name__} to be given, as in "
                 f"{name}=...; got nothing."
             )
 
 
-def _check_fixed(name: str, word: float | Tensor, constraint: Any) -> None:
-    value = torch.as_tensor(word)
+def _check_fixed(name: str, spec: float | Tensor, constraint: Any) -> None:
+    value = torch.as_tensor(spec)
     if constraints.is_dependent(constraint) or value.ndim < constraint.event_dim:
         return
     if not constraint.check(value).all():
-        raise ValueError(f"Expected {name} to lie in {constraint}; got {short(word)}.")
+        raise ValueError(f"Expected {name} to lie in {constraint}; got {short(spec)}.")
 
 
 def _check_named(shape: Any) -> None:
@@ -393,11 +388,11 @@ def _must_be_given(name: str, parameter: inspect.Parameter, known: dict[str, Any
 
 
 def _others(
-    group: tuple[str, ...], words: Mapping[str, Word], known: dict[str, Any]
+    group: tuple[str, ...], specs: Mapping[str, ParameterSpec], known: dict[str, Any]
 ) -> tuple[str, ...]:
     present = [name for name in group if name in known]
-    said = [name for name in present if words.get(name) is not None]
-    kept = said[0] if said else present[0] if present else None
+    given = [name for name in present if specs.get(name) is not None]
+    kept = given[0] if given else present[0] if present else None
     return tuple(name for name in present if name != kept)
 
 
@@ -419,20 +414,20 @@ def _is_square(constraint: Any) -> bool:
 
 
 def _shared(
-    name: str, word: Shared, shape: torch.Size, link: Any, like: Tensor, spread: float
+    name: str, spec: Shared, shape: torch.Size, link: Any, like: Tensor, spread: float
 ) -> nn.Parameter:
-    if word.init is None:
+    if spec.init is None:
         return nn.Parameter(spread * torch.randn(shape, dtype=like.dtype, device=like.device))
-    init = torch.as_tensor(word.init, dtype=like.dtype, device=like.device)
+    init = torch.as_tensor(spec.init, dtype=like.dtype, device=like.device)
     value_shape = torch.Size(link.forward_shape(shape))
     try:
         start = link.inv(init.expand(value_shape)).clone()
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"Expected init of {name} to expand to shape {tuple(value_shape)}; got {word.init!r}."
+            f"Expected init of {name} to expand to shape {tuple(value_shape)}; got {spec.init!r}."
         ) from error
     if not torch.isclose(link(start), init, rtol=1e-3, atol=1e-7).all():
-        raise ValueError(f"Expected init of {name} inside its support; got {word.init!r}.")
+        raise ValueError(f"Expected init of {name} inside its support; got {spec.init!r}.")
     return nn.Parameter(start)
 
 
@@ -442,10 +437,6 @@ def _rows_of(features: Tensor, feature_shape: torch.Size | None) -> torch.Size:
     return features.shape[: features.ndim - len(feature_shape)]
 
 
-def _takes_class(family: type[Family]) -> bool:
-    return "distribution" in inspect.signature(family.__init__).parameters
-
-
 def _call(name: str, **arguments: Any) -> str:
-    said = ", ".join(f"{k}={short(v)}" for k, v in arguments.items() if v is not None)
-    return f"{name}({said})"
+    shown = ", ".join(f"{k}={short(v)}" for k, v in arguments.items() if v is not None)
+    return f"{name}({shown})"

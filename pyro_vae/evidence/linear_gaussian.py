@@ -79,7 +79,7 @@ def marginal(program: nn.Module) -> Any:
         the decoder cannot be run in float64.
     """
     vae: Any = program
-    prior = _normal(vae._prior())
+    prior = _normal(vae.prior())
     if prior is None:
         return None
     try:

@@ -1,16 +1,16 @@
 """Likelihoods p(x | z): any Pyro distribution, its parameters computed by a decoder."""
 
-from .likelihood import Likelihood as Likelihood
-from .named import Bernoulli as Bernoulli
-from .named import Beta as Beta
-from .named import BetaBinomial as BetaBinomial
-from .named import Binomial as Binomial
-from .named import Categorical as Categorical
-from .named import ContinuousBernoulli as ContinuousBernoulli
-from .named import Gamma as Gamma
-from .named import Laplace as Laplace
-from .named import LogNormal as LogNormal
-from .named import NegativeBinomial as NegativeBinomial
-from .named import Normal as Normal
-from .named import Poisson as Poisson
-from .named import StudentT as StudentT
+from .bernoulli import Bernoulli as Bernoulli
+from .beta import Beta as Beta
+from .beta_binomial import BetaBinomial as BetaBinomial
+from .binomial import Binomial as Binomial
+from .categorical import Categorical as Categorical
+from .continuous_bernoulli import ContinuousBernoulli as ContinuousBernoulli
+from .family import Family as Family
+from .gamma import Gamma as Gamma
+from .laplace import Laplace as Laplace
+from .log_normal import LogNormal as LogNormal
+from .negative_binomial import NegativeBinomial as NegativeBinomial
+from .normal import Normal as Normal
+from .poisson import Poisson as Poisson
+from .student_t import StudentT as StudentT

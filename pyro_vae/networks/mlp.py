@@ -1,26 +1,28 @@
 """A multi-layer perceptron."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from ..data.checks import is_size
+from .network import Network, checked_sizes
 
-__all__ = ["MLP", "checked_sizes"]
+__all__ = ["MLP"]
 
 
-class MLP(nn.Module):
+class MLP(Network):
     r"""Creates a multi-layer perceptron whose last hidden layer is its output.
 
     .. math:: h_0 = \mathrm{flatten}(x), \qquad h_l = \sigma(W_l h_{l-1} + b_l)
 
-    The layers are made at the first batch, in a VAE when it is built, from its seed. A family
-    puts its own linear layer behind.
+    The layers are made at the first batch; in a VAE that is when the VAE is made, from its seed. A
+    family adds a linear layer of its own.
 
     Arguments:
-        hidden: The numbers of units of the layers; without any the network only flattens.
+        hidden: The numbers of units of the layers; without any, the network only flattens.
         activation: The class of the activation, built without arguments.
 
     Raises:
-        ValueError: Where a number of units is not a positive integer.
+        ValueError: If a number of units is not a positive integer.
 
     Example:
         >>> network = MLP(32, 16)
@@ -37,22 +39,11 @@ class MLP(nn.Module):
             layers += [nn.LazyLinear(outputs), activation()]
         self.layers = nn.Sequential(*layers)
 
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of the constructor, positional and by name."""
+        return self.hidden, {"activation": self.activation}
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps (rows, *event) to (rows, units)."""
-        return self.layers(x)
-
-
-def checked_sizes(what: str, sizes: tuple[int, ...], *, at_least: int = 0) -> tuple[int, ...]:
-    """Returns numbers of units or channels, checked.
-
-    Arguments:
-        what: What is counted, in the plural.
-        sizes: The numbers.
-        at_least: How many there must be.
-
-    Raises:
-        ValueError: If there are too few, or one is not a positive integer.
-    """
-    if len(sizes) < at_least or not all(map(is_size, sizes)):
-        raise ValueError(f"Expected positive numbers of {what}; got {sizes}.")
-    return sizes
+        features: Tensor = self.layers(x)
+        return features

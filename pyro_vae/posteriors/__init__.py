@@ -1,7 +1,7 @@
 """Posteriors q(z | x): any Pyro distribution, its parameters computed by an encoder."""
 
-from .named import Delta as Delta
-from .named import LowRankMultivariateNormal as LowRankMultivariateNormal
-from .named import MultivariateNormal as MultivariateNormal
-from .named import Normal as Normal
-from .posterior import Posterior as Posterior
+from .delta import Delta as Delta
+from .family import Family as Family
+from .low_rank_multivariate_normal import LowRankMultivariateNormal as LowRankMultivariateNormal
+from .multivariate_normal import MultivariateNormal as MultivariateNormal
+from .normal import Normal as Normal

@@ -1,7 +1,7 @@
 """Priors p(z): any Pyro distribution, fixed or learned, and what is more than one."""
 
+from .family import Family as Family
+from .from_distribution import from_distribution as from_distribution
 from .mixture import Mixture as Mixture
-from .prior import Prior as Prior
-from .prior import StandardNormal as StandardNormal
-from .prior import from_distribution as from_distribution
-from .vamp import VampPrior as VampPrior
+from .standard_normal import StandardNormal as StandardNormal
+from .vamp_prior import VampPrior as VampPrior

@@ -4,17 +4,17 @@ import copy
 
 import pyro.distributions as dist
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from ..data.checks import checked_number_of, checked_shape
-from ..distributions import Family, Shared
+from ..data.checks import checked_number_of, checked_shape, size_of
+from ..distributions import Arguments, Family, Prior, Shared
 
 __all__ = ["Mixture", "mixture_of"]
 
 
-class Mixture(nn.Module):
+class Mixture(Prior):
     r"""Creates the prior that is a mixture of K learned components.
 
     .. math:: p(z) = \sum_{k=1}^{K} \mathrm{softmax}(\eta)_k\, D(z;\ \theta_k)
@@ -26,7 +26,7 @@ class Mixture(nn.Module):
             default, independent in the latents.
 
     Raises:
-        ValueError: Where a size is not a positive integer.
+        ValueError: If a size is not a positive integer.
 
     Example:
         >>> Mixture(10, 8)().event_shape
@@ -41,20 +41,20 @@ class Mixture(nn.Module):
     ) -> None:
         super().__init__()
         self.num_components = checked_number_of("components", num_components)
-        self.event_shape = checked_shape(event_shape)
+        self.event_shape = torch.Size(checked_shape(event_shape))
         normal = Family(dist.Normal, loc=Shared(), scale=Shared(init=1.0))
         self.component = copy.deepcopy(normal if component is None else component)
-        self.component.build(self.event_shape, extra=(num_components,))
+        self.component.build(tuple(self.event_shape), extra=(num_components,))
         self.logits = nn.Parameter(torch.zeros(num_components))
         with torch.no_grad():
             for parameter in self.component.shared.values():
                 parameter += 0.5 * torch.randn_like(parameter)
 
-    def extra_repr(self) -> str:
-        """The arguments, as they were written."""
-        return f"{self.num_components}, {self.event_shape}"
+    def arguments(self) -> Arguments:
+        """Returns the arguments of the constructor, positional and by name."""
+        return (self.num_components, size_of(self.event_shape)), {"component": self.component}
 
-    def forward(self) -> Distribution:
+    def forward(self, features: Tensor | None = None) -> Distribution:
         """Returns p(z), of batch shape () and event shape (*event)."""
         return mixture_of(self.logits, self.component())
 
@@ -67,7 +67,7 @@ class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
         return self.component_distribution.support
 
 
-def mixture_of(logits: torch.Tensor, components: Distribution) -> Distribution:
+def mixture_of(logits: Tensor, components: Distribution) -> Distribution:
     """Returns the mixture of the distributions along the last batch dim.
 
     Arguments:

@@ -1,7 +1,6 @@
 """Programs on disk: a folder of safetensors beside a readable specification."""
 
 import hashlib
-import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -28,23 +27,23 @@ from ..data.files import (
     write_tensors,
 )
 from ..data.rows import floating_like
-from ..distributions import family as families
-from ..distributions.family import Predicted, Shared
+from ..distributions import Family, Predicted, Shared
 from ..engine.running import device_of, kept_generators
 from .vae import VAE
 
 __all__ = ["load", "save", "write_program"]
 
 _SPEC, _WEIGHTS = "spec.json", "weights.safetensors"
-_FORMAT = "pyro_vae 1"
-_ROOMS: dict[str, ModuleType] = {
-    "families": families,
-    "likelihoods": likelihoods,
-    "networks": networks,
-    "posteriors": posteriors,
-    "priors": priors,
+_FORMAT = "pyro_vae 3"
+_KEYS: dict[str, type] = {
+    "format": str,
+    "parts": dict,
+    "dtype": str,
+    "training": bool,
+    "versions": dict,
+    "sha256": dict,
 }
-_WORDS = {"Predicted": Predicted, "Shared": Shared}
+_PARTS = {"members": 1}  # what a program consists of, each with the version of its form
 
 
 def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -96,7 +95,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
     others = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SPEC)
     content: dict[str, Any] = {
         "format": _FORMAT,
-        "program": spec,
+        "parts": {"members": {"version": _PARTS["members"], "program": spec}},
         "dtype": str(floating_like(program).dtype).removeprefix("torch."),
         "training": program.training,
         "versions": _versions(),
@@ -133,9 +132,10 @@ def load(
     state = {k.removeprefix("program."): v for k, v in tensors.items() if k.startswith("program.")}
     if into is None:
         with kept_generators(), _of_few_levels(folder):
-            program = _decode(spec["program"], tensors)
+            members = spec["parts"].get("members", {}).get("program")
+            program = _decode(members, tensors)
         if not isinstance(program, nn.Module):
-            raise ValueError(f"Expected {folder} to hold a program; got {spec['program']!r}.")
+            raise ValueError(f"Expected {folder} to hold a program; got {members!r}.")
         program.to(target, getattr(torch, spec["dtype"])).train(spec["training"])
     else:
         program = into
@@ -150,12 +150,25 @@ def _checked_spec(folder: Path) -> dict[str, Any]:
     if not (folder / _SPEC).exists():
         raise ValueError(f"Expected a folder with {_SPEC}; got {folder}, which has none.")
     spec = read_json(folder / _SPEC)
-    expected = {"format": str, "program": dict, "dtype": str, "training": bool, "sha256": dict}
-    if any(not isinstance(spec.get(k), t) for k, t in expected.items()) or (
-        spec["format"] != _FORMAT or spec["dtype"] not in _DTYPES
-    ):
+    if spec.get("format") != _FORMAT and isinstance(spec.get("format"), str):
+        raise ValueError(
+            f"{folder / _SPEC} has the format {spec['format']!r}; this version reads {_FORMAT!r}. "
+            "Load it with the version of pyro_vae that wrote it."
+        )
+    is_complete = all(isinstance(spec.get(key), kind) for key, kind in _KEYS.items())
+    if not is_complete or spec["dtype"] not in _DTYPES:
         raise ValueError(
             f"Expected {folder / _SPEC} to be a specification of pyro_vae; got another."
+        )
+    parts = spec["parts"]
+    unknown = sorted(spec.keys() - _KEYS.keys()) + sorted(parts.keys() - _PARTS.keys())
+    for name, part in parts.items():
+        if name in _PARTS and (not isinstance(part, dict) or part.get("version") != _PARTS[name]):
+            unknown.append(f"another version of {name}")
+    if unknown:
+        raise ValueError(
+            f"{folder / _SPEC} holds {', '.join(unknown)}, which this version does not know. Load "
+            "it with a newer version of pyro_vae."
         )
     with _of_few_levels(folder):
         is_as_saved = spec["sha256"].pop(_SPEC, None) == _digest(spec)
@@ -216,109 +229,101 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, tuple | list):
         return [_encode(item, tensors) for item in value]
     if isinstance(value, Predicted | Shared):
-        return {"word": type(value).__name__, **_encode_all(vars(value), tensors)}
-    name = getattr(value, "__name__", "")
-    if inspect.isclass(value) and getattr(dist, name, None) is value:
-        return {"distribution": name}
-    if inspect.isclass(value) and getattr(nn, name, None) is value:
-        return {"activation": name}
+        return {"parameter": type(value).__name__, **_encode_call((), vars(value), tensors)}
+    if isinstance(value, type):
+        return _encode_class(value)
     return _encode_member(value, tensors)
+
+
+def _encode_class(value: type) -> dict[str, str]:
+    for kind, module in (("distribution", dist), ("activation", nn)):
+        if vars(module).get(value.__name__) is value:
+            return {kind: value.__name__}
+    return {"foreign": f"{value.__module__}.{value.__qualname__}"}
 
 
 def _encode_member(value: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if type(value) is nn.Identity:
         return {"member": "Identity"}
-    if type(value) is VAE:
-        return {"member": "VAE", **_encode_all(value.arguments(), tensors)}
-    for room, module in _ROOMS.items():
-        if getattr(module, type(value).__name__, None) is type(value):
-            name = f"{room}.{type(value).__name__}"
-            return {"member": name, **_encode_all(_arguments(value), tensors)}
+    for name, kind in _members().items():
+        if type(value) is kind:
+            args, kwargs = value.arguments()
+            return {"member": name, **_encode_call(args, kwargs, tensors)}
     return {"foreign": f"{type(value).__module__}.{type(value).__qualname__}"}
 
 
-def _encode_all(arguments: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {"arguments": {k: _encode(v, tensors) for k, v in arguments.items()}}
+def _encode_call(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    return {
+        "args": [_encode(value, tensors) for value in args],
+        "kwargs": {name: _encode(value, tensors) for name, value in kwargs.items()},
+    }
 
 
-def _arguments(member: nn.Module) -> dict[str, Any]:
-    """What a member was built with: it says so itself, or keeps each argument under its name."""
-    said = getattr(member, "arguments", None)
-    if callable(said):
-        return dict(said())
-    return {name: getattr(member, name) for name in _parameters(type(member))}
-
-
-def _parameters(member: type) -> dict[str, inspect.Parameter]:
-    return {k: v for k, v in inspect.signature(member).parameters.items()}
+def _members() -> dict[str, type[Any]]:
+    """The classes that a specification may name, by room and name."""
+    found: dict[str, type[Any]] = {"VAE": VAE, "Family": Family}
+    for room in (likelihoods, networks, posteriors, priors):
+        for name, value in vars(room).items():
+            if isinstance(value, type) and issubclass(value, nn.Module):
+                found[f"{room.__name__.rpartition('.')[2]}.{name}"] = value
+    return found
 
 
 def _decode(spec: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(spec, list):
+        return tuple(_decode(item, tensors) for item in spec)
     if not isinstance(spec, dict):
-        return tuple(_decode(s, tensors) for s in spec) if isinstance(spec, list) else spec
-    if "foreign" in spec:
-        raise _unknown(spec["foreign"])
+        return spec
     if "tensor" in spec:
-        return _found(spec["tensor"], tensors)
+        name = _only(spec, "tensor")
+        if name not in tensors:
+            raise ValueError(f"Expected the tensor {name!r} beside the specification; got none.")
+        return tensors[name]
     if "distribution" in spec:
-        return _public_class(dist, spec["distribution"], Distribution)
+        return _class_of(dist, _only(spec, "distribution"), Distribution)
     if "activation" in spec:
-        return _public_class(nn, spec["activation"], nn.Module)
-    return _decode_call(spec, tensors)
+        return _class_of(nn, _only(spec, "activation"), nn.Module)
+    if "parameter" in spec:
+        return _decode_call({"Predicted": Predicted, "Shared": Shared}, "parameter", spec, tensors)
+    return _decode_call({**_members(), "Identity": nn.Identity}, "member", spec, tensors)
 
 
-def _decode_call(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    build = _named(spec)
-    arguments = spec.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise ValueError(f"Expected arguments by name in a specification; got {arguments!r}.")
-    return _called(build, {name: _decode(value, tensors) for name, value in arguments.items()})
+def _only(spec: dict[str, Any], key: str) -> str:
+    """The one entry of a small object."""
+    if spec.keys() != {key} or not isinstance(spec[key], str):
+        raise _unknown(spec)
+    return str(spec[key])
 
 
-def _named(spec: dict[str, Any]) -> type:
-    name = str(spec.get("word", spec.get("member")))
-    if "word" in spec and name in _WORDS:
-        return _WORDS[name]
-    if name == "VAE":
-        return VAE
-    if name == "Identity":
-        return nn.Identity
-    room, _, member = name.partition(".")
-    if room not in _ROOMS or member.startswith("_"):
-        raise _unknown(name)
-    return _public_class(_ROOMS[room], member, nn.Module)
-
-
-def _public_class(room: ModuleType, name: Any, kind: type) -> type:
-    found = vars(room).get(name) if isinstance(name, str) and not name.startswith("_") else None
-    if not (inspect.isclass(found) and issubclass(found, kind)):
+def _class_of(room: ModuleType, name: str, kind: type) -> type:
+    found = vars(room).get(name)
+    if name.startswith("_") or not (isinstance(found, type) and issubclass(found, kind)):
         raise _unknown(f"{room.__name__}.{name}")
     return found
 
 
-def _called(build: type, arguments: dict[str, Any]) -> Any:
-    positional: list[Any] = []
+def _decode_call(
+    classes: Mapping[str, type], key: str, spec: dict[str, Any], tensors: dict[str, Tensor]
+) -> Any:
+    name, args, kwargs = spec.get(key), spec.get("args", []), spec.get("kwargs", {})
+    if not isinstance(name, str) or name not in classes or spec.keys() - {key, "args", "kwargs"}:
+        raise _unknown(spec.get("foreign", name))
+    if not (isinstance(args, list) and isinstance(kwargs, dict)):
+        raise ValueError(f"Expected arguments of {name} in a specification; got {args}, {kwargs}.")
+    given = [_decode(value, tensors) for value in args]
+    named = {key: _decode(value, tensors) for key, value in kwargs.items()}
     try:
-        for name, parameter in _parameters(build).items():
-            if parameter.kind is parameter.POSITIONAL_ONLY and name in arguments:
-                positional.append(arguments.pop(name))
-            elif parameter.kind is parameter.VAR_POSITIONAL:
-                positional.extend(arguments.pop(name, ()))
-        return build(*positional, **arguments)
+        return classes[name](*given, **named)
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"Expected arguments of {build.__name__} in a specification; got {error}."
+            f"Expected arguments of {name} in a specification; got {error}."
         ) from error
-
-
-def _found(name: Any, tensors: dict[str, Tensor]) -> Tensor:
-    if not isinstance(name, str) or name not in tensors:
-        raise ValueError(f"Expected the tensor {name!r} beside the specification; got none.")
-    return tensors[name]
 
 
 def _unknown(name: Any) -> ValueError:
     return ValueError(
-        f"Expected a specification of members of pyro_vae and Pyro distributions; got {name!r}: "
-        "build the program yourself and call pyro_vae.load(path, into=program)."
+        f"Expected a specification of members of pyro_vae and Pyro distributions; got {name!r}. "
+        "Build the program yourself and call pyro_vae.load(path, into=program)."
     )

@@ -1,4 +1,4 @@
-"""The likelihood of any Pyro distribution, and the check of data against it."""
+"""Checks of data against the support of a distribution."""
 
 from typing import Any
 
@@ -7,73 +7,55 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..distributions import Family, Word
-from ..distributions.links import base_of
+from .links import base_of
 
-__all__ = ["Likelihood"]
+__all__ = ["check_finite", "check_support"]
 
 
-class Likelihood(Family):
-    r"""Creates the likelihood of any Pyro distribution.
-
-    .. math:: p(x \mid z) = D(x;\ \theta_1(h), \theta_2(h), \dots), \qquad h = \mathrm{decoder}(z)
+def check_finite(x: Tensor) -> None:
+    """Refuses values that are NaN or infinite.
 
     Arguments:
-        distribution: A class of Pyro distributions.
-        parameters: A word on each of its parameters, as in :class:`pyro_vae.families.Family`:
-            predicted from the decoder's features where nothing is said, `Shared`, or fixed.
+        x: Rows (rows, *event_shape).
 
     Raises:
-        ValueError: Where a word is on something that is not a parameter, or a count is not given.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro_vae import Shared
-        >>> Likelihood(dist.StudentT, df=4.0, scale=Shared())
-        Likelihood(StudentT, df=4.0, scale=Shared())
+        ValueError: If there are any; it names the first, its column and the rows that have some.
     """
+    for bad, wanted in ((torch.isnan(x), "data without NaN"), (torch.isinf(x), "finite data")):
+        if bad.any():
+            raise ValueError(f"Expected {wanted}; got {_place(x, bad)}.")
 
-    def __init__(self, distribution: type[Distribution], /, **parameters: Word) -> None:
-        super().__init__(distribution, **parameters)
 
-    def check(self, x: Tensor) -> None:
-        """Refuses data that the distribution cannot have produced.
+def check_support(example: Distribution, x: Tensor, name: str) -> None:
+    """Refuses values outside the support of a distribution, or at an edge of infinite density.
 
-        Bounds that are learned refuse nothing; counts that must sum to a total are summed; at
-        the edge of a support, as 0 and 1 of a beta's, the density must be finite.
+    A support whose bounds are learned refuses nothing; neither does a distribution without one.
 
-        Arguments:
-            x: Rows of shape (rows, *event_shape).
+    Arguments:
+        example: The distribution, at any features.
+        x: Finite rows (rows, *event_shape).
+        name: What the distribution is called in the message.
 
-        Raises:
-            ValueError: Where a value is NaN, infinite or outside the support.
-        """
-        nan = torch.isnan(x)
-        if nan.any():
-            raise ValueError(f"Expected data without NaN; got {_found(x, nan)}.")
-        infinite = torch.isinf(x)
-        if infinite.any():
-            raise ValueError(f"Expected finite data; got {_found(x, infinite)}.")
-        with torch.enable_grad():
-            example = self._at_zero()
+    Raises:
+        ValueError: If there are such values; it names the first, its column and the rows.
+    """
+    try:
         base = base_of(example.support)
-        if _is_learned(base):
-            return
-        outside = _outside(base, x)
-        if is_inside := not outside.any():
-            outside = _at_infinite_edge(example, base, x)
-        if outside.any():
-            edge = f" (the log-density is infinite at {_first(x, outside)})"
-            remark = edge if is_inside else _hint(base)
-            raise ValueError(
-                f"Expected data in the support of {self.distribution.__name__}, "
-                f"{_name(base)}{remark}; got {_found(x, outside)}."
-            )
-
-    def _at_zero(self) -> Distribution:
-        if self.feature_shape is None:
-            return self()
-        return self(self._like.new_zeros((1, *self.feature_shape)))
+    except NotImplementedError:
+        return
+    bounds = [bound for bound in vars(base).values() if isinstance(bound, Tensor)]
+    if any(bound.requires_grad for bound in bounds):
+        return
+    outside = _outside(base, x)
+    remark = _hint(base)
+    if not outside.any():
+        outside = _at_infinite_edge(example, base, x)
+        remark = f" (the log-density is infinite at {_first(x, outside)})" if outside.any() else ""
+    if outside.any():
+        raise ValueError(
+            f"Expected data in the support of {name}, {_describe(base)}{remark}; got "
+            f"{_place(x, outside)}."
+        )
 
 
 def _outside(base: Any, x: Tensor) -> Tensor:
@@ -106,11 +88,7 @@ def _over_event(elements: Tensor, bad: Tensor) -> Tensor:
     return elements.flatten(bad.ndim).any(-1) if elements.ndim > bad.ndim else elements
 
 
-def _is_learned(base: constraints.Constraint) -> bool:
-    return any(isinstance(bound, Tensor) and bound.requires_grad for bound in vars(base).values())
-
-
-def _found(x: Tensor, bad: Tensor) -> str:
+def _place(x: Tensor, bad: Tensor) -> str:
     """The first bad value, its place in its row, and the rows that have one."""
     rows = bad.reshape(len(bad), -1).any(-1).nonzero().flatten()
     _, *place = bad.nonzero()[0].tolist()
@@ -132,7 +110,7 @@ def _hint(base: constraints.Constraint) -> str:
     return " (binarize grey levels, or take ContinuousBernoulli or Beta)" if is_binary else ""
 
 
-def _name(base: constraints.Constraint) -> str:
+def _describe(base: constraints.Constraint) -> str:
     low, high = (_bound(base, name) for name in ("lower_bound", "upper_bound"))
     for kind, said in (
         (constraints.boolean, "0 or 1"),

@@ -1,0 +1,174 @@
+"""The one idea of the package: a module that returns a distribution, given features."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
+
+from ..data.checks import short
+from .support import check_finite, check_support
+
+__all__ = ["Arguments", "ConditionalDistribution", "Encode", "Likelihood", "Posterior", "Prior"]
+
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Encode: TypeAlias = Callable[[Tensor], Distribution]
+
+
+class ConditionalDistribution(nn.Module, ABC):
+    r"""A module whose forward returns a Pyro distribution, given features.
+
+    .. math:: h \mapsto p(y \mid h)
+
+    A prior, a likelihood and a posterior are three kinds of it. They differ in their features:
+    none for a :class:`Prior`, the decoder's output for a :class:`Likelihood`, the encoder's output
+    for a :class:`Posterior`. Whatever a program may ask of a member is declared here.
+
+    To write one of your own:
+
+    - Subclass :class:`Prior`, :class:`Likelihood` or :class:`Posterior`.
+    - Write `forward(features)`. It returns a distribution of `pyro.distributions` whose batch
+      shape is that of the rows of features, and whose event shape is that of one draw.
+    - If layers depend on sizes, make them in `build`, and return `self`.
+    - If some values cannot have been drawn from it, refuse them in `check`.
+
+    Attributes:
+        event_shape: The shape of one draw, once it is known.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> class Tied(Likelihood):
+        ...     def build(self, event_shape, features=None):
+        ...         self.loc = nn.Linear(features.shape[-1], *event_shape)
+        ...         return super().build(event_shape, features)
+        ...
+        ...     def forward(self, features=None):
+        ...         return dist.Normal(self.loc(features), 0.1).to_event(1)
+        >>> Tied().build((3,), torch.ones(2, 4))(torch.ones(5, 4)).batch_shape
+        torch.Size([5])
+    """
+
+    event_shape: torch.Size = torch.Size()
+    feature_shape: torch.Size | None = None
+    _like: Tensor
+
+    def build(self, event_shape: tuple[int, ...], features: Tensor | None = None) -> Self:
+        r"""Makes what depends on sizes; a program calls it once, for all but the prior.
+
+        Arguments:
+            event_shape: The shape of one draw.
+            features: An example of the features, (rows, \*feature_shape), if any.
+        """
+        self.event_shape = torch.Size(event_shape)
+        if features is not None:
+            self.feature_shape = features.shape[1:]
+            self.register_buffer("_like", features.new_zeros(()), persistent=False)
+        return self
+
+    @abstractmethod
+    def forward(self, features: Tensor | None = None) -> Distribution:
+        r"""Returns the distribution of each row.
+
+        Arguments:
+            features: Features (\*rows, \*feature_shape); `None` if there are none.
+        """
+
+    def check(self, x: Tensor) -> None:
+        r"""Refuses values that cannot have been drawn; by default it accepts all.
+
+        Arguments:
+            x: Values (rows, \*event_shape).
+
+        Raises:
+            ValueError: If there are such values; the message names the first of them.
+        """
+
+    def arguments(self) -> Arguments:
+        """Returns the arguments of the constructor, positional and by name.
+
+        A member of the package is shown and saved by them. Another class need not write it.
+        """
+        return (), {}
+
+    @property
+    def specification(self) -> "ConditionalDistribution":
+        """The member as it was given to the program, without what the program put around it."""
+        return self
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor, as they are written."""
+        args, kwargs = self.arguments()
+        return ", ".join([*map(short, args), *(f"{k}={short(v)}" for k, v in kwargs.items())])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class Prior(ConditionalDistribution):
+    """The role of p(z): a distribution over latents, without features.
+
+    It is complete when it is made, and its `event_shape` is the shape of z. A program does not
+    build it, but connects it.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> class Halves(Prior):
+        ...     event_shape = torch.Size([2])
+        ...
+        ...     def forward(self, features=None):
+        ...         return dist.HalfNormal(torch.ones(2)).to_event(1)
+        >>> Halves()().event_shape
+        torch.Size([2])
+    """
+
+    def connect(self, x_shape: tuple[int, ...], encode: Encode) -> None:
+        r"""Gives the prior what it may need of its program; most priors need nothing.
+
+        Arguments:
+            x_shape: The shape of one row of x.
+            encode: The map from rows (rows, \*x_shape) to q(z | x).
+        """
+
+    @property
+    def support(self) -> Constraint | None:
+        """Where z lies; `None` if that follows from the posterior, as for a `VampPrior`."""
+        support: Constraint = self().support
+        return support
+
+
+class Likelihood(ConditionalDistribution):
+    """The role of p(x | z): a distribution over x, given the features of a decoder."""
+
+    def check(self, x: Tensor) -> None:
+        """Refuses data that the likelihood cannot have produced.
+
+        Bounds that are learned refuse nothing. Counts that must add up to a total are summed. At
+        the edge of a support, as at 0 and 1 of a beta, the density must be finite.
+
+        Arguments:
+            x: Rows of shape (rows, *event_shape).
+
+        Raises:
+            ValueError: If a value is NaN, infinite or outside the support.
+        """
+        check_finite(x)
+        if not self.event_shape:
+            return
+        with torch.enable_grad():
+            check_support(self._example(), x, self._title())
+
+    def _example(self) -> Distribution:
+        """The distribution at features of zeros, of which the support is read."""
+        if self.feature_shape is None:
+            return self()
+        return self(self._like.new_zeros((1, *self.feature_shape)))
+
+    def _title(self) -> str:
+        return type(self).__name__
+
+
+class Posterior(ConditionalDistribution):
+    """The role of q(z | x): a distribution over latents, given the features of an encoder."""

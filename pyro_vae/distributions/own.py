@@ -1,0 +1,112 @@
+"""A user's own module in the role of a prior, a likelihood or a posterior."""
+
+from typing import Any
+
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
+
+from .conditional import Likelihood, Posterior, Prior
+
+__all__ = ["OwnLikelihood", "OwnPosterior", "OwnPrior"]
+
+
+class OwnPrior(Prior):
+    """Creates a prior of a module whose `forward()` returns a distribution.
+
+    Arguments:
+        module: The module.
+
+    Raises:
+        ValueError: If its `forward()` does not return a distribution.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        with torch.no_grad():
+            self.event_shape = self().event_shape
+
+    def forward(self, features: Tensor | None = None) -> Distribution:
+        """Returns p(z)."""
+        return _completed(self.module(), self.module)
+
+
+class OwnLikelihood(Likelihood):
+    """Creates a likelihood of a module whose `forward(features)` returns a distribution.
+
+    Arguments:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, features: Tensor | None = None) -> Distribution:
+        """Returns p(x | z)."""
+        return _completed(self.module(features), self.module)
+
+
+class OwnPosterior(Posterior):
+    """Creates a posterior of a module whose `forward(features)` returns a distribution.
+
+    Arguments:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, features: Tensor | None = None) -> Distribution:
+        """Returns q(z | x)."""
+        return _completed(self.module(features), self.module)
+
+
+class _Completed(TorchDistribution):  # type: ignore[misc]
+    """A distribution over real vectors that states neither its support nor `sample`.
+
+    So is `pyro.contrib.zuko.ZukoToPyro`: it draws when it is called, and scores.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.has_rsample = base, base.has_rsample
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        draws: Tensor = self.base(torch.Size(sample_shape))
+        return draws
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob: Tensor = self.base.log_prob(value)
+        return log_prob
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Completed":
+        return _Completed(self.base.expand(torch.Size(batch_shape)))
+
+
+def _completed(distribution: Any, module: nn.Module) -> Distribution:
+    if not isinstance(distribution, Distribution):
+        raise ValueError(
+            f"Expected forward() of {type(module).__name__} to return a distribution; got "
+            f"{type(distribution).__name__}."
+        )
+    try:
+        distribution.support  # noqa: B018 - Pyro's own default raises
+    except NotImplementedError:
+        return _Completed(distribution)
+    return distribution

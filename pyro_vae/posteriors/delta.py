@@ -1,0 +1,30 @@
+"""The posterior that is a point: the plain autoencoder, for contrast."""
+
+import pyro.distributions as dist
+
+from ..distributions import Arguments, Family, ParameterSpec, Posterior, Predicted
+
+__all__ = ["Delta"]
+
+
+class Delta(Family, Posterior):
+    r"""Creates the posterior that is a point: the plain autoencoder, for contrast.
+
+    .. math:: q(z \mid x) = \delta(z - \mu(x))
+
+    Its ELBO is :math:`\log p(x, \mu(x))`: no bound on log p(x), as the point has no density.
+
+    Arguments:
+        v: The point :math:`\mu`.
+
+    Example:
+        >>> Delta()
+        Delta(v=Predicted())
+    """
+
+    def __init__(self, *, v: ParameterSpec = Predicted()) -> None:
+        super().__init__(dist.Delta, v=v, log_density=0.0)
+
+    def arguments(self) -> Arguments:
+        """Returns the arguments of the constructor, positional and by name."""
+        return (), {"v": self.specs["v"]}
