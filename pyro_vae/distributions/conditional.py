@@ -94,7 +94,7 @@ class ConditionalDistribution(nn.Module, ABC):
         return (), {}
 
     @property
-    def specification(self) -> "ConditionalDistribution":
+    def specification(self) -> nn.Module:
         """The member as it was given to the program, without what the program put around it."""
         return self
 

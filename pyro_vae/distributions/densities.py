@@ -1,4 +1,4 @@
-"""Distributions of Pyro's, scored without the copies that torch makes on the way."""
+"""Densities that torch evaluates with needless copies, evaluated without them."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ MOST_IN_GROUP, LANES = 7, 8
 
 
 def scored(distribution: Any) -> Any:
-    """Returns the class that stands in for one of Pyro's, with the same numbers in less memory.
+    """Returns the class to use for a class of Pyro: the same numbers in less memory.
 
     Arguments:
         distribution: A class of distributions.
@@ -28,10 +28,10 @@ def scored(distribution: Any) -> Any:
 
 
 class Bernoulli(dist.Bernoulli):  # type: ignore[misc]
-    """Pyro's Bernoulli, its log-probability made in one buffer.
+    """Pyro's Bernoulli, its log-probability computed in one buffer.
 
-    torch negates a cross-entropy, in a new buffer as large as all draws of all pixels, forward
-    and backward: a tenth of the step of `DReG(50)`. A weight of -1 is multiplied in place.
+    torch negates a cross-entropy in a new buffer as large as all draws of all pixels, forward and
+    backward, which costs a tenth of a step of `DReG(50)`. A weight of -1 is applied in place.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -48,9 +48,9 @@ class Bernoulli(dist.Bernoulli):  # type: ignore[misc]
 
 
 class Normal(dist.Normal):  # type: ignore[misc]
-    """Pyro's normal, the logarithm and the square of its scale taken once for all draws.
+    """Pyro's normal; the logarithm and the square of its scale are computed once for all draws.
 
-    torch takes them of the expanded scale: of every particle, though all have the same.
+    torch computes them from the expanded scale, once for each particle, though all are equal.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -80,13 +80,13 @@ def to_event(base: Any, dims: int) -> Any:
 
 
 class Bernoullis(dist.Independent):  # type: ignore[misc]
-    r"""Independent Bernoulli variables, scored together where no gradient is asked for.
+    r"""Independent Bernoulli variables; without a gradient, their densities share logarithms.
 
     .. math:: \sum_j x_j l_j - \max(l_j, 0) - \log(1 + e^{-|l_j|})
 
-    The last logarithms are those of products over up to 7 elements, each factor between 1 and 2:
-    one logarithm where there were 7. Inductor writes out sums and products of so few, and makes
-    of all this one pass over the logits.
+    The last term is the logarithm of a product over up to 7 elements, whose factors lie between
+    1 and 2: one logarithm instead of 7. Inductor unrolls so short a product, and evaluates all
+    of this in one pass over the logits.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -107,14 +107,14 @@ class Bernoullis(dist.Independent):  # type: ignore[misc]
 
 
 def _group(size: int) -> int:
-    """How many elements share a logarithm: a divisor, if one leaves whole vectors to a CPU."""
+    """How many elements share a logarithm: a divisor of `size`, aligned to vectors if possible."""
     divisors = [few for few in range(1, MOST_IN_GROUP + 1) if size % few == 0]
     aligned = [few for few in divisors if size // few % LANES == 0]
     return max(aligned or divisors)
 
 
 def _once(expanded: Tensor) -> Tensor:
-    """A tensor without what `expand` repeats."""
+    """A tensor without the repeats that `expand` made."""
     for dim, stride in enumerate(expanded.stride()):
         if stride == 0 and expanded.shape[dim] > 1:
             expanded = expanded.narrow(dim, 0, 1)

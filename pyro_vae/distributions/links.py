@@ -21,9 +21,9 @@ SMALLEST = 1e-6
 
 
 class _BoundedExp(Transform):
-    """exp of a value kept within +- 30, so that neither 0 nor inf can come out in float32.
+    """exp of a value clamped to +- 30, so that float32 gives neither 0 nor inf.
 
-    Gradients pass the bounds (straight-through), so that a value beyond them can come back.
+    Gradients ignore the clamp (straight-through), so that a value beyond it can return.
     """
 
     domain = constraints.real
@@ -128,15 +128,15 @@ def named_links() -> dict[str, Transform]:
 def link_of(constraint: Constraint, link: Link | None = None) -> Transform:
     """Returns the map from unconstrained values to a constraint.
 
-    `transform_to` gives it, but where that would be an unbounded exp, which overflows in fresh
-    networks: positive values come from softplus(x) + 1e-6.
+    It is `transform_to(constraint)`, except for positive values: the unbounded exp overflows in
+    fresh networks, so they come from softplus(x) + 1e-6.
 
     Arguments:
-        constraint: Where the values must lie.
+        constraint: The constraint of the values.
         link: The name of a link, or a transform, to use instead.
 
     Raises:
-        ValueError: Where the name is not a link's, or nothing maps to the constraint.
+        ValueError: If no link has that name, or no transform maps to the constraint.
     """
     if isinstance(link, str):
         return _named(link)
@@ -157,7 +157,7 @@ def _named(name: str) -> Transform:
 
 
 def base_of(constraint: Any) -> Any:
-    """Returns what a constraint asks of single values, or of the vectors that it speaks of.
+    """Returns a constraint without the event dims that `Independent` adds.
 
     Arguments:
         constraint: A constraint, with the dims that `Independent` has put around it, or none.

@@ -30,9 +30,14 @@ class OwnPrior(Prior):
         with torch.no_grad():
             self.event_shape = self().event_shape
 
+    @property
+    def specification(self) -> nn.Module:
+        """The module."""
+        return self.module
+
     def forward(self, features: Tensor | None = None) -> Distribution:
         """Returns p(z)."""
-        return _completed(self.module(), self.module)
+        return completed(self.module(), self.module)
 
 
 class OwnLikelihood(Likelihood):
@@ -46,9 +51,14 @@ class OwnLikelihood(Likelihood):
         super().__init__()
         self.module = module
 
+    @property
+    def specification(self) -> nn.Module:
+        """The module."""
+        return self.module
+
     def forward(self, features: Tensor | None = None) -> Distribution:
         """Returns p(x | z)."""
-        return _completed(self.module(features), self.module)
+        return completed(self.module(features), self.module)
 
 
 class OwnPosterior(Posterior):
@@ -62,9 +72,14 @@ class OwnPosterior(Posterior):
         super().__init__()
         self.module = module
 
+    @property
+    def specification(self) -> nn.Module:
+        """The module."""
+        return self.module
+
     def forward(self, features: Tensor | None = None) -> Distribution:
         """Returns q(z | x)."""
-        return _completed(self.module(features), self.module)
+        return completed(self.module(features), self.module)
 
 
 class _Completed(TorchDistribution):  # type: ignore[misc]
@@ -99,7 +114,16 @@ class _Completed(TorchDistribution):  # type: ignore[misc]
         return _Completed(self.base.expand(torch.Size(batch_shape)))
 
 
-def _completed(distribution: Any, module: nn.Module) -> Distribution:
+def completed(distribution: Any, module: nn.Module) -> Distribution:
+    """Returns a distribution that has a support and `sample`, which a module may leave out.
+
+    Arguments:
+        distribution: What the module returned.
+        module: The module.
+
+    Raises:
+        ValueError: If it is not a distribution.
+    """
     if not isinstance(distribution, Distribution):
         raise ValueError(
             f"Expected forward() of {type(module).__name__} to return a distribution; got "

@@ -59,7 +59,7 @@ def check_support(example: Distribution, x: Tensor, name: str) -> None:
 
 
 def _outside(base: Any, x: Tensor) -> Tensor:
-    """The elements off the support; the rows, where it is one of vectors."""
+    """The elements outside the support; the rows, if it is a support of vectors."""
     bad: Tensor = ~base.check(x)
     if base.is_discrete:
         bad = bad | _over_event(x != x.round(), bad)
@@ -69,7 +69,7 @@ def _outside(base: Any, x: Tensor) -> Tensor:
 
 
 def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
-    """The elements on an edge of the support, of rows where the log-density is infinite."""
+    """The elements on an edge of the support, in rows whose log-density is infinite."""
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
     if isinstance(base, type(constraints.simplex)):
         edges = [0.0]
@@ -112,7 +112,7 @@ def _hint(base: constraints.Constraint) -> str:
 
 def _describe(base: constraints.Constraint) -> str:
     low, high = (_bound(base, name) for name in ("lower_bound", "upper_bound"))
-    for kind, said in (
+    for kind, text in (
         (constraints.boolean, "0 or 1"),
         (constraints.simplex, "values >= 0 with sum 1"),
         (constraints.multinomial(1), f"integers >= 0 with sum {high}"),
@@ -125,7 +125,7 @@ def _describe(base: constraints.Constraint) -> str:
         (constraints.less_than(0), f"values < {high}"),
     ):
         if type(base) is type(kind):
-            return said
+            return text
     return type(base).__name__.lstrip("_")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Self
 
 import pyro.distributions as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to
 
 from ..distributions import Posterior
@@ -31,7 +31,7 @@ class Transported(Posterior):
         self._prior = prior
 
     @property
-    def specification(self) -> Posterior:
+    def specification(self) -> nn.Module:
         """The posterior on the real line."""
         return self.base
 

@@ -58,8 +58,8 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
         overwrite: Whether a program saved under that name may be replaced.
 
     Raises:
-        ValueError: Where the folder is there already, or the program is not a module.
-        OSError: Where the system refuses.
+        ValueError: If the folder exists already, or the program is not a module.
+        OSError: If the operating system refuses.
 
     Returns:
         The folder.
@@ -108,18 +108,19 @@ def write_program(program: nn.Module, folder: Path) -> None:
 def load(
     path: PathLike, *, into: nn.Module | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Reads a program that :func:`save` wrote. No code is run, and nothing imported, for a file.
+    """Reads a program that :func:`save` wrote. A file cannot run code or import anything.
 
     Arguments:
         path: The folder.
-        into: A program built as the saved one was, whose weights are replaced; needed where the
-            saved one is not made of members of this package alone.
-        device: Where to put a program that is built anew; `"auto"` is CUDA where there is one.
+        into: A program built like the saved one, whose weights are replaced. It is needed if the
+            saved program is not made of members of this package alone.
+        device: The device of a program that is built anew; `"auto"` is CUDA if there is one.
 
     Raises:
-        ValueError: Where the folder is not one of ours, a file is altered or missing, the
-            specification names what is not a member of this package, or `into` is another program.
-        OSError: Where the system refuses.
+        ValueError: If the folder is not a saved program, a file is altered or missing, the
+            specification names something that is not a member of this package, or `into` is
+            another program.
+        OSError: If the operating system refuses.
 
     Returns:
         The program.

@@ -128,7 +128,7 @@ class VAE(nn.Module):
 
     def _check_members(self) -> None:
         posterior = self.encode(self._like.expand(2, *self.event_shape))
-        members = f"{self.prior} and {self.posterior.specification}"
+        members = f"{self.prior.specification} and {self.posterior.specification}"
         z = check_latents(posterior, self.prior(), members)
         check_likelihood(self.decode(z), self.event_shape, self.likelihood)
 
@@ -140,7 +140,7 @@ class VAE(nn.Module):
             size: Without x, how many rows to draw.
 
         Raises:
-            ValueError: Where neither of them is given.
+            ValueError: If neither is given.
         """
         self._state(self.prior, self.likelihood, self.decoder, self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
@@ -155,14 +155,14 @@ class VAE(nn.Module):
             size: As in the model; without x, z is drawn from the prior.
 
         Raises:
-            ValueError: Where neither of them is given.
+            ValueError: If neither is given.
         """
         self._state(self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             return pyro.sample("z", self.prior() if x is None else self.encode(x))
 
     def _state(self, *modules: nn.Module) -> None:
-        """States the parameters as Pyro sites, for SVI to collect, and leaves them in place."""
+        """Makes each parameter a Pyro site, so that `pyro.infer.SVI` trains it where it is."""
         if parameters_are_local():
             return
         for module in modules:
@@ -202,7 +202,7 @@ class VAE(nn.Module):
             x: Rows (rows, \*event_shape).
 
         Raises:
-            ValueError: Where the shape is another, or a value is NaN, infinite or outside the
+            ValueError: If the shape is another, or a value is NaN, infinite or outside the
                 likelihood's support.
         """
         rows = Rows.of(x, like=self, move=False)
@@ -283,12 +283,12 @@ class VAE(nn.Module):
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of the constructor; members as they are now."""
         members = {
-            "likelihood": self.likelihood,
+            "likelihood": self.likelihood.specification,
             "posterior": self.posterior.specification,
             "encoder": self.encoder,
             "decoder": self.decoder,
         }
-        return (tuple(self.event_shape), self.prior), members
+        return (tuple(self.event_shape), self.prior.specification), members
 
     def extra_repr(self) -> str:
         """The shapes of x and z."""
