@@ -23,7 +23,7 @@ from torch.distributions import constraints, transform_to
 from ..data.rows import PLATE, Rows
 from ..engine.running import kept_modes
 
-__all__ = ["Program"]
+__all__ = ["Program", "owner_of"]
 
 
 class Program(nn.Module):
@@ -34,7 +34,7 @@ class Program(nn.Module):
     :func:`pyro_vae.fit`, :func:`pyro_vae.log_evidence` and all else take it.
 
     The parameters belong to the program, not to Pyro's global store, which stays as it is. They
-    are collected in dry runs on a few rows, at the first call of the program or of :meth:`prepare`:
+    are collected in dry runs on a few rows, by :meth:`prepare` or at the first call:
 
     - each `pyro.param` becomes a parameter `params.<name>`, with a `/` for each dot of the name.
       The program holds its unconstrained value, and gives the constrained one to the statement;
@@ -99,8 +99,7 @@ class Program(nn.Module):
         self._referenced: list[tuple[str, _Referenced]] = []
         self._is_prepared = False
         for name, pyro_program in (("model", model), ("guide", guide)):
-            owner = getattr(pyro_program, "__self__", pyro_program)
-            if isinstance(owner, nn.Module):
+            if (owner := owner_of(pyro_program)) is not None:
                 self._add_part(name, owner)
         for pyro_program in self._pair:
             for name, module in _modules_used(pyro_program).items():
@@ -388,11 +387,23 @@ def _module_in_statement() -> nn.Module | None:
     return None if frame is None else frame.f_locals["nn_module"]
 
 
+def owner_of(pyro_program: Callable[..., Any]) -> nn.Module | None:
+    """Returns the module that a Pyro program is, or is a method of, if it is one.
+
+    Arguments:
+        pyro_program: The program, under handlers of Pyro's or not.
+    """
+    plain = inspect.unwrap(pyro_program)
+    owner = getattr(plain, "__self__", plain)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 def _modules_used(pyro_program: Any) -> dict[str, nn.Module]:
     """The modules that a function uses as variables from outside, or its object as attributes."""
-    function = inspect.unwrap(getattr(pyro_program, "__func__", pyro_program))
-    owner = getattr(pyro_program, "__self__", None)
-    found: dict[str, Any] = {} if isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
+    plain = inspect.unwrap(pyro_program)
+    function, found = getattr(plain, "__func__", plain), dict[str, Any]()
+    if owner_of(plain) is None:
+        found |= getattr(getattr(plain, "__self__", None), "__dict__", {})
     if isinstance(function, FunctionType):
         for instruction in dis.get_instructions(function):
             if instruction.opname == "LOAD_GLOBAL":
@@ -421,6 +432,7 @@ def _wrong_plate(plate: str, plates: set[str]) -> ValueError:
 
 def _check_guides(modules: Iterator[nn.Module], plate: str) -> None:
     """Refuses an AutoGuide with parameters for each row."""
+    guide: Any
     for guide in modules:
         is_whole = isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList)
         if is_whole and guide.prototype_trace is not None:
