@@ -523,7 +523,8 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
     if len(dims) != 1:
         raise ValueError(
             f"Expected one plate named {PLATE!r} over the rows in model and guide; got plates "
-            f"{sorted({frame.name for frame in frames})}."
+            f"{sorted({frame.name for frame in frames})}: pyro_vae.Program(model, guide, "
+            "plate=...) takes a plate of another name."
         )
     _check_plates(model, guide)
     latent = [name for name, site in _samples(model) if not site["is_observed"]]

@@ -17,11 +17,12 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from ..data.rows import PLATE, Rows
-from ..engine.running import kept_modes
+from ..engine.running import kept_modes, parameters_are_local
 
 __all__ = ["Program", "owner_of"]
 
@@ -42,7 +43,7 @@ class Program(nn.Module):
       they state it by `pyro.module`, or if they use it as a variable from outside the function.
 
     Such a module is not copied: training the program trains it, and two programs of one module
-    share it. `copy.deepcopy` of a program copies its modules, and gives an independent program.
+    share it. `copy.deepcopy` of a prepared program copies its modules too.
 
     Model and guide get one argument, the rows: a tensor, or a dict of tensors. A pair of several
     arguments takes one line: `pv.Program(lambda row: model(row["x"], row["y"]), ...)`.
@@ -222,6 +223,9 @@ class Program(nn.Module):
     def _run(self, pyro_program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.prepare(*args, **kwargs)
         with self._in_place(), pyro.get_param_store().scope(), _Owned(self):
+            if not parameters_are_local():
+                for name, parameter in self.named_parameters():
+                    _param_site(parameter, name=f"{type(self).__name__}-{id(self)}.{name}")
             return pyro_program(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -278,6 +282,8 @@ class Program(nn.Module):
 
     def _refer_to(self, name: str, module: nn.Module) -> None:
         """Notes a module that the pair refers to, and takes it over if no other part has it."""
+        if any(referenced.module is module for _, referenced in self._referenced):
+            return
         self._add_part(name, module)
         path = next(path for path, part in self.named_modules() if part is module)
         self._referenced.append((path, _Referenced(module)))
@@ -364,7 +370,10 @@ class _Owned(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = self.program._param(name), True
         elif id(stated) in self.owned:
             msg["value"], msg["done"] = _stated(stated, stated), True
-        elif name not in store:
+        elif name in store:
+            value: Any = store[name]
+            msg["value"], msg["done"] = _stated(value.unconstrained(), value), True
+        else:
             raise ValueError(
                 f"The statement pyro.param({name!r}) did not run when the Program collected its "
                 "parameters on its first rows, so it is not trained: state every parameter in "
@@ -377,6 +386,13 @@ def _stated(unconstrained: Tensor, value: Tensor) -> Tensor:
     value = value.view_as(value) if value is unconstrained else value
     value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
     return value
+
+
+def _own(parameter: Tensor) -> Tensor:
+    return _stated(parameter, parameter)
+
+
+_param_site: Any = effectful(_own, type="param")
 
 
 def _module_in_statement() -> nn.Module | None:
