@@ -561,7 +561,7 @@ class Weights(PyroModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = PyroModule[nn.Linear](2, 1)
-        self.layer.weight = PyroSample(dist.Normal(0.0, 5.0).expand([1, 2]).to_event(2))
+        self.layer.weight = PyroSample(lambda _: dist.Normal(0.0, 5.0).expand([1, 2]).to_event(2))
         self.noise = PyroParam(torch.ones(()), constraint=constraints.positive)
 
     def forward(self, row: dict[str, Tensor]) -> Tensor:
@@ -694,5 +694,28 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str) -> None:
     call, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         call()
+    if case != "a parameter of a branch":
+        assert "Trace Shapes" not in str(refusal.value)
+
+
+def test_random_starts_follow_the_seed_of_the_fit() -> None:
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.randn(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + loc, 1.0))
+
+    starts = []
+    for seed in (0, 0, 1):
+        program = simple(guide)
+        fit(program, torch.zeros(9), max_epochs=1, lr=1e-9, seed=seed)
+        starts.append(program.params.loc.item())
+    assert starts[0] == starts[1] != starts[2]
+
+
+def test_evaluation_leaves_the_generators() -> None:
+    program, x = made("topics")
+    before = torch.get_rng_state()
+    pv.log_evidence(program, x, num_samples=4, seed=0)
+    assert bool((torch.get_rng_state() == before).all())

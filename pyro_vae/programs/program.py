@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from ..data.rows import PLATE, Rows
-from ..engine.running import kept_modes, parameters_are_local
+from ..engine.running import kept_generators, kept_modes, parameters_are_local
 
 __all__ = ["Program", "owner_of"]
 
@@ -171,6 +171,20 @@ class Program(nn.Module):
         self._own(found)
         self._is_prepared = True
         return self
+
+    def check(self, x: Any) -> None:
+        """Prepares the program, and leaves the state of torch's generators as it is.
+
+        `fit` and all that evaluates a program calls it before it runs the program.
+
+        Arguments:
+            x: Rows.
+
+        Raises:
+            ValueError: As of :meth:`prepare`.
+        """
+        with kept_generators():
+            self.prepare(x)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the parameters and buffers by name, as of every module.
@@ -388,11 +402,7 @@ def _stated(unconstrained: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def _own(parameter: Tensor) -> Tensor:
-    return _stated(parameter, parameter)
-
-
-_param_site: Any = effectful(_own, type="param")
+_param_site: Any = effectful(lambda parameter: _stated(parameter, parameter), type="param")
 
 
 def _module_in_statement() -> nn.Module | None:
