@@ -340,6 +340,19 @@ def test_two_programs_share_nothing(name: str) -> None:
     assert same(weights(other), before)
 
 
+def test_two_programs_do_not_share_a_first_value() -> None:
+    start = torch.zeros(())
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", start)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + loc, 1.0))
+
+    program, other = (simple(guide).prepare(torch.zeros(3)) for _ in range(2))
+    fit(program, torch.ones(9))
+    assert start.item() == other.params.loc.item() == 0.0 != program.params.loc.item()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_pyros_own_svi_trains_a_program(name: str) -> None:
     program, x = made(name)
@@ -410,6 +423,20 @@ def test_svi_takes_an_autoguide() -> None:
     svi = pv.svi.SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO())
     assert torch.isfinite(svi.step(rows))
     assert len(svi.parameters) == 4
+
+
+def test_svi_takes_functions_of_several_arguments() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ slope, 0.3), obs=y)
+
+    rows, guide = regression_rows(), AutoNormal(model)
+    svi = pv.svi.SVI(model, guide, torch.optim.Adam, pv.elbos.Trace_ELBO(), lr=0.05)
+    for _ in range(200):
+        svi.step(rows["x"], y=rows["y"])
+    found = guide.median()["slope"]
+    torch.testing.assert_close(found, torch.tensor([1.0, -2.0]), atol=0.2, rtol=0.0)
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal])

@@ -16,6 +16,7 @@ import pyro.primitives
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from pyro.params.param_store import module_from_param_with_module_name
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
@@ -272,12 +273,11 @@ class Program(nn.Module):
             pyro.validation_enabled(False),
             pyro.get_param_store().scope() as state,
             noted,
+            noted.kept_modes(),
         ):
             self.eval()
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
             poutine.replay(model, trace=trace)(*args, **kwargs)
-        for module, training in noted.modes.items():
-            module.training = training
         if self.plate not in noted.plates or PLATE in noted.plates - {self.plate}:
             raise _wrong_plate(self.plate, noted.plates)
         return _Found(noted.modules, dict(state["params"]), dict(state["constraints"]))
@@ -290,9 +290,10 @@ class Program(nn.Module):
         own = {id(parameter) for parameter in self.parameters()}
         for name, tensor in found.params.items():
             if id(tensor) not in own:
-                unconstrained = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
+                if not isinstance(tensor, nn.Parameter):
+                    tensor = nn.Parameter(tensor.detach().clone())
                 self._constraints[name] = found.constraints[name]
-                self.params._parameters[_key(name)] = nn.Parameter(unconstrained)
+                self.params._parameters[_key(name)] = tensor
 
     def _refer_to(self, name: str, module: nn.Module) -> None:
         """Notes a module that the pair refers to, and takes it over if no other part has it."""
@@ -344,13 +345,22 @@ class _Noted(Messenger):  # type: ignore[misc]
         self.modules: dict[str, nn.Module] = {}
         self.modes: dict[nn.Module, bool] = {}
 
+    @contextlib.contextmanager
+    def kept_modes(self) -> Iterator[None]:
+        """Puts the modes of the modules that it notes back at the end."""
+        try:
+            yield
+        finally:
+            for module, training in self.modes.items():
+                module.training = training
+
     def _pyro_sample(self, msg: Any) -> None:
         self.plates |= {frame.name for frame in msg["cond_indep_stack"]}
 
     def _pyro_param(self, msg: Any) -> None:
         module = _module_in_statement()
         if module is not None and module not in self.modules.values():
-            self.modules[msg["name"].split("$$$")[0]] = module
+            self.modules[module_from_param_with_module_name(msg["name"])] = module
             self.modes |= {part: part.training for part in module.modules()}
             module.eval()
 
