@@ -288,7 +288,7 @@ PROGRAMS: dict[str, Case] = {
         lambda w: w.fit(Program("guide")),
         r"latent sites of the model, \['z'\]; got \['w'\]",
     ),
-    "a parameter in the global store": (lambda w: w.fit(Program("param")), "pyro_vae.Program"),
+    "a parameter in the global store": (lambda w: w.fit(Program("param")), "every parameter"),
     "nothing to train": (
         lambda w: w.fit(make().requires_grad_(requires_grad=False)),
         "parameters to train",

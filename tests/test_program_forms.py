@@ -713,7 +713,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a state before any data": (lambda: simple(by_size).load_state_dict({}), r"\.prepare\(x\)"),
     "nothing to train": (
         lambda: fit(simple(without_parameters), torch.zeros(9)),
-        "no parameters to train",
+        "parameters to train; got none",
     ),
 }
 

@@ -101,9 +101,9 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = stated, True
         elif msg["name"] not in pyro.get_param_store():
             raise ValueError(
-                f"pyro.param({msg['name']!r}) is no parameter of the program's modules: it would "
-                "live in Pyro's global store. Make it an nn.Parameter or a PyroParam of a module, "
-                "or wrap model and guide: pyro_vae.Program(model, guide)."
+                "Expected every parameter to belong to the program's modules, as an nn.Parameter or "
+                f"a PyroParam; got pyro.param({msg['name']!r}), which would live in Pyro's global "
+                "store: pyro_vae.Program(model, guide) makes a program of such a pair."
             )
 
 

@@ -150,8 +150,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(
-                "The model and the guide have no parameters to train: state them by pyro.param or "
-                "pyro.module, or make both methods of a module that owns them."
+                "Expected a model or guide with parameters to train; got none: state them by "
+                "pyro.param or pyro.module, or make both methods of a module that owns them."
             )
         self.optimizer = make_optimizer(self.parameters)
         self._step = _Step(self.objective, self.parameters, max_grad_norm)
