@@ -102,7 +102,7 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
         elif msg["name"] not in pyro.get_param_store():
             raise ValueError(
                 "Expected every parameter to belong to the program's modules, as an nn.Parameter "
-                f"or a PyroParam; got pyro.param({msg['name']!r}), which would live in Pyro's global "
+                f"or a PyroParam; got pyro.param({msg['name']!r}), which would live in the global "
                 "store: pyro_vae.Program(model, guide) makes a program of such a pair."
             )
 
