@@ -26,6 +26,7 @@ from .distributions import Prior as Prior
 from .distributions import Shared as Shared
 from .evidence import log_evidence as log_evidence
 from .programs import VAE as VAE
+from .programs import Program as Program
 from .programs import load as load
 from .programs import save as save
 from .training import History as History

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..data.rows import Rows
+from ..data.rows import PLATE, Rows
 from .drawing import Drawing
 from .log_densities import Structure, log_densities, programs_of, structure
 
@@ -50,7 +50,7 @@ def checked_rows(program: Any, x: Any) -> Rows:
 
 
 def point_masses(program: Any, rows: Rows) -> list[str]:
-    """Names the latent sites of the guide that are point masses.
+    """Names the latent sites of the rows that are point masses in the guide.
 
     Arguments:
         program: The program.
@@ -62,6 +62,7 @@ def point_masses(program: Any, rows: Rows) -> list[str]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and not site["is_observed"]
+        and any(frame.name == PLATE for frame in site["cond_indep_stack"])
         and isinstance(_innermost(site["fn"]), dist.Delta)
     ]
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -230,6 +230,7 @@ def densities(
     Raises:
         ValueError: Where there are latent sites outside the plate `"data"`.
     """
+    _refuse_shared(known.global_latents + known.global_observed)
     return draw(model, guide, args, {}, num_particles, known.max_plate_nesting).densities()
 
 
@@ -365,11 +366,14 @@ def draw(
 
 def _check_in_rows(model: Trace, guide: Trace) -> None:
     sites = {**dict(_samples(guide)), **dict(_samples(model))}
-    outside = [n for n, site in sites.items() if not _in_rows(site) and not _is_computed(site)]
-    if outside:
+    _refuse_shared([n for n, s in sites.items() if not _in_rows(s) and not _is_computed(s)])
+
+
+def _refuse_shared(sites: Sequence[str]) -> None:
+    if sites:
         raise ValueError(
             f"Expected sites in the plate {PLATE!r}, one value for each row; got "
-            f"{', '.join(outside)} outside it."
+            f"{', '.join(sites)} outside it."
         )
 
 
@@ -444,9 +448,9 @@ def row_terms(
             else:
                 parts["kl"] += sign * sum_to_rows(log_prob, site) / num_particles
     like = next(value for value in parts.values() if isinstance(value, Tensor))
+    zero = torch.zeros_like(like) if like is not parts["global_kl"] else like.new_zeros(())
     if not isinstance(parts["global_kl"], Tensor):
         parts["global_kl"] = None
-    zero = like.new_zeros(())
     return RowTerms(**{k: zero if isinstance(v, float) else v for k, v in parts.items()})
 
 
@@ -519,7 +523,8 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
     if len(dims) != 1:
         raise ValueError(
             f"Expected one plate named {PLATE!r} over the rows in model and guide; got plates "
-            f"{sorted({frame.name for frame in frames})}."
+            f"{sorted({frame.name for frame in frames})}: pyro_vae.Program(model, guide, "
+            "plate=...) takes a plate of another name."
         )
     _check_plates(model, guide)
     latent = [name for name, site in _samples(model) if not site["is_observed"]]

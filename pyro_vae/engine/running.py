@@ -101,9 +101,9 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = stated, True
         elif msg["name"] not in pyro.get_param_store():
             raise ValueError(
-                "Expected every parameter to belong to the program's modules (an nn.Parameter, a "
-                f"PyroParam, a submodule); got pyro.param({msg['name']!r}), which would live in "
-                "the global store."
+                "Expected every parameter to belong to the program's modules, as an nn.Parameter "
+                f"or a PyroParam; got pyro.param({msg['name']!r}), which would live in the global "
+                "store: pyro_vae.Program(model, guide) makes a program of such a pair."
             )
 
 
@@ -130,7 +130,7 @@ def local_parameters(program: nn.Module) -> Iterator[None]:
         program: The module that owns the parameters.
 
     Raises:
-        ValueError: Where the program states a parameter that none of its modules owns, or two of
+        ValueError: If the program states a parameter that none of its modules owns, or if two of
             its `PyroModule`s have one of the same name, which Pyro would make one.
     """
     _check_names(program)

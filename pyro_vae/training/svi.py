@@ -1,5 +1,6 @@
 """Stochastic variational inference whose step asks the device for nothing, and replays itself."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 import pyro.infer
 import torch
+from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +27,8 @@ from ..engine.replay import (
     saved_by_compiling,
 )
 from ..engine.updates import MakeOptimizer, Updates, optimizer_of
+from ..programs.program import Program as PyroPair
+from ..programs.program import owner_of
 
 __all__ = ["SVI", "MakeOptimizer", "Totals"]
 
@@ -60,7 +64,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     arguments of a shape, which Pyro's validation sees, if it is on; it sees no later ones.
 
     Arguments:
-        model: The model: a method of the module that owns the parameters.
+        model: The model: a method of the module that owns the parameters, or a function or module
+            as Pyro's tutorials write it. Such a pair is wrapped in :class:`pyro_vae.Program`; its
+            parameters and the optimiser are created in the first step.
         guide: The guide, likewise.
         optim: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
         loss: An estimator of `pyro_vae.elbos`, or one of Pyro's own ELBOs.
@@ -77,9 +83,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         before_compiling: Called before each compilation, to tell whoever waits for it.
 
     Raises:
-        ValueError: Where the programs own no parameters, a number is out of range, or the
-            optimiser cannot be made; in a step, where the engine that was asked for cannot take
-            it, or the first data of a shape are outside the likelihood's support.
+        ValueError: If the programs have no parameters, a number is out of range, or the optimiser
+            cannot be made; in a step, if the engine that was asked for cannot take it, or the
+            first data of a shape are outside the likelihood's support.
 
     Example:
         >>> import pyro_vae as pv
@@ -107,18 +113,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     ) -> None:
         self.engine = engines.checked_engine(engine)
         self.precision = engines.checked_precision(precision)
-        wrap = Halved if precision == "bf16" else None
-        self.objective = Objective(model, guide, loss, wrap=wrap)
-        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError(
-                "Expected a model or guide that is a method of a module with parameters to train; "
-                "got none."
-            )
         if max_grad_norm is not None:
             max_grad_norm = checked_positive("max_grad_norm", max_grad_norm)
         given = {} if lr is None else {"lr": checked_finite("lr", lr, least=0.0)}
-        self.optimizer = optimizer_of(optim, self.parameters, **given)
         self.total_steps = None
         if total_steps is not None:
             self.total_steps = checked_count("total_steps", total_steps)
@@ -128,6 +125,35 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.why = "" if engine == "auto" else "as asked"
         self.before_compiling: Callable[[], object] = lambda: None
         self._is_auto = engine == "auto"
+        self._program = _wrapped(model, guide)
+        if self._program is not None:
+            model, guide = self._program.model, self._program.guide
+
+        def make(parameters: list[nn.Parameter]) -> Optimizer:
+            return optimizer_of(optim, parameters, **given)
+
+        self._start = functools.partial(self._started, model, guide, make, loss, max_grad_norm)
+        if self._program is None or self._program.is_prepared:
+            self._start()
+
+    def _started(
+        self,
+        model: Program,
+        guide: Program,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        loss: pyro.infer.ELBO,
+        max_grad_norm: float | None,
+    ) -> None:
+        """Makes what needs the parameters: the objective, the optimiser and the step."""
+        wrap = Halved if self.precision == "bf16" else None
+        self.objective = Objective(model, guide, loss, wrap=wrap)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(
+                "Expected a model or guide with parameters to train; got none: state them by "
+                "pyro.param or pyro.module, or make both methods of a module that owns them."
+            )
+        self.optimizer = make_optimizer(self.parameters)
         self._step = _Step(self.objective, self.parameters, max_grad_norm)
         self._updates = Updates(self.optimizer, self.parameters)
         self._replayed: Replayed | None = None
@@ -178,6 +204,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         Raises:
             ValueError: Where the engine cannot take the step: the message says why.
         """
+        if self._program is not None and not self._program.is_prepared:
+            self._program.prepare(*args, **kwargs)
+            self._start()
         if self.precision is None:
             outputs = self._taken(args, kwargs)
         else:
@@ -308,6 +337,16 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 return None
             self._captures[graph] = capture
         return capture
+
+
+def _wrapped(model: Program, guide: Program) -> PyroPair | None:
+    """The Program of a pair that creates parameters when it runs; modules have theirs already."""
+    owners = [owner_of(program) for program in (model, guide) if callable(program)]
+    if isinstance(owners[0], PyroPair) and owners[0] is owners[-1]:
+        return owners[0]
+    if all(owner is not None and not isinstance(owner, AutoGuide) for owner in owners):
+        return None
+    return PyroPair(model, guide)
 
 
 class _Capture:

@@ -1,0 +1,496 @@
+"""Program: one module made of a model and a guide as Pyro's tutorials write them."""
+
+import contextlib
+import copy
+import dis
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Self
+
+import pyro
+import pyro.primitives
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
+from pyro.params.param_store import module_from_param_with_module_name
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from ..data.rows import PLATE, Rows
+from ..engine.running import kept_generators, kept_modes, parameters_are_local
+
+__all__ = ["Program", "owner_of"]
+
+
+class Program(nn.Module):
+    r"""Creates a program from a model and a guide as Pyro's tutorials write them.
+
+    Both may be functions, methods or modules (a `PyroModule`, an AutoGuide) with `pyro.param` and
+    `pyro.module` statements. The program has the methods `model(x)` and `guide(x)`, so that
+    :func:`pyro_vae.fit`, :func:`pyro_vae.log_evidence` and all else take it.
+
+    The parameters belong to the program, not to Pyro's global store, which stays as it is. They
+    are collected in dry runs on a few rows, by :meth:`prepare` or at the first call:
+
+    - each `pyro.param` becomes a parameter `params.<name>`, with a `/` for each dot of the name.
+      The program holds its unconstrained value, and gives the constrained one to the statement;
+    - a module becomes a submodule `parts.<name>` if model or guide is it or a method of it, if
+      they state it by `pyro.module`, or if they use it as a variable from outside the function.
+
+    Such a module is not copied: training the program trains it, and two programs of one module
+    share it. `copy.deepcopy` of a prepared program copies its modules too.
+
+    Model and guide get one argument, the rows: a tensor, or a dict of tensors. A pair of several
+    arguments takes one line: `pv.Program(lambda row: model(row["x"], row["y"]), ...)`.
+
+    Arguments:
+        model: The model.
+        guide: The guide. An AutoGuide can be the guide of latents that all rows share; it has no
+            parameters for rows that it did not see, so that it cannot be one of latents per row.
+        plate: The name that the pair gives to the plate of the rows. The package sees it under
+            the name `"data"`.
+
+    Raises:
+        ValueError: If the model or the guide cannot be called, or `plate` is no name. In the dry
+            runs: if no site stands in the plate of the rows, or if a parameter has the size of
+            the batch.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> import pyro.distributions as dist
+        >>> from pyro.distributions import constraints
+        >>> def model(x):
+        ...     scale = pyro.param("scale", torch.ones(()), constraint=constraints.positive)
+        ...     with pyro.plate("patients", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, scale), obs=x)
+        >>> def guide(x):
+        ...     slope = pyro.param("slope", torch.zeros(()))
+        ...     with pyro.plate("patients", len(x)):
+        ...         pyro.sample("z", dist.Normal(slope * x, 0.5))
+        >>> program = pv.Program(model, guide, plate="patients")
+        >>> history = pv.fit(program, torch.randn(64), max_epochs=2, seed=0, device="cpu")
+        >>> sorted(program.state_dict())
+        ['params.scale', 'params.slope']
+        >>> list(pyro.get_param_store().keys())
+        []
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *, plate: str = PLATE
+    ) -> None:
+        super().__init__()
+        for name, pyro_program in (("model", model), ("guide", guide)):
+            if not callable(pyro_program) or inspect.isclass(pyro_program):
+                raise ValueError(
+                    f"Expected the {name} to be a function, a method or a module; got "
+                    f"{pyro_program!r}."
+                )
+        if not isinstance(plate, str) or not plate:
+            raise ValueError(f"Expected plate to be the name of a plate; got {plate!r}.")
+        self.plate = plate
+        self.parts, self.params = nn.Module(), nn.Module()
+        self._pair = (model, guide)
+        self._constraints: dict[str, constraints.Constraint] = {}
+        self._referenced: list[tuple[str, _Referenced]] = []
+        self._is_prepared = False
+        for name, pyro_program in (("model", model), ("guide", guide)):
+            if (owner := owner_of(pyro_program)) is not None:
+                self._add_part(name, owner)
+        for pyro_program in self._pair:
+            for name, module in _modules_used(pyro_program).items():
+                self._refer_to(name, module)
+
+    def model(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Arguments:
+            args: What the model is called with: the rows.
+            kwargs: Its arguments by name.
+        """
+        return self._run(self._pair[0], args, kwargs)
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the guide.
+
+        Arguments:
+            args: What the guide is called with: the rows.
+            kwargs: Its arguments by name.
+        """
+        return self._run(self._pair[1], args, kwargs)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the parameters were collected, by :meth:`prepare` or at the first call."""
+        return self._is_prepared
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Self:
+        """Collects the parameters, if that was not done before, in dry runs on a few rows.
+
+        The first call of the program does it too. Call it by hand before anything that needs the
+        parameters but no data: `parameters()`, `state_dict()`, `pyro_vae.load(path, into=...)`.
+
+        Arguments:
+            args: What model and guide are called with. One argument is rows as `fit` takes them,
+                of which a few are used.
+            kwargs: Their arguments by name.
+
+        Raises:
+            ValueError: If no site stands in the plate of the rows, or if a parameter has the size
+                of the batch.
+
+        Returns:
+            The program itself.
+
+        Example:
+            >>> import pyro_vae as pv
+            >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
+            >>> pv.Program(vae.model, vae.guide).prepare(torch.ones(3, 4)).is_prepared
+            True
+        """
+        if self._is_prepared:
+            return self
+        with self._in_place():
+            if len(args) == 1 and not kwargs:
+                rows = Rows.of(args[0], like=self)
+                first, other = (
+                    (rows.select(torch.arange(count, device=rows.device) % len(rows)),)
+                    for count in (2, 3)
+                )
+                found = self._dry_run(first, {})
+                _check_guides(self.modules(), self.plate)
+                _check_sizes(found.params, self._dry_run(other, {}).params)
+            else:
+                found = self._dry_run(args, kwargs)
+                _check_guides(self.modules(), self.plate)
+        self._own(found)
+        self._is_prepared = True
+        return self
+
+    def check(self, x: Any) -> None:
+        """Prepares the program, and leaves the state of torch's generators as it is.
+
+        `fit` and all that evaluates a program calls it before it runs the program.
+
+        Arguments:
+            x: Rows.
+
+        Raises:
+            ValueError: As of :meth:`prepare`.
+        """
+        with kept_generators():
+            self.prepare(x)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the parameters and buffers by name, as of every module.
+
+        Arguments:
+            args: As of every module.
+            kwargs: As of every module.
+
+        Raises:
+            ValueError: If the parameters were not collected yet.
+        """
+        self._check_prepared()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes the parameters and buffers of a dict, as of every module.
+
+        Arguments:
+            args: As of every module.
+            kwargs: As of every module.
+
+        Raises:
+            ValueError: If the parameters were not collected yet.
+        """
+        self._check_prepared()
+        return super().load_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The name of the plate."""
+        return f"plate={self.plate!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copies the program; an AutoGuide, which forgets its model when copied, gets it back."""
+        guides = [(part, part._model) for part in self.modules() if isinstance(part, AutoGuide)]
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for guide, model in guides:
+            guide._model = model
+            memo[id(guide)]._model = copy.deepcopy(model, memo)
+        return copied
+
+    def _check_prepared(self) -> None:
+        if not self._is_prepared:
+            raise ValueError(
+                "This Program has no parameters yet: it creates them when it first sees rows. "
+                "Call program.prepare(x) before."
+            )
+
+    def _run(self, pyro_program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.prepare(*args, **kwargs)
+        with self._in_place(), pyro.get_param_store().scope(), _Owned(self):
+            if not parameters_are_local():
+                for name, parameter in self.named_parameters():
+                    _param_site(parameter, name=f"{type(self).__name__}-{id(self)}.{name}")
+            return pyro_program(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Puts the program's modules in the place of those that the pair refers to.
+
+        They are the same until the program is copied. A copied function still refers to the
+        modules of the first program.
+        """
+        before = []
+        for path, referenced in self._referenced:
+            own, outside = self.get_submodule(path), referenced.module
+            if own is not outside:
+                before.append((outside, outside.__dict__))
+                outside.__dict__ = own.__dict__
+        try:
+            yield
+        finally:
+            for outside, attributes in reversed(before):
+                outside.__dict__ = attributes
+
+    def _dry_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Found":
+        """Runs guide and model in evaluation mode and notes what they state."""
+        model, guide = self._pair
+        noted = _Noted()
+        with (
+            poutine.block(),
+            kept_modes(self),
+            torch.no_grad(),
+            pyro.validation_enabled(False),
+            pyro.get_param_store().scope() as state,
+            noted,
+            noted.kept_modes(),
+        ):
+            self.eval()
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            poutine.replay(model, trace=trace)(*args, **kwargs)
+        if self.plate not in noted.plates or PLATE in noted.plates - {self.plate}:
+            raise _wrong_plate(self.plate, noted.plates)
+        return _Found(noted.modules, dict(state["params"]), dict(state["constraints"]))
+
+    def _own(self, found: "_Found") -> None:
+        """Takes over the modules and the parameters that a dry run found."""
+        for name, module in found.modules.items():
+            self._refer_to(name, module)
+            module.train(self.training)
+        own = {id(parameter) for parameter in self.parameters()}
+        for name, tensor in found.params.items():
+            if id(tensor) not in own:
+                if not isinstance(tensor, nn.Parameter):
+                    tensor = nn.Parameter(tensor.detach().clone())
+                self._constraints[name] = found.constraints[name]
+                self.params._parameters[_key(name)] = tensor
+
+    def _refer_to(self, name: str, module: nn.Module) -> None:
+        """Notes a module that the pair refers to, and takes it over if no other part has it."""
+        if any(referenced.module is module for _, referenced in self._referenced):
+            return
+        self._add_part(name, module)
+        path = next(path for path, part in self.named_modules() if part is module)
+        self._referenced.append((path, _Referenced(module)))
+
+    def _add_part(self, name: str, module: nn.Module) -> None:
+        if module in self.modules():
+            return
+        name = _key(name)
+        while name in self.parts._modules:
+            name += "_"
+        self.parts._modules[name] = module
+
+    def _param(self, name: str) -> Tensor:
+        """Returns the constrained value of one of the pair's `pyro.param`s."""
+        unconstrained: Any = self.params._parameters[_key(name)]
+        return _stated(unconstrained, transform_to(self._constraints[name])(unconstrained))
+
+
+@dataclass(frozen=True, eq=False)
+class _Referenced:
+    """A module that the code of the pair refers to, whatever program is copied."""
+
+    module: nn.Module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Referenced":
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What a dry run found: modules, and the unconstrained parameters in the store, by name."""
+
+    modules: dict[str, nn.Module]
+    params: dict[str, Tensor]
+    constraints: dict[str, constraints.Constraint]
+
+
+class _Noted(Messenger):  # type: ignore[misc]
+    """Notes the plates and the `pyro.module` statements of a dry run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+        self.modules: dict[str, nn.Module] = {}
+        self.modes: dict[nn.Module, bool] = {}
+
+    @contextlib.contextmanager
+    def kept_modes(self) -> Iterator[None]:
+        """Puts the modes of the modules that it notes back at the end."""
+        try:
+            yield
+        finally:
+            for module, training in self.modes.items():
+                module.training = training
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.plates |= {frame.name for frame in msg["cond_indep_stack"]}
+
+    def _pyro_param(self, msg: Any) -> None:
+        module = _module_in_statement()
+        if module is not None and module not in self.modules.values():
+            self.modules[module_from_param_with_module_name(msg["name"])] = module
+            self.modes |= {part: part.training for part in module.modules()}
+            module.eval()
+
+
+class _Owned(Messenger):  # type: ignore[misc]
+    """Answers the parameter statements of a program, and renames the plate of its rows."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+
+    @functools.cached_property
+    def owned(self) -> set[int]:
+        """The identities of the program's parameters."""
+        return {id(parameter) for parameter in self.program.parameters()}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        plate = self.program.plate
+        if plate != PLATE:
+            msg["cond_indep_stack"] = tuple(
+                frame._replace(name=PLATE) if frame.name == plate else frame
+                for frame in msg["cond_indep_stack"]
+            )
+
+    def _pyro_param(self, msg: Any) -> None:
+        store, name = pyro.get_param_store(), msg["name"]
+        if msg["done"] or msg["fn"] != store.get_param:
+            return
+        stated = msg["args"][-1]
+        if name in self.program._constraints:
+            msg["value"], msg["done"] = self.program._param(name), True
+        elif id(stated) in self.owned:
+            msg["value"], msg["done"] = _stated(stated, stated), True
+        elif name in store:
+            value: Any = store[name]
+            msg["value"], msg["done"] = _stated(value.unconstrained(), value), True
+        else:
+            raise ValueError(
+                f"The statement pyro.param({name!r}) did not run when the Program collected its "
+                "parameters on its first rows, so it is not trained: state every parameter in "
+                "each call of model or guide."
+            )
+
+
+def _stated(unconstrained: Tensor, value: Tensor) -> Tensor:
+    """Marks a value as that of a parameter, as Pyro's store does, but leaves the parameter."""
+    value = value.view_as(value) if value is unconstrained else value
+    value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
+    return value
+
+
+_param_site: Any = effectful(lambda parameter: _stated(parameter, parameter), type="param")
+
+
+def _module_in_statement() -> nn.Module | None:
+    """The module of the `pyro.module` statement that is running: Pyro tells handlers its name."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not pyro.primitives.module.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["nn_module"]
+
+
+def owner_of(pyro_program: Callable[..., Any]) -> nn.Module | None:
+    """Returns the module that a Pyro program is, or is a method of, if it is one.
+
+    Arguments:
+        pyro_program: The program, under handlers of Pyro's or not.
+    """
+    plain = inspect.unwrap(pyro_program)
+    owner = getattr(plain, "__self__", plain)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _modules_used(pyro_program: Any) -> dict[str, nn.Module]:
+    """The modules that a function uses as variables from outside, or its object as attributes."""
+    plain = inspect.unwrap(pyro_program)
+    function, found = getattr(plain, "__func__", plain), dict[str, Any]()
+    if owner_of(plain) is None:
+        found |= getattr(getattr(plain, "__self__", None), "__dict__", {})
+    if isinstance(function, FunctionType):
+        for instruction in dis.get_instructions(function):
+            if instruction.opname == "LOAD_GLOBAL":
+                found[instruction.argval] = function.__globals__.get(instruction.argval)
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        found |= {name: cell.cell_contents for name, cell in cells}
+    return {name: value for name, value in found.items() if isinstance(value, nn.Module)}
+
+
+def _key(name: str) -> str:
+    """The name of a parameter or part as torch allows it, without dots."""
+    return name.replace(".", "/")
+
+
+def _wrong_plate(plate: str, plates: set[str]) -> ValueError:
+    if plate in plates:
+        return ValueError(
+            f"The plate of the rows is {plate!r}, and another plate is named {PLATE!r}, which "
+            "stands for the rows here: give that one another name."
+        )
+    return ValueError(
+        f"No site of the program stands in a plate named {plate!r}: its plates are "
+        f"{sorted(plates)}. Name the plate of the rows: pv.Program(model, guide, plate=...)."
+    )
+
+
+def _check_guides(modules: Iterator[nn.Module], plate: str) -> None:
+    """Refuses an AutoGuide with parameters for each row."""
+    guide: Any
+    for guide in modules:
+        is_whole = isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList)
+        if is_whole and guide.prototype_trace is not None:
+            per_row = [
+                name
+                for name, site in guide.prototype_trace.iter_stochastic_nodes()
+                if any(frame.name == plate for frame in site["cond_indep_stack"])
+            ]
+            if per_row:
+                raise ValueError(
+                    f"{type(guide).__name__} has parameters of its own for each row of "
+                    f"{', '.join(per_row)}, so it cannot take minibatches or other rows: write a "
+                    "guide that computes them from the row."
+                )
+
+
+def _check_sizes(two: Mapping[str, Tensor], three: Mapping[str, Tensor]) -> None:
+    """Refuses parameters that have another shape in a dry run on three rows than on two."""
+    for name in two.keys() & three.keys():
+        if two[name].shape != three[name].shape:
+            raise ValueError(
+                f"The shape of pyro.param({name!r}) depends on the number of rows, "
+                f"{tuple(two[name].shape)} for 2 rows and {tuple(three[name].shape)} for 3, so it "
+                "cannot take minibatches or other rows: compute it from the row by a network."
+            )
