@@ -91,7 +91,7 @@ def outputs(call: Callable[..., Any], x: Tensor) -> tuple[Tensor | None, ...]:
 @pytest.mark.parametrize("name", MEMBERS)
 def test_loss_and_gradient_of_the_graph_are_those_of_the_program(name: str) -> None:
     svi, x = member(name)
-    svi.objective.settle(x)
+    svi.objective.infer_plate_nesting(x)
     replayed = Replayed(svi._step)
     if name in REFUSED:
         with pytest.raises(UntraceableError, match=REFUSED[name]):
@@ -246,12 +246,12 @@ def test_a_schedule_and_a_warm_up_are_read_at_every_step() -> None:
     for engine in ("eager", "traced"):
         losses = []
         for which in (beta, 0.1):
-            elbo = pv.elbos.BetaELBO(which, pv.elbos.TraceMeanField_ELBO())
+            elbo = pv.elbos.BetaELBO(beta=which, elbo=pv.elbos.TraceMeanField_ELBO())
             losses.append(stepped(engine, elbo=elbo, steps=4)[0])
         assert losses[0][1] == pytest.approx(_replayed_first(0.1), rel=0.2)
         assert losses[0][0] < losses[1][0]
     both = [
-        stepped(e, elbo=pv.elbos.BetaELBO(beta, pv.elbos.DReG(3)), steps=6)
+        stepped(e, elbo=pv.elbos.BetaELBO(beta=beta, elbo=pv.elbos.DReG(3)), steps=6)
         for e in ("eager", "traced")
     ]
     assert both[0][0] == pytest.approx(both[1][0], rel=1e-6)
@@ -267,7 +267,7 @@ def test_a_schedule_and_a_warm_up_are_read_at_every_step() -> None:
 
 
 def _replayed_first(beta: float) -> float:
-    elbo = pv.elbos.BetaELBO(beta, pv.elbos.TraceMeanField_ELBO())
+    elbo = pv.elbos.BetaELBO(beta=beta, elbo=pv.elbos.TraceMeanField_ELBO())
     return float(stepped("eager", elbo=elbo, steps=2)[0][1])
 
 
@@ -803,7 +803,7 @@ def test_many_repeats_of_per_row_are_traced_and_the_same(
         monkeypatch.setattr("pyro_vae.elbos.estimator.WORTH_TRACING", worth)
         elbo = ESTIMATORS[name]()
         torch.manual_seed(0)
-        found.append(elbo.per_row(program.model, program.guide, X, num_repeats=5))
+        found.append(elbo.per_row(program, X, num_repeats=5))
     assert torch.equal(found[0].value, found[1].value)
     assert torch.equal(found[0].mcse, found[1].mcse)
 

@@ -241,7 +241,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 f"there are CUDA graphs on CUDA alone; got {self.is_bad.device}"
             )
         if self._replayed is None:
-            self.objective.settle(*args, **kwargs)
+            self.objective.infer_plate_nesting(*args, **kwargs)
             self._replayed = Replayed(self._step)
         with self.objective.replayed():
             graph = self._replayed.graph(*args, given=self.row_weight, **kwargs)
