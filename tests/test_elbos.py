@@ -264,9 +264,7 @@ def test_sites_that_all_rows_share(name: str) -> None:
     with pytest.raises(ValueError, match="got mean outside it"):
         elbo.estimate(program.model, program.guide, x)
     before = weights(program)
-    with pytest.raises(
-        ValueError, match=r"got mean outside it: Trace_ELBO.* take such sites\.$"
-    ):
+    with pytest.raises(ValueError, match=r"got mean outside it: Trace_ELBO.* take such sites\.$"):
         fit(program, x, elbo=elbo)
     assert_same(weights(program), before)
 

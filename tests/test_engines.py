@@ -369,7 +369,7 @@ class Ticking(Branching):
 UNTRACEABLE = {
     "ticking": (Ticking, "no buffer"),
     "branching": (Branching, BRANCHES),
-    "counting": (Counting, "something else from call to call"),
+    "counting": (Counting, "differ from call to call"),
 }
 
 
@@ -422,7 +422,7 @@ def test_no_state_of_the_world_is_touched() -> None:
         precision="medium",
     )
     svi._replayed = Replayed(svi._step)
-    svi._replayed.graph(X, given=1.0)
+    svi._replayed.graph(X, static=1.0)
     assert torch.equal(before[0], torch.get_rng_state())
     svi.step(X)
     assert torch.get_float32_matmul_precision() == before[1]

@@ -66,7 +66,7 @@ class Drawing:
 
     def _replay(self, x: Data, count: int) -> dict[str, Tensor]:
         self._module.count = count
-        graph = self._replayed.graph(x, given=count)
+        graph = self._replayed.graph(x, static=count)
         tensors = self._replayed.tensors(x)
         self._names.setdefault(graph, self._module.names)
         self._uses[graph] += 1

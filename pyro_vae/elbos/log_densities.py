@@ -18,7 +18,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from ..data.rows import PLATE, Data, Rows
-from ..engine.running import evaluating, seeded
+from ..engine.running import Site, evaluating, seeded
 
 __all__ = [
     "Args",
@@ -47,7 +47,6 @@ __all__ = [
 Program: TypeAlias = Callable[..., Any]
 Args: TypeAlias = tuple[object, ...]
 Kwargs: TypeAlias = Mapping[str, object]
-Site: TypeAlias = Any  # a message of Pyro's, a dict whose values have no types
 Scale: TypeAlias = Tensor | float
 
 _PARTICLES = "_particles"

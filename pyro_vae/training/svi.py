@@ -244,7 +244,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             self.objective.infer_plate_nesting(*args, **kwargs)
             self._replayed = Replayed(self._step)
         with self.objective.replayed():
-            graph = self._replayed.graph(*args, given=self.row_weight, **kwargs)
+            graph = self._replayed.graph(*args, static=self.row_weight, **kwargs)
         tensors = self._replayed.tensors(*args, **kwargs)
         if graph.is_compiled is None:
             self._choose(graph, tensors)
