@@ -181,14 +181,11 @@ class MMD(Drawn):
                 f"Expected a prior that draws {name!r} by rsample, or has no parameters, "
                 f"under {self}; got {prior}: the ELBO and the multi-sample bounds take it."
             )
-        discrepancy = self._squared(_points(guided["value"]), _points(draws)).double()
-        return densities.reconstruction.mean(0) - self.weight * discrepancy
-
-    def _squared(self, drawn: Tensor, prior: Tensor) -> Tensor:
-        """The U-statistic of the squared discrepancy, the mean over particles."""
-        within = _mean_of_others(self.kernel(drawn, drawn))
-        within = within + _mean_of_others(self.kernel(prior, prior))
-        return (within - 2.0 * self.kernel(drawn, prior).mean((-2, -1))).mean()
+        of_guide, of_prior = _points(guided["value"]), _points(draws)
+        within = _mean_of_others(self.kernel(of_guide, of_guide))
+        within = within + _mean_of_others(self.kernel(of_prior, of_prior))
+        squared = (within - 2.0 * self.kernel(of_guide, of_prior).mean((-2, -1))).mean()
+        return densities.reconstruction.mean(0) - self.weight * squared.double()
 
     def __repr__(self) -> str:
         return f"MMD({self.num_particles}, weight={self.weight!r})"

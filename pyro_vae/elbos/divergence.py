@@ -62,7 +62,7 @@ def factors(distribution: Distribution) -> Distribution:
     Arguments:
         distribution: A distribution that :func:`is_factorised`.
     """
-    return distribution.base_dist if isinstance(distribution, Independent) else distribution
+    return distribution.base_dist if distribution.event_shape else distribution  # type: ignore[attr-defined]
 
 
 def _log_determinant(q: dist.MultivariateNormal | dist.LowRankMultivariateNormal) -> Tensor:

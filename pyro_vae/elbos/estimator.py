@@ -32,6 +32,7 @@ from .log_densities import (
     RowTerms,
     Site,
     Structure,
+    is_one_scale,
     plate_nesting,
     programs_of,
     row_terms_of,
@@ -139,11 +140,10 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         self, model: Program, guide: Program, args: Args, kwargs: Kwargs
     ) -> None:
         """Sets `max_plate_nesting` by a dry run of the programs, if it is needed and not set."""
-        if self._has_particle_dim() and math.isinf(self.max_plate_nesting):
+        if self._is_vectorised() and math.isinf(self.max_plate_nesting):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
 
-    def _has_particle_dim(self) -> bool:
-        """Whether the draws are vectorised, along a dim left of the plates."""
+    def _is_vectorised(self) -> bool:
         return bool(self.vectorize_particles) and self.num_particles > 1
 
     def schedules(self) -> "list[Schedule]":
@@ -282,8 +282,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     ) -> None:
         """Overrides Pyro's method, which validates the traces and warns."""
         nesting = plate_nesting(model, guide, *args, **kwargs)
-        spread = bool(self.vectorize_particles) and self.num_particles > 1
-        self.max_plate_nesting = nesting + int(spread)
+        self.max_plate_nesting = nesting + int(self._is_vectorised())
 
 
 def refuse_unreparameterised(elbo: Estimator, sites: tuple[str, ...]) -> None:
@@ -353,14 +352,13 @@ class Tempered(Messenger):  # type: ignore[misc]
             msg["scale"] = msg["scale"] * self.weight
 
 
-def tempered(weight: Tensor | float | None) -> contextlib.AbstractContextManager[object]:
-    """Returns :class:`Tempered` of a weight, or a context that does nothing if it is 1 or `None`.
+def tempered(weight: Tensor | float) -> contextlib.AbstractContextManager[object]:
+    """Returns :class:`Tempered` of a weight, or a context that does nothing if it is 1.
 
     Arguments:
         weight: The weight of the KL terms.
     """
-    is_tempered = isinstance(weight, Tensor) or weight not in (None, 1.0)
-    return Tempered(weight) if is_tempered else contextlib.nullcontext()  # type: ignore[arg-type]
+    return contextlib.nullcontext() if is_one_scale(weight, 1.0) else Tempered(weight)
 
 
 class Objective(nn.Module):

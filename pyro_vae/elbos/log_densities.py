@@ -132,7 +132,7 @@ class Densities:
         Arguments:
             kl_weight: The weight :math:`\beta`, shape ().
         """
-        if _is_one(kl_weight):
+        if is_one_scale(kl_weight, 1.0):
             return self.log_weights
         return self.reconstruction - kl_weight * self.kl
 
@@ -142,7 +142,7 @@ class Densities:
         Arguments:
             kl_weight: The weight, shape ().
         """
-        if _is_one(kl_weight):
+        if is_one_scale(kl_weight, 1.0):
             return self.log_joint
         reconstruction = self.reconstruction
         return reconstruction + kl_weight * (self.log_joint - reconstruction)
@@ -449,7 +449,7 @@ def row_terms(
         divergences: The KL divergences that are known in closed form: for each such site over its
             plates.
     """
-    parts: dict[str, Tensor | float] = dict.fromkeys(RowTerms._fields, 0.0)
+    parts: dict[str, Tensor] = {}
     for sign, trace in ((1.0, guide_trace), (-1.0, model_trace)):
         for name, site in _samples(trace):
             if _is_computed(site) or (name in divergences and trace is model_trace):
@@ -457,16 +457,15 @@ def row_terms(
             log_prob = divergences.get(name, site["unscaled_log_prob"])
             log_prob = scale_and_mask(log_prob, mask=site["mask"])
             if not _in_rows(site):
-                parts["global_kl"] += sign * log_prob.sum() / num_particles
+                name, value = "global_kl", sign * log_prob.sum()
             elif trace is model_trace and site["is_observed"]:
-                parts["reconstruction"] += sum_to_rows(log_prob, site) / num_particles
+                name, value = "reconstruction", sum_to_rows(log_prob, site)
             else:
-                parts["kl"] += sign * sum_to_rows(log_prob, site) / num_particles
-    found = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
-    zero = next(iter(found.values())).new_zeros(())
-    return RowTerms(
-        found.get("reconstruction", zero), found.get("kl", zero), found.get("global_kl")
-    )
+                name, value = "kl", sign * sum_to_rows(log_prob, site)
+            parts[name] = parts.get(name, 0.0) + value / num_particles
+    zero = next(iter(parts.values())).new_zeros(())
+    reconstruction, kl = parts.get("reconstruction", zero), parts.get("kl", zero)
+    return RowTerms(reconstruction, kl, parts.get("global_kl"))
 
 
 def plate_nesting(model: Program, guide: Program, *args: object, **kwargs: object) -> int:
@@ -554,7 +553,7 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
         observed=tuple(name for name in observed if _in_rows(sites[name])),
         event_shapes={name: torch.Size(site["fn"].event_shape) for name, site in sites.items()},
         discrete={name: _is_discrete(sites[name]) for name in observed},
-        is_scaled=any(_in_rows(s) and not _is_one(s["scale"]) for s in sites.values()),
+        is_scaled=any(_in_rows(s) and not is_one_scale(s["scale"], 1.0) for s in sites.values()),
         is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
         unreparameterised=unreparameterised(guide),
     )
@@ -600,10 +599,6 @@ def _in_rows(site: Site) -> bool:
 
 def _is_computed(site: Site) -> bool:
     return bool(site["infer"].get("_deterministic", False))
-
-
-def _is_one(scale: Scale) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1.0
 
 
 def is_one_scale(scale: Scale, other: Scale) -> bool:

@@ -85,8 +85,12 @@ class Drawn(Estimator):
         loss = -(particles.scale() * per_row).sum()
         return Estimate(loss, per_row, _mean_terms(densities))
 
-    def _has_particle_dim(self) -> bool:
-        return True
+    def infer_plate_nesting(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
+    ) -> None:
+        """Sets `max_plate_nesting`, which K draws in one pass need, by a dry run if not set."""
+        if math.isinf(self.max_plate_nesting):
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
 
     def _drawn(
         self,

@@ -459,16 +459,17 @@ def _constants_as_inputs(graph: GraphModule) -> list[Tensor]:
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor], rtol: float | None = None) -> bool:
     """Whether tensors differ by rounding at most, relative to their largest element."""
     least = 0.0 if rtol is None else 1e-6 * max(map(_largest, others), default=0.0)
-    return all(_is_same(one, other, rtol, least) for one, other in zip(some, others, strict=True))
-
-
-def _is_same(one: Tensor, other: Tensor, rtol: float | None, least: float) -> bool:
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    if rtol is None:
-        rtol = 16 * torch.finfo(one.dtype).eps if one.device.type == "cpu" else 1e-3
-    atol = rtol * _largest(other) + least
-    return torch.allclose(one, other, rtol=rtol, atol=atol, equal_nan=True)
+    for one, other in zip(some, others, strict=True):
+        if not one.is_floating_point():
+            is_same = torch.equal(one, other)
+        else:
+            rounding = 16 * torch.finfo(one.dtype).eps if one.device.type == "cpu" else 1e-3
+            relative = rounding if rtol is None else rtol
+            atol = relative * _largest(other) + least
+            is_same = torch.allclose(one, other, rtol=relative, atol=atol, equal_nan=True)
+        if not is_same:
+            return False
+    return True
 
 
 def _largest(tensor: Tensor) -> float:

@@ -160,15 +160,12 @@ def _unchanged_operand(node: Node) -> Node | None:
     if node.target in _INVOLUTIONS and source.target is node.target:
         inner = source.args[0]
         return inner if isinstance(inner, Node) and _are_alike(node, inner) else None
-    changes_nothing = node.target in _RESHAPING or _is_neutral(node)
+    is_neutral = node.target in _NEUTRAL and len(node.args) == 2 and not node.kwargs
+    if is_neutral:
+        other = node.args[1]
+        is_neutral = isinstance(other, int | float) and other == _NEUTRAL[node.target]  # type: ignore[index]
+    changes_nothing = node.target in _RESHAPING or is_neutral
     return source if changes_nothing and _are_alike(node, source) else None
-
-
-def _is_neutral(node: Node) -> bool:
-    if len(node.args) != 2 or node.kwargs or node.target not in _NEUTRAL:
-        return False
-    other = node.args[1]
-    return isinstance(other, int | float) and other == _NEUTRAL[node.target]
 
 
 def _are_alike(one: Node, other: Node) -> bool:

@@ -202,11 +202,15 @@ def optimizer_of(
         ValueError: If the optimiser cannot be made.
     """
     build = _torch_constructor(make)
-    own = build.keywords if isinstance(build, functools.partial) else {}
+    is_partial = isinstance(build, functools.partial)
+    target, own = (build.func, build.keywords) if is_partial else (build, {})  # type: ignore[attr-defined]
     options = {name: value for name, value in defaults.items() if name not in own}
     parameters = list(parameters)
-    if _can_fuse(build, parameters) and "fused" not in own and "foreach" not in own:
-        options["fused"] = True
+    has_fused = inspect.isclass(target) and "fused" in inspect.signature(target).parameters
+    if has_fused and "fused" not in own and "foreach" not in own:
+        devices = {p.device.type if p.is_floating_point() else "" for p in parameters}
+        if devices <= {"cpu", "cuda"}:
+            options["fused"] = True
     try:
         optimizer = build(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -237,13 +241,6 @@ def _torch_constructor(make: MakeOptimizer) -> Callable[..., Optimizer]:
         )
     constructor = cast(type[Optimizer], make.pt_optim_constructor)
     return functools.partial(constructor, **make.pt_optim_args)
-
-
-def _can_fuse(build: Callable[..., Optimizer], parameters: list[nn.Parameter]) -> bool:
-    target = build.func if isinstance(build, functools.partial) else build
-    if not (inspect.isclass(target) and "fused" in inspect.signature(target).parameters):
-        return False
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
