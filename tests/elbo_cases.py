@@ -45,9 +45,9 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "MMD": partial(elbos.MMD, 2, weight=2.0),
 }
 BASES = {
-    "Drawn",
     "Estimate",
     "Estimator",
+    "MonteCarlo",
     "MultiSample",
     "Objective",
     "PerRow",

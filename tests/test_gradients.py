@@ -669,7 +669,7 @@ def by_noise(program: Gaussian, elbo: Estimator, noise: Tensor) -> list[Tensor]:
     """An estimate at z = loc + scale * noise, the same for both dims."""
     loc = (program.slope * program.x[:, None]).sum(-1) + program.intercept
     z = loc + program.log_spread.exp() * noise[..., None]
-    is_single = elbo.num_particles == 1 and not isinstance(elbo, elbos.Drawn)
+    is_single = elbo.num_particles == 1 and not isinstance(elbo, elbos.MonteCarlo)
     with Handed(z=z[0] if is_single else z):
         estimate = elbo.estimate(program.model, program.guide, program.x)
     return list(grads(program, estimate.loss).values())

@@ -11,14 +11,14 @@ from ..data.checks import checked_count, checked_finite
 from .divergence import analytic_kl, factors, is_factorised
 from .estimator import Estimator
 from .log_densities import Densities, Particles, Site, latent_sites
-from .multi_sample import Drawn
+from .multi_sample import MonteCarlo
 
 __all__ = ["MMD", "TotalCorrelation", "inverse_multiquadric"]
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-class TotalCorrelation(Drawn):
+class TotalCorrelation(MonteCarlo):
     r"""Creates the ELBO with a weight on the total correlation of the aggregate posterior.
 
     .. math::
@@ -121,7 +121,7 @@ def inverse_multiquadric(one: Tensor, other: Tensor) -> Tensor:
 _SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-class MMD(Drawn):
+class MMD(MonteCarlo):
     r"""Creates the reconstruction term minus the discrepancy of aggregate posterior and prior.
 
     .. math::
@@ -203,8 +203,10 @@ def _mean_of_others(kernel: Tensor) -> Tensor:
     return (kernel.sum((-2, -1)) - own) / (rows * (rows - 1))
 
 
-def _only_site(particles: Particles, elbo: Drawn, *, factorised: bool = True) -> tuple[str, Site]:
-    """The name and the guide's site of the one latent, or an error that says what is not taken."""
+def _only_site(
+    particles: Particles, elbo: MonteCarlo, *, factorised: bool = True
+) -> tuple[str, Site]:
+    """Checks the programs, and returns the one latent site: its name, and the guide's site."""
     sites = latent_sites(particles.guide)
     if len(sites) != 1 or (particles.dim, particles.rows_dim) != (-2, -1):
         raise ValueError(

@@ -90,15 +90,15 @@ class PerRow(NamedTuple):
 
 
 class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
-    r"""The base class of the estimators: a Pyro ELBO that never waits for a number of the device.
+    r"""The base class of the estimators: a Pyro ELBO that never reads numbers off the device.
 
     An estimator works with `pyro.infer.SVI`, in :func:`pyro_vae.fit`, and as a module:
     `elbo(model, guide)(x)` is the loss, and the module owns the parameters of the programs. As in
     Pyro, the loss is minus the objective, summed over the rows.
 
     In every method `model` and `guide` are Pyro programs, and `args` and `kwargs` are the
-    arguments that both are called with. The number of draws K is the one positional argument of an
-    estimator; all others are keywords.
+    arguments that both are called with. An estimator takes numbers of draws by position, and all
+    other arguments by keyword.
 
     To add one, subclass it, write `estimate`, and set the attributes that differ.
 

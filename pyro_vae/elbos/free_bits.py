@@ -8,12 +8,12 @@ from torch import Tensor
 from ..data.checks import checked_finite
 from .divergence import analytic_kl, factors, is_factorised
 from .log_densities import Densities, Particles, Site, latent_sites
-from .multi_sample import Drawn
+from .multi_sample import MonteCarlo
 
 __all__ = ["FreeBits"]
 
 
-class FreeBits(Drawn):
+class FreeBits(MonteCarlo):
     r"""Creates the ELBO with free nats: a KL term below a threshold has no gradient.
 
     .. math::

@@ -26,7 +26,7 @@ from .log_densities import (
     unreparameterised,
 )
 
-__all__ = ["Autograd", "Drawn", "MultiSample", "Weighted", "Weights", "log_mean_exp"]
+__all__ = ["Autograd", "MonteCarlo", "MultiSample", "Weighted", "Weights", "log_mean_exp"]
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
-class Drawn(Estimator):
+class MonteCarlo(Estimator):
     """The base class of the objectives of K draws from the guide for each row, made in one pass.
 
     If all sites of the rows have one scale (N / B of a subsampling plate), it multiplies the loss
@@ -111,7 +111,7 @@ class Drawn(Estimator):
         return f"{type(self).__name__}({self.num_particles})"
 
 
-class MultiSample(Drawn):
+class MultiSample(MonteCarlo):
     r"""The base class of the objectives that are a function of K log-weights of each row.
 
     .. math::
@@ -211,9 +211,10 @@ class Weighted(MultiSample):
         """A sum whose gradient is the estimator's.
 
         If the weights have a bounded ratio and there is one latent site, one backward pass is
-        enough: the gradient that reaches the draws from the model's terms is multiplied by the
-        ratio. These terms lack the derivative of log q in z. The derivative of log q in z and in
-        the guide's parameters comes from one term, so that the latter is subtracted again.
+        enough: a hook multiplies the gradient of the model's terms in the draws by the ratio. The
+        derivative of log q in z is then missing. It is the gradient of the last term, the
+        difference of log q at the draws and at the detached draws, in which the derivatives in the
+        guide's parameters cancel.
         """
         weights = self.weights(log_weights.detach())
         total = (weights.model * densities.tempered_joint(self.kl_weight)).sum()

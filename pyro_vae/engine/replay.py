@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..data.checks import perhaps
 from .running import kept_generators, local_parameters, outer_handlers
-from .simplified import simplified, written
+from .simplified import simplified, written_nodes
 
 __all__ = [
     "ENGINES",
@@ -443,7 +443,7 @@ def _constants_as_inputs(graph: GraphModule) -> list[Tensor]:
         value = getattr(graph, name)
         if not isinstance(value, Tensor):
             raise UntraceableError(f"its graph has a constant of type {type(value).__name__}")
-        if any(node in written(user) for user in node.users):
+        if any(node in written_nodes(user) for user in node.users):
             raise UntraceableError("it changes a tensor in place that is no buffer")
         if name not in constants:
             with graph.graph.inserting_after(last):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-__all__ = ["simplified", "written"]
+__all__ = ["simplified", "written_nodes"]
 
 MOST_HELD = 2**16  # elements of a constant that is stored in the graph
 
@@ -61,7 +61,7 @@ def simplified(module: GraphModule) -> GraphModule:
     return short
 
 
-def written(node: Node) -> list[Node]:
+def written_nodes(node: Node) -> list[Node]:
     """Returns the nodes whose tensors an operation changes in place.
 
     Arguments:
@@ -87,7 +87,7 @@ def _removable(graph: Graph) -> set[Node]:
     for node in graph.nodes:
         source = node.all_input_nodes[0] if _is_view(node) else node
         roots[node] = roots.get(source, source)
-    changed = {roots[target] for node in graph.nodes for target in written(node)}
+    changed = {roots[target] for node in graph.nodes for target in written_nodes(node)}
     return {
         node
         for node in graph.nodes

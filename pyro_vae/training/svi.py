@@ -15,7 +15,7 @@ from ..data.checks import checked_count, checked_finite, checked_positive
 from ..elbos import Estimate, Objective
 from ..elbos.log_densities import Args, Kwargs, Program, RowTerms
 from ..engine import replay as engines
-from ..engine.halved import Halved
+from ..engine.half_precision import HalfPrecision
 from ..engine.replay import (
     Graph,
     Outputs,
@@ -112,7 +112,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     ) -> None:
         self.engine = engines.checked_engine(engine)
         self.precision = engines.checked_precision(precision)
-        wrap = Halved if precision == "bf16" else None
+        wrap = HalfPrecision if precision == "bf16" else None
         self.objective = Objective(model, guide, loss, wrap=wrap)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         if not self.parameters:
@@ -130,7 +130,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.max_seconds = math.inf
         if max_seconds is not None:
             self.max_seconds = checked_positive("max_seconds", max_seconds)
-        self.why = "" if engine == "auto" else "as asked"
+        self.why = "" if engine == "auto" else "the user chose it"
         self.before_compiling: Callable[[], object] = lambda: None
         self._is_auto = engine == "auto"
         self._step = _Step(self.objective, self.parameters, max_grad_norm)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..data.rows import floating_like
 from .running import Site
 
-__all__ = ["Halved"]
+__all__ = ["HalfPrecision"]
 
 
-class Halved:
+class HalfPrecision:
     """Creates a program that runs under autocast to bfloat16, except for draws at sites.
 
     Matrix products of the networks have bfloat16 operands and float32 sums. Draws, and densities
