@@ -399,7 +399,7 @@ def unreparameterised(guide: Trace) -> tuple[str, ...]:
         guide: Its trace.
     """
     sites = latent_sites(guide)
-    return tuple(name for name, site in sites if not getattr(site["fn"], "has_rsample", False))
+    return tuple(name for name, site in sites if not site["fn"].has_rsample)
 
 
 def is_point_mass(site: Site) -> bool:

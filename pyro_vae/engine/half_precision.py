@@ -29,8 +29,9 @@ class HalfPrecision:
     def __init__(self, program: Callable[..., object]) -> None:
         self.program = program
         owner = getattr(program, "__self__", program)
-        if isinstance(owner, nn.Module):
-            self.__self__ = owner
+        self.owner = owner if isinstance(owner, nn.Module) else None
+        if self.owner is not None:
+            self.__self__ = self.owner
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Runs the program.
@@ -39,8 +40,7 @@ class HalfPrecision:
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
-        like = floating_like(getattr(self, "__self__", None))
-        device = like.device.type
+        device = floating_like(self.owner).device.type
         halved = torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False)
         with halved, _FullPrecisionSites(device):
             return self.program(*args, **kwargs)

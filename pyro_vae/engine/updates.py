@@ -251,10 +251,11 @@ def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
         return
     before = {key: t.detach().clone() for key, t in _tensors_of(optimizer).items()}
     optimizer.step()
+    is_kept = is_bad.bool()
     with torch.no_grad():
         for key, tensor in _tensors_of(optimizer).items():
             value = before.get(key, torch.zeros_like(tensor))
-            tensor.copy_(torch.where(is_bad.bool(), value, tensor))
+            tensor.copy_(torch.where(is_kept, value, tensor))
 
 
 def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
