@@ -287,7 +287,7 @@ class Replayed:
 
         with kept_generators():
             expected = [*map(_copied, inputs)]
-            expected = [*function(*expected), *expected]  # errors of the module itself
+            expected = [*function(*expected), *expected]  # raises errors of the module itself
         with pyro.validation_enabled(False):
             graph = _graph_of(function, [*map(_copied, inputs)])
         constants = _constants_as_inputs(graph)

@@ -205,7 +205,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if self.engine == "auto" and not self.objective.is_traceable:
             self.engine, self.why = "eager", f"{self.objective.elbo} reads numbers off the device"
         if self.engine == "auto" and self._are_few():
-            self.engine, self.why = "eager", f"{self.total_steps} steps do not repay tracing"
+            self.engine, self.why = "eager", f"tracing takes longer than {self.total_steps} steps"
         if self.engine != "eager" and not self._are_few():
             try:
                 return self._replay(args, kwargs)
