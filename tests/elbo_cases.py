@@ -23,11 +23,11 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "TraceGraph_ELBO, 2": partial(elbos.TraceGraph_ELBO, 2),
     "TraceEnum_ELBO": partial(elbos.TraceEnum_ELBO, strict_enumeration_warning=False),
     "IWAE": partial(elbos.IWAE, 3),
-    "Renyi": partial(elbos.Renyi, 0.5, 3),
-    "Renyi, 2": partial(elbos.Renyi, 2.0, 3),
-    "Renyi, -1": partial(elbos.Renyi, -1.0, 3),
+    "Renyi": partial(elbos.Renyi, 3, alpha=0.5),
+    "Renyi, 2": partial(elbos.Renyi, 3, alpha=2.0),
+    "Renyi, -1": partial(elbos.Renyi, 3, alpha=-1.0),
     "MIWAE": partial(elbos.MIWAE, 2, 2),
-    "CIWAE": partial(elbos.CIWAE, 0.3, 3),
+    "CIWAE": partial(elbos.CIWAE, 3, beta=0.3),
     "PIWAE": partial(elbos.PIWAE, 2, 2),
     "STL": elbos.STL,
     "STL, 3": partial(elbos.STL, 3),
@@ -36,18 +36,18 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "RWS": partial(elbos.RWS, 3),
     "TVO": partial(elbos.TVO, 3),
     "CUBO": partial(elbos.CUBO, 3),
-    "BetaELBO": partial(elbos.BetaELBO, 2.0),
-    "BetaELBO of DReG": lambda: elbos.BetaELBO(0.5, elbos.DReG(3)),
-    "FreeBits, 0": partial(elbos.FreeBits, 0.0, 2),
-    "FreeBits": partial(elbos.FreeBits, 0.15),
-    "TotalCorrelation": partial(elbos.TotalCorrelation, 3.0),
-    "TotalCorrelation, 1": partial(elbos.TotalCorrelation, 1.0),
-    "MMD": partial(elbos.MMD, 2.0, 2),
+    "BetaELBO": partial(elbos.BetaELBO, beta=2.0),
+    "BetaELBO of DReG": lambda: elbos.BetaELBO(beta=0.5, elbo=elbos.DReG(3)),
+    "FreeBits, 0": partial(elbos.FreeBits, 2, nats=0.0),
+    "FreeBits": partial(elbos.FreeBits, nats=0.15),
+    "TotalCorrelation": partial(elbos.TotalCorrelation, beta=3.0),
+    "TotalCorrelation, 1": partial(elbos.TotalCorrelation, beta=1.0),
+    "MMD": partial(elbos.MMD, 2, weight=2.0),
 }
 BASES = {
-    "Drawn",
     "Estimate",
     "Estimator",
+    "MonteCarlo",
     "MultiSample",
     "Objective",
     "PerRow",
@@ -84,6 +84,16 @@ class Copies(nn.Module):
     @classmethod
     def names(cls, *groups: str) -> set[str]:
         return set().union(*(cls.groups[group] for group in groups))
+
+
+class Pair(nn.Module):
+    """A program whose model and guide are functions of another program's, wrapped for instance."""
+
+    def __init__(
+        self, program: nn.Module, model: Callable[..., Any], guide: Callable[..., Any]
+    ) -> None:
+        super().__init__()
+        self.program, self.model, self.guide = program, model, guide
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ def test_compare_elbos(table: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("STL, STL", "got STL twice"),
         ("STL,", "Expected"),
         ("IWEA(5)", "did you mean 'IWAE'"),
-        ("MMD(1.0), TVO(1)", "at least 2"),
+        ("MMD(weight=1.0), TVO(1)", "at least 2"),
     ):
         assert run("compare-elbos", "r", table, "--elbos", elbos, *few) == 2
         assert message in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_the_table_has_a_row_an_estimator_in_the_order_given() -> None:
 def test_values_are_those_per_row(name: str) -> None:
     """4.5 standard errors of the difference of two independent means."""
     vae = linear(LEARNED)
-    own, mcse = ESTIMATORS[name]().per_row(vae.model, vae.guide, X, num_repeats=100)
+    own, mcse = ESTIMATORS[name]().per_row(vae, X, num_repeats=100)
     line = compared().table.loc[name]
     error = math.hypot(line["value_se"], float(mcse.square().sum().sqrt()) / len(X))
     coupled = name in {"TotalCorrelation", "TotalCorrelation, 1", "MMD", "FreeBits"}
@@ -422,7 +422,7 @@ def test_a_scale_that_all_rows_share_changes_nothing() -> None:
 
 
 def test_a_schedule_stands_still() -> None:
-    elbo = E.BetaELBO(lambda step: 1.0 + step)
+    elbo = E.BetaELBO(beta=lambda step: 1.0 + step)
     found = pv.compare_elbos(linear(), X, {"warm": elbo, "ELBO": E.Trace_ELBO()})
     assert elbo.steps == 0
     difference = found.table["value"].diff().iloc[1]
@@ -485,7 +485,7 @@ def test_memory_is_what_a_step_holds() -> None:
 def test_the_picture(groups: tuple[str, ...]) -> None:
     program, x = (linear(), X) if len(groups) == 2 else by_hand()
     chosen = {"ELBO": E.Trace_ELBO(), "DReG": E.DReG(2), "VIMCO": E.VIMCO(2)}
-    chosen |= {"PIWAE": E.PIWAE(2, 2), "beta": E.BetaELBO(2.0, E.IWAE(3))}
+    chosen |= {"PIWAE": E.PIWAE(2, 2), "beta": E.BetaELBO(beta=2.0, elbo=E.IWAE(3))}
     found = pv.compare_elbos(program, x, chosen, num_repeats=4, reference=40)
     curves = found.curves([1, 3])
     counts = curves.groupby("estimator", sort=False)["num_particles"].apply(list).to_dict()
@@ -537,7 +537,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         r"rsample, under DReG\(2\).*'bad'",
     ),
     "wrong when called": (
-        lambda: ask({"tc": E.TotalCorrelation(2.0)}, linear(posterior=FULL_GUIDE)),
+        lambda: ask({"tc": E.TotalCorrelation(beta=2.0)}, linear(posterior=FULL_GUIDE)),
         "independent over the elements.*'tc'",
     ),
     "a wrong reference": (

@@ -1,6 +1,7 @@
 """What every estimator of the table keeps to: values, scales, KL weights, refusals."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from elbo_cases import (
     Discrete,
     Gaussian,
     Hierarchy,
+    Pair,
     estimates,
     exact,
     grads,
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import elbos
+from pyro_vae.cli.members import member
 from pyro_vae.elbos import Estimator
 from pyro_vae.elbos.log_densities import RowTerms
 from pyro_vae.engine.running import seeded
@@ -77,11 +80,11 @@ def test_the_loss_is_minus_the_sum_of_the_rows(name: str) -> None:
     assert isinstance(terms, RowTerms)
     assert loss.shape == ()
     assert [part.shape for part in terms[:2]] == [(50,), (50,)]
-    assert not terms.elbo.requires_grad or not isinstance(elbo, elbos.Drawn)
+    assert not terms.elbo.requires_grad or not isinstance(elbo, elbos.MonteCarlo)
     if per_row is not None:
         assert per_row.shape == (50,)
         assert -per_row.sum().item() == pytest.approx(loss.item(), rel=1e-6)
-    value, mcse = elbo.per_row(vae.model, vae.guide, X, num_repeats=20)
+    value, mcse = elbo.per_row(vae, X, num_repeats=20)
     assert (value.shape, mcse.shape) == ((50,), (50,))
     assert loss.item() == pytest.approx(-value.sum().item(), rel=0.2)
 
@@ -89,7 +92,7 @@ def test_the_loss_is_minus_the_sum_of_the_rows(name: str) -> None:
 @pytest.mark.parametrize("name", that(lambda elbo: elbo.direction == "lower bound"))
 def test_a_lower_bound_lies_below_log_evidence(name: str) -> None:
     program, elbo = Gaussian(10_000), ESTIMATORS[name]()
-    found = elbo.per_row(program.model, program.guide, program.x, num_repeats=1).value
+    found = elbo.per_row(program, program.x, num_repeats=1).value
     below = (found - program.log_evidence().detach()).reshape(-1, 2)
     assert (below.mean(0) < -4.5 * below.std(0) / math.sqrt(len(below))).all()
 
@@ -98,7 +101,7 @@ def test_a_lower_bound_lies_below_log_evidence(name: str) -> None:
 def test_the_error_of_the_objective_of_each_row_is_calibrated(name: str) -> None:
     """Its square is the variance of the value: here over two rows' many copies."""
     program, elbo = Gaussian(100 if name in OF_ONE_PLATE else 1000), ESTIMATORS[name]()
-    value, mcse = elbo.per_row(program.model, program.guide, program.x, num_repeats=16)
+    value, mcse = elbo.per_row(program, program.x, num_repeats=16)
     variance = value.reshape(-1, 2).var(0)
     assert (mcse.square().reshape(-1, 2).mean(0) / variance).tolist() == pytest.approx(
         [1.0, 1.0], rel=0.5 if name in OF_ONE_PLATE else 0.2
@@ -107,10 +110,10 @@ def test_the_error_of_the_objective_of_each_row_is_calibrated(name: str) -> None
 
 def test_one_repeat_has_no_error() -> None:
     vae = small()
-    assert elbos.IWAE(3).per_row(vae.model, vae.guide, X, num_repeats=1).mcse.isnan().all()
+    assert elbos.IWAE(3).per_row(vae, X, num_repeats=1).mcse.isnan().all()
     for wrong in (0, -1, 2.5):
         with pytest.raises(ValueError, match="^Expected num_repeats to be an integer"):
-            elbos.IWAE(3).per_row(vae.model, vae.guide, X, num_repeats=wrong)
+            elbos.IWAE(3).per_row(vae, X, num_repeats=wrong)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -119,7 +122,7 @@ def test_the_objective_of_each_row_leaves_all_as_it_was(name: str) -> None:
     vae.train()
     vae.likelihood.eval()
     before, modes = weights(vae), [module.training for module in vae.modules()]
-    found = ESTIMATORS[name]().per_row(vae.model, vae.guide, X, num_repeats=2)
+    found = ESTIMATORS[name]().per_row(vae, X, num_repeats=2)
     assert not found.value.requires_grad
     assert [module.training for module in vae.modules()] == modes
     assert all(p.grad is None for p in vae.parameters())
@@ -198,7 +201,7 @@ OF_ONE_PLATE = ("TotalCorrelation", "TotalCorrelation, 1", "MMD")
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in OF_ONE_PLATE])
 def test_of_dicts_and_two_plates(name: str) -> None:
     program, x, elbo = Grid(), grid(), ESTIMATORS[name]()
-    found = elbo.per_row(program.model, program.guide, x, num_repeats=2)
+    found = elbo.per_row(program, x, num_repeats=2)
     assert found.value.shape == (7,)
     elbo.differentiable_loss(program.model, program.guide, x).backward()
     assert program.shift.grad.isfinite()
@@ -216,19 +219,19 @@ def test_of_two_plates_or_sites_that_are_refused(name: str) -> None:
 def test_a_guide_with_covariance_has_no_total_correlation() -> None:
     vae = small(posterior=pv.posteriors.MultivariateNormal())
     with pytest.raises(ValueError, match="independent over the elements of 'z'.*posteriors.Norm"):
-        elbos.TotalCorrelation(3.0).estimate(vae.model, vae.guide, X)
+        elbos.TotalCorrelation(beta=3.0).estimate(vae.model, vae.guide, X)
 
 
 def test_the_discrepancy_needs_two_rows() -> None:
     vae = small()
     with pytest.raises(ValueError, match="Expected at least 2 rows under MMD"):
-        elbos.MMD(1.0).estimate(vae.model, vae.guide, X[:1])
+        elbos.MMD(weight=1.0).estimate(vae.model, vae.guide, X[:1])
 
 
 def test_the_discrepancy_to_a_prior_that_learns_needs_rsample() -> None:
     vae = small(prior=pv.priors.Mixture(3, 2))
     with pytest.raises(ValueError, match="Expected a prior that draws 'z' by rsample"):
-        elbos.MMD(1.0).estimate(vae.model, vae.guide, X)
+        elbos.MMD(weight=1.0).estimate(vae.model, vae.guide, X)
 
 
 class Shared(nn.Module):
@@ -254,14 +257,14 @@ class Shared(nn.Module):
 def test_sites_that_all_rows_share(name: str) -> None:
     program, x, elbo = Shared(), torch.randn(6), ESTIMATORS[name]()
     with pytest.raises(ValueError, match="^Expected (latent )?sites"):
-        elbo.per_row(program.model, program.guide, x)
+        elbo.per_row(program, x)
     if elbo.takes_globals:
         assert len(fit(program, x, elbo=elbo)) == 2
         return
     with pytest.raises(ValueError, match="got mean outside it"):
         elbo.estimate(program.model, program.guide, x)
     before = weights(program)
-    with pytest.raises(ValueError, match=r"got mean outside it: Trace_ELBO, .* take them\.$"):
+    with pytest.raises(ValueError, match=r"got mean outside it: Trace_ELBO.* take such sites\.$"):
         fit(program, x, elbo=elbo)
     assert_same(weights(program), before)
 
@@ -338,7 +341,7 @@ def test_a_scale_of_all_rows_multiplies_the_loss_alone(name: str, scale: str) ->
         with seeded(3):
             estimate = elbo.estimate(*pair, program.x)
         with seeded(3):
-            per_row = elbo.per_row(*pair, program.x, num_repeats=1).value
+            per_row = elbo.per_row(Pair(program, *pair), program.x, num_repeats=1).value
         found.append((estimate, per_row))
         gradients.append(grads(program, estimate.loss))
     (one, of_one), (other, of_other) = found
@@ -415,7 +418,7 @@ def test_annealing_in_the_model_alone_is_heeded(name: str) -> None:
 def test_a_scale_that_pyros_renyi_gets_wrong() -> None:
     """Pyro's takes the power of N / B of the weights, and comes out above log p(x)."""
     program = Subsampled(2500)
-    found = elbos.Renyi(0.0, 3).per_row(program.model, program.guide, program.x, num_repeats=1)
+    found = elbos.Renyi(3, alpha=0.0).per_row(program, program.x, num_repeats=1)
     assert found.value.mean() < program.log_evidence().mean()
     theirs = pyro.infer.RenyiELBO(
         alpha=0.0, num_particles=3, vectorize_particles=True, max_plate_nesting=1
@@ -454,7 +457,7 @@ def test_the_kl_to_a_standard_normal_is_in_closed_form(name: str) -> None:
         wanted = torch.distributions.kl_divergence(q, unit)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, wanted)
-    free = elbos.FreeBits(0.0).estimate(vae.model, vae.guide, x)
+    free = elbos.FreeBits(nats=0.0).estimate(vae.model, vae.guide, x)
     torch.testing.assert_close(free.per_row - free.terms.reconstruction, -wanted)
 
 
@@ -555,7 +558,7 @@ def test_warmup_is_refused_without_kl_terms(name: str) -> None:
     assert_same(weights(vae), before)
     assert torch.equal(torch.get_rng_state(), generator)
     with pytest.raises(ValueError, match="^Expected an estimator of pyro_vae.elbos whose KL term"):
-        elbos.BetaELBO(2.0, elbo)
+        elbos.BetaELBO(beta=2.0, elbo=elbo)
 
 
 def test_those_without_kl_terms() -> None:
@@ -565,24 +568,24 @@ def test_those_without_kl_terms() -> None:
 @pytest.mark.parametrize("name", TAKES_KL)
 def test_a_weight_is_that_of_beta_elbo(name: str) -> None:
     vae, elbo = small(), ESTIMATORS[name]()
-    beta = elbos.BetaELBO(0.4, elbo)
+    beta = elbos.BetaELBO(beta=0.4, elbo=elbo)
     inside = of_seed(beta, vae, X)
     elbo.kl_weight = 0.4
     torch.testing.assert_close(inside.loss, of_seed(elbo, vae, X).loss)
     rows = []
     for each in (beta, elbo):
         with seeded(1):
-            rows.append(each.per_row(vae.model, vae.guide, X, num_repeats=2).value)
+            rows.append(each.per_row(vae, X, num_repeats=2).value)
     torch.testing.assert_close(*rows)
 
 
 def test_of_a_weight_on_what_is_summed_out() -> None:
     program = Discrete()
     guide = pyro.infer.config_enumerate(program.guide)
-    elbo = elbos.BetaELBO(0.4, elbos.TraceEnum_ELBO(max_plate_nesting=1))
+    elbo = elbos.BetaELBO(beta=0.4, elbo=elbos.TraceEnum_ELBO(max_plate_nesting=1))
     log_q, log_p, seen = program.tables()
     wanted = (log_q.exp() * (seen + 0.4 * (log_p - log_q))).sum(-1)
-    found = elbo.per_row(program.model, guide, program.x, num_repeats=1).value
+    found = elbo.per_row(Pair(program, program.model, guide), program.x, num_repeats=1).value
     torch.testing.assert_close(found, wanted.detach())
     loss = elbo.differentiable_loss(program.model, guide, program.x)
     torch.testing.assert_close(-loss, wanted.sum())
@@ -596,10 +599,10 @@ def test_a_schedule_is_asked_for_the_weight_of_each_step() -> None:
         return min(1.0, 0.1 * step)
 
     vae = small()
-    fit(vae, X, elbo=elbos.BetaELBO(beta), batch_size=25, max_epochs=3)
+    fit(vae, X, elbo=elbos.BetaELBO(beta=beta), batch_size=25, max_epochs=3)
     assert asked == [0, 1, 2, 3, 4, 5]
     asked.clear()
-    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), elbos.BetaELBO(beta))
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({}), elbos.BetaELBO(beta=beta))
     for _ in range(3):
         svi.step(X)
         svi.evaluate_loss(X)
@@ -613,14 +616,14 @@ def climbing(step: int) -> float:
 def test_a_schedule_goes_on_over_a_resumed_fit(tmp_path: Path) -> None:
     whole, broken, restarted = small(), small(), small()
     options = {"batch_size": 10, "lr": 0.01}
-    fit(whole, X, elbo=elbos.BetaELBO(climbing), max_epochs=4, **options)
+    fit(whole, X, elbo=elbos.BetaELBO(beta=climbing), max_epochs=4, **options)
     path = tmp_path / "fit.safetensors"
     for program, epochs in ((broken, 2), (restarted, 4)):
-        elbo = elbos.BetaELBO(climbing)
+        elbo = elbos.BetaELBO(beta=climbing)
         fit(program, X, elbo=elbo, max_epochs=epochs, checkpoint=path, resume=True, **options)
     assert_same(weights(restarted), weights(whole))
     constant = small()
-    fit(constant, X, elbo=elbos.BetaELBO(0.1), max_epochs=4, **options)
+    fit(constant, X, elbo=elbos.BetaELBO(beta=0.1), max_epochs=4, **options)
     after = weights(constant)
     assert not any(torch.equal(value, after[key]) for key, value in weights(whole).items())
 
@@ -630,9 +633,9 @@ def test_directions_under_a_weight(name: str) -> None:
     elbo = ESTIMATORS[name]()
     keeps = elbo.is_linear and not isinstance(elbo, elbos.BetaELBO)
     if keeps and elbo.direction == "lower bound":
-        assert elbos.BetaELBO(2.0, elbo).direction == "lower bound"
-    assert elbos.BetaELBO(0.5, elbo).direction == "no bound"
-    assert elbos.BetaELBO(climbing, elbo).direction == "no bound"
+        assert elbos.BetaELBO(beta=2.0, elbo=elbo).direction == "lower bound"
+    assert elbos.BetaELBO(beta=0.5, elbo=elbo).direction == "no bound"
+    assert elbos.BetaELBO(beta=climbing, elbo=elbo).direction == "no bound"
 
 
 # Sites without rsample
@@ -720,7 +723,7 @@ def test_what_is_summed_out_of_the_model_has_no_objective_of_each_row() -> None:
         """Draws nothing."""
 
     with pytest.raises(ValueError, match="^Expected latent sites that the guide has"):
-        elbos.TraceEnum_ELBO(max_plate_nesting=1).per_row(model, guide, program.x)
+        elbos.TraceEnum_ELBO(max_plate_nesting=1).per_row(Pair(program, model, guide), program.x)
 
 
 # Arguments
@@ -733,31 +736,31 @@ BAD: dict[str, Callable[[], Any]] = {
     "one of VIMCO": lambda: elbos.VIMCO(1),
     "one of RWS": lambda: elbos.RWS(1),
     "one of TVO": lambda: elbos.TVO(1),
-    "alpha 1": lambda: elbos.Renyi(1.0, 3),
-    "alpha nan": lambda: elbos.Renyi(math.nan, 3),
+    "alpha 1": lambda: elbos.Renyi(3, alpha=1.0),
+    "alpha nan": lambda: elbos.Renyi(3, alpha=math.nan),
     "no bounds": lambda: elbos.MIWAE(0, 3),
     "no draws": lambda: elbos.PIWAE(3, 0),
-    "share above 1": lambda: elbos.CIWAE(1.5, 3),
-    "negative share": lambda: elbos.CIWAE(-0.1, 3),
+    "share above 1": lambda: elbos.CIWAE(3, beta=1.5),
+    "negative share": lambda: elbos.CIWAE(3, beta=-0.1),
     "order below 1": lambda: elbos.CUBO(3, order=0.5),
     "order 1": lambda: elbos.CUBO(3, order=1.0),
     "one draw": lambda: elbos.CUBO(1),
-    "the estimator first": lambda: elbos.BetaELBO(elbos.STL()),
-    "a class first": lambda: elbos.BetaELBO(elbos.STL),
-    "a kernel of 3": lambda: elbos.MMD(1.0, kernel=3),
+    "an estimator as beta": lambda: elbos.BetaELBO(beta=elbos.STL()),
+    "a class as beta": lambda: elbos.BetaELBO(beta=elbos.STL),
+    "a kernel of 3": lambda: elbos.MMD(weight=1.0, kernel=3),
     "a word for a point": lambda: elbos.TVO(3, first_beta="a"),
     "a point of nothing": lambda: elbos.TVO(3, first_beta=1e-320),
     "no number of Trace_ELBO": lambda: elbos.Trace_ELBO(True),
-    "negative beta": lambda: elbos.BetaELBO(-1.0),
-    "infinite beta": lambda: elbos.BetaELBO(math.inf),
-    "Pyro's inside": lambda: elbos.BetaELBO(1.0, pyro.infer.Trace_ELBO()),
-    "a class inside": lambda: elbos.BetaELBO(1.0, elbos.Trace_ELBO),
-    "negative nats": lambda: elbos.FreeBits(-0.1),
-    "negative correlation": lambda: elbos.TotalCorrelation(-1.0),
-    "no rows": lambda: elbos.TotalCorrelation(1.0, num_rows=0),
-    "negative weight": lambda: elbos.MMD(-1.0),
+    "negative beta": lambda: elbos.BetaELBO(beta=-1.0),
+    "infinite beta": lambda: elbos.BetaELBO(beta=math.inf),
+    "Pyro's inside": lambda: elbos.BetaELBO(beta=1.0, elbo=pyro.infer.Trace_ELBO()),
+    "a class inside": lambda: elbos.BetaELBO(beta=1.0, elbo=elbos.Trace_ELBO),
+    "negative nats": lambda: elbos.FreeBits(nats=-0.1),
+    "negative correlation": lambda: elbos.TotalCorrelation(beta=-1.0),
+    "no rows": lambda: elbos.TotalCorrelation(beta=1.0, num_rows=0),
+    "negative weight": lambda: elbos.MMD(weight=-1.0),
     "a point of 0": lambda: elbos.TVO(3, first_beta=0.0),
-    "no pieces": lambda: elbos.TVO(3, 0),
+    "no pieces": lambda: elbos.TVO(3, num_partitions=0),
     "no particles of Pyro's": lambda: elbos.TraceEnum_ELBO(0),
     "no particles of mean field": lambda: elbos.TraceMeanField_ELBO(0),
     "a word": lambda: elbos.IWAE("3"),
@@ -771,11 +774,20 @@ def test_bad_arguments_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_its_name_is_in_what_it_says_of_itself(name: str) -> None:
+def test_its_repr_makes_it_again(name: str) -> None:
     elbo = ESTIMATORS[name]()
-    assert repr(elbo).startswith(f"{type(elbo).__name__}(")
-    assert repr(copy.copy(elbo)) == repr(elbo)
+    made = member(repr(elbo), "ELBO")
+    assert type(made) is type(elbo)
+    assert made.num_particles == elbo.num_particles
+    assert repr(made) == repr(copy.copy(elbo)) == repr(elbo)
     assert elbo.direction in ("lower bound", "no bound", "upper bound as num_particles grows")
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_number_of_draws_alone_is_positional(name: str) -> None:
+    parameters = inspect.signature(type(ESTIMATORS[name]())).parameters.values()
+    by_position = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert set(by_position) <= {"num_bounds", "num_particles"}
 
 
 def test_a_point_mass_has_no_double_reparameterisation() -> None:
@@ -815,25 +827,25 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("in_guide", [True, False])
 def test_masks_of_model_and_guide_are_heeded_each(in_guide: bool) -> None:  # noqa: FBT001
     program, x = Masked(in_guide=in_guide), torch.randn(4)
-    wanted = elbos.Trace_ELBO(100).per_row(program.model, program.guide, x, num_repeats=50)
-    found = elbos.FreeBits(0.0, 100).per_row(program.model, program.guide, x, num_repeats=50)
+    wanted = elbos.Trace_ELBO(100).per_row(program, x, num_repeats=50)
+    found = elbos.FreeBits(100, nats=0.0).per_row(program, x, num_repeats=50)
     if in_guide:
         error = (wanted.mcse**2 + found.mcse**2).sqrt() + 1e-9
         assert ((found.value - wanted.value).abs() / error).max() < 4.5
     else:  # no threshold binds, but the mean over rows of what is drawn is below 0 there
         assert (found.value <= wanted.value + 4.5 * (wanted.mcse + found.mcse)).all()
-    for elbo in (elbos.TotalCorrelation(1.0), elbos.MMD(1.0)):
+    for elbo in (elbos.TotalCorrelation(beta=1.0), elbos.MMD(weight=1.0)):
         with pytest.raises(ValueError, match="Expected no mask on 'z'"):
             elbo.estimate(program.model, program.guide, x)
 
 
 def test_the_aggregate_needs_rows() -> None:
     vae = small()
-    for elbo in (elbos.TotalCorrelation(6.0, num_rows=60000), elbos.MMD(1.0)):
+    for elbo in (elbos.TotalCorrelation(beta=6.0, num_rows=60000), elbos.MMD(weight=1.0)):
         with pytest.raises(ValueError, match="at least 2 rows"):
             elbo.estimate(vae.model, vae.guide, X[:1])
     with pytest.raises(ValueError, match="num_rows to be at least the 50 rows"):
-        elbos.TotalCorrelation(6.0, num_rows=10).estimate(vae.model, vae.guide, X)
+        elbos.TotalCorrelation(beta=6.0, num_rows=10).estimate(vae.model, vae.guide, X)
 
 
 class Scalar(nn.Module):
@@ -853,7 +865,9 @@ class Scalar(nn.Module):
             pyro.sample("z", dist.Normal(x / 2 + self.loc, 0.7))
 
 
-@pytest.mark.parametrize("elbo", [elbos.TotalCorrelation(1.0), elbos.MMD(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "elbo", [elbos.TotalCorrelation(beta=1.0), elbos.MMD(weight=1.0)], ids=str
+)
 def test_a_scalar_latent_has_an_aggregate(elbo: Estimator) -> None:
     program = Scalar()
     elbo(program.model, program.guide)(torch.randn(6)).backward()
@@ -862,19 +876,22 @@ def test_a_scalar_latent_has_an_aggregate(elbo: Estimator) -> None:
 
 def test_per_row_reads_and_checks_rows_as_others_do() -> None:
     vae, elbo = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0), elbos.IWAE(3)
-    assert elbo.per_row(vae.model, vae.guide, np.ones((5, 4))).value.shape == (5,)
+    assert elbo.per_row(vae, np.ones((5, 4))).value.shape == (5,)
     for bad in (torch.full((5, 4), 0.3), torch.full((5, 4), math.nan), torch.ones(0, 4)):
         with pytest.raises(ValueError, match=r"^Expected "):
-            elbo.per_row(vae.model, vae.guide, bad)
-    with pytest.raises(ValueError, match=r"Expected per_row\(model, guide, x\)"):
-        elbo.per_row(vae, torch.ones(5, 4))
+            elbo.per_row(vae, bad)
+    assert elbo.per_row(vae, np.ones((5, 4)), seed=3).value.equal(
+        elbo.per_row(vae, torch.ones(5, 4), seed=3).value
+    )
+    with pytest.raises(ValueError, match=r"with the methods model\(x\) and guide\(x\); got metho"):
+        elbo.per_row(vae.model, torch.ones(5, 4))
 
 
 def test_a_schedule_gives_numbers() -> None:
     vae = small()
     for schedule in (lambda step: -1.0, lambda step: None, lambda step: "a"):
         with pytest.raises(ValueError, match="Expected beta to be a finite number"):
-            elbos.BetaELBO(schedule).estimate(vae.model, vae.guide, X)
+            elbos.BetaELBO(beta=schedule).estimate(vae.model, vae.guide, X)
 
 
 def test_a_class_is_not_an_estimator() -> None:

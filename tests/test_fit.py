@@ -598,7 +598,7 @@ def test_the_elbo_is_a_module_with_parameters() -> None:
     loss(X).backward()
     optimizer.step()
     assert [n for n, p in vae.named_parameters() if torch.equal(p, before[n])] == []
-    assert pv.elbos.Trace_ELBO().per_row(vae.model, vae.guide, X).value.shape == (50,)
+    assert pv.elbos.Trace_ELBO().per_row(vae, X).value.shape == (50,)
 
 
 # Programs

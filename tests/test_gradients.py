@@ -24,6 +24,7 @@ from elbo_cases import (
     Hierarchy,
     Mean,
     Moments,
+    Pair,
     Positive,
     chunks,
     estimates,
@@ -225,7 +226,7 @@ def test_of_sticking_the_landing_with_a_weight() -> None:
 
 def test_of_a_bound_inside_beta_elbo() -> None:
     """Its inner estimator is told the weight beta times the warm-up's."""
-    elbo = tempered(lambda: elbos.BetaELBO(0.625, elbos.DReG(3)), 0.8)
+    elbo = tempered(lambda: elbos.BetaELBO(beta=0.625, elbo=elbos.DReG(3)), 0.8)
     assert distance(Gaussian, elbo, OF_WEIGHTS["DReG"], 0.5) < BOUND
 
 
@@ -346,9 +347,9 @@ class Wide(Landed):
 POWERS = {
     "CUBO": (lambda: elbos.CUBO(3), 2.0),
     "CUBO, 3": (lambda: elbos.CUBO(3, order=3.0), 3.0),
-    "Renyi, -1": (lambda: elbos.Renyi(-1.0, 3), 2.0),
-    "Renyi, -0.5": (lambda: elbos.Renyi(-0.5, 3), 1.5),
-    "Renyi, 0.5": (lambda: elbos.Renyi(0.5, 3), 0.5),
+    "Renyi, -1": (lambda: elbos.Renyi(3, alpha=-1.0), 2.0),
+    "Renyi, -0.5": (lambda: elbos.Renyi(3, alpha=-0.5), 1.5),
+    "Renyi, 0.5": (lambda: elbos.Renyi(3, alpha=0.5), 0.5),
     "IWAE": (lambda: elbos.IWAE(3), 1.0),
 }
 
@@ -391,7 +392,7 @@ def mean_kernel(loc: Tensor, variance: Tensor) -> Tensor:
 def test_of_the_discrepancy() -> None:
     """Each particle is a batch of its own: a gradient is the mean of as many."""
     particles, moments = 1000, Moments()
-    elbo = elbos.MMD(2.0, particles, kernel=gaussian_kernel)
+    elbo = elbos.MMD(particles, weight=2.0, kernel=gaussian_kernel)
     with pyro.validation_enabled(False):
         for _ in range(100):
             program = Gaussian()
@@ -428,7 +429,7 @@ def test_the_total_correlation_of_a_known_aggregate() -> None:
     values = []
     for beta in (1.0, 2.0):
         with seeded(0):
-            elbo = elbos.TotalCorrelation(beta)
+            elbo = elbos.TotalCorrelation(beta=beta)
             values.append(elbo.estimate(program.model, program.guide, x).per_row.mean())
     assert truth > 0.05
     assert (values[0] - values[1]).item() == pytest.approx(truth.item(), abs=0.02)
@@ -450,7 +451,7 @@ def test_the_total_correlation_in_a_double_loop(total: int | None) -> None:
         terms.append(joint - (weights[i][:, None] * densities).sum(0).log().sum())
     with Handed(z=z), torch.no_grad():
         one, three = (
-            elbos.TotalCorrelation(beta, num_rows=total)
+            elbos.TotalCorrelation(beta=beta, num_rows=total)
             .estimate(program.model, program.guide, program.x)
             .per_row
             for beta in (1.0, 3.0)
@@ -573,7 +574,7 @@ def test_the_objective_of_each_row_of_what_is_summed_out() -> None:
     log_q, log_p, seen = program.tables()
     elbo = elbos.TraceEnum_ELBO(max_plate_nesting=1)
     guide = pyro.infer.config_enumerate(program.guide)
-    found = elbo.per_row(program.model, guide, program.x, num_repeats=2)
+    found = elbo.per_row(Pair(program, program.model, guide), program.x, num_repeats=2)
     wanted = (log_q.exp() * (log_p + seen - log_q)).sum(-1)
     torch.testing.assert_close(found.value, wanted.detach())
     assert (found.mcse < 1e-6).all()
@@ -668,7 +669,7 @@ def by_noise(program: Gaussian, elbo: Estimator, noise: Tensor) -> list[Tensor]:
     """An estimate at z = loc + scale * noise, the same for both dims."""
     loc = (program.slope * program.x[:, None]).sum(-1) + program.intercept
     z = loc + program.log_spread.exp() * noise[..., None]
-    is_single = elbo.num_particles == 1 and not isinstance(elbo, elbos.Drawn)
+    is_single = elbo.num_particles == 1 and not isinstance(elbo, elbos.MonteCarlo)
     with Handed(z=z[0] if is_single else z):
         estimate = elbo.estimate(program.model, program.guide, program.x)
     return list(grads(program, estimate.loss).values())

@@ -447,8 +447,8 @@ def test_keywords_reach_the_programs() -> None:
 
 def test_a_bound_of_each_row_needs_latents_of_each_row() -> None:
     elbo = pv.elbos.Trace_ELBO()
-    assert elbo.per_row(Simple().model, Simple().guide, torch.randn(4)).value.shape == (4,)
+    assert elbo.per_row(Simple(), torch.randn(4)).value.shape == (4,)
     program = Regression()
     x = torch.randn(6)
     with pytest.raises(ValueError, match="Expected latent sites that have a value for each row"):
-        elbo.per_row(program.model, program.guide, x)
+        elbo.per_row(program, x)

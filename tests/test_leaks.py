@@ -62,7 +62,7 @@ ESTIMATORS = [
     pv.elbos.VIMCO(3),
     pv.elbos.TVO(3),
     pv.elbos.CUBO(3),
-    pv.elbos.FreeBits(0.1),
+    pv.elbos.FreeBits(nats=0.1),
 ]
 
 

@@ -1,8 +1,13 @@
-"""Estimators of the ELBO and its kin, every number on the device: what to optimise, and how.
+"""Estimators of the ELBO and of other objectives, for any program.
 
-Pyro's own, guarded: `Trace_ELBO`, `TraceMeanField_ELBO`, `TraceGraph_ELBO`, `TraceEnum_ELBO`.
-Bounds of K draws: `IWAE`, `Renyi`, `MIWAE`, `CIWAE`, `PIWAE`, `TVO`, `CUBO`. Better gradients:
-`STL`, `DReG`, `VIMCO`, `RWS`. Other objectives: `BetaELBO`, `FreeBits`, `TotalCorrelation`, `MMD`.
+- Pyro's estimators, with checks of the programs: `Trace_ELBO`, `TraceMeanField_ELBO`,
+  `TraceGraph_ELBO`, `TraceEnum_ELBO`.
+- Bounds of K draws: `IWAE`, `Renyi`, `MIWAE`, `CIWAE`, `PIWAE`, `TVO`, `CUBO`.
+- Gradients of less variance, or without `rsample`: `STL`, `DReG`, `VIMCO`, `RWS`.
+- Other objectives: `BetaELBO`, `FreeBits`, `TotalCorrelation`, `MMD`.
+
+Numbers of draws are positional, all other arguments keywords: `IWAE(5)`, `CIWAE(5, beta=0.1)`. To
+add an estimator, subclass `Estimator`, `MonteCarlo`, `MultiSample` or `Weighted`.
 """
 
 from .aggregate import MMD as MMD
@@ -26,7 +31,7 @@ from .gradients import STL as STL
 from .gradients import VIMCO as VIMCO
 from .gradients import DReG as DReG
 from .mean_field import TraceMeanField_ELBO as TraceMeanField_ELBO
-from .multi_sample import Drawn as Drawn
+from .multi_sample import MonteCarlo as MonteCarlo
 from .multi_sample import MultiSample as MultiSample
 from .multi_sample import Weighted as Weighted
 from .multi_sample import Weights as Weights

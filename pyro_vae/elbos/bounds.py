@@ -1,4 +1,4 @@
-"""Multi-sample bounds on log p(x), with the gradients that autograd gives them."""
+"""Multi-sample bounds on log p(x) with autograd's gradients."""
 
 import math
 
@@ -17,11 +17,10 @@ class IWAE(MultiSample):
 
     .. math:: L_K(x) = E\Big[\log \frac{1}{K} \sum_{k=1}^K w_k\Big] \le \log p(x)
 
-    A lower bound on log p(x), tighter for larger K: what is missing falls as
-    Var(w / p(x)) / (2 K), where that is finite.
-    Value and gradient are unbiased. The gradient's signal-to-noise ratio grows as
-    :math:`\sqrt K` for the model, and falls as :math:`1 / \sqrt K` for the guide: `DReG` mends
-    that. Needs `rsample`.
+    A lower bound on log p(x), tighter for larger K: the gap falls as Var(w / p(x)) / (2 K) if
+    that variance is finite. Value and gradient are unbiased. The gradient's signal-to-noise ratio
+    grows as :math:`\sqrt K` for the model, but falls as :math:`1 / \sqrt K` for the guide, which
+    `DReG` avoids. Needs `rsample`.
 
     References:
         | Importance weighted autoencoders (Burda et al., 2015), arXiv 1509.00519.
@@ -30,25 +29,21 @@ class IWAE(MultiSample):
 
     Arguments:
         num_particles: The number of draws K of each row.
-        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+        max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
-        ValueError: Where K is no positive integer.
+        ValueError: If K is not a positive integer.
 
     Example:
         >>> import pyro_vae as pv
         >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0)
-        >>> value, mcse = IWAE(50).per_row(vae.model, vae.guide, torch.ones(5, 4))
+        >>> value, mcse = IWAE(50).per_row(vae, torch.ones(5, 4))
         >>> value.shape, mcse.shape
         (torch.Size([5]), torch.Size([5]))
     """
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns log mean w.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
+        """Returns log mean w."""
         return log_mean_exp(log_weights)
 
 
@@ -59,58 +54,49 @@ class Renyi(MultiSample):
         L_{\alpha, K}(x) = \frac{1}{1 - \alpha}
             E\Big[\log \frac{1}{K} \sum_{k=1}^K w_k^{1 - \alpha}\Big]
 
-    For :math:`\alpha \ge 0` a lower bound on log p(x): `IWAE` at 0, towards the ELBO at 1, below
-    it beyond. For :math:`\alpha < 0` it estimates an upper bound, which it reaches as K grows
-    alone: at finite K it may lie below log p(x). Model and guide ascend it, which for
-    :math:`\alpha < 0` and large K takes the guide away from the posterior: take that to evaluate,
-    or at small K alone. Value and gradient are unbiased for the
-    expectation above. Needs `rsample`.
+    For :math:`\alpha \ge 0` a lower bound on log p(x): `IWAE` at 0, near the ELBO at 1, and below
+    it beyond. For :math:`\alpha < 0` it estimates an upper bound and converges to it as K grows,
+    but at finite K it may lie below log p(x). Model and guide maximise it. For
+    :math:`\alpha < 0` and large K that moves the guide away from the posterior, so use a negative
+    order for evaluation, or with small K only. Value and gradient are unbiased for the expectation
+    above. Needs `rsample`.
 
     References:
         Renyi divergence variational inference (Li & Turner, 2016), arXiv 1602.02311.
 
     Arguments:
-        alpha: The order :math:`\alpha`, any number but 1.
         num_particles: The number of draws K of each row.
-        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+        alpha: The order :math:`\alpha`, any number but 1.
+        max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
-        ValueError: Where K is no positive integer, or alpha is 1 or not finite.
+        ValueError: If K is not a positive integer, or alpha is 1 or not finite.
 
     Example:
-        >>> Renyi(0.5, 10)
-        Renyi(0.5, 10)
+        >>> Renyi(10, alpha=0.5)
+        Renyi(10, alpha=0.5)
     """
 
     def __init__(
-        self, alpha: float, num_particles: int, *, max_plate_nesting: float = math.inf
+        self, num_particles: int, *, alpha: float, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.alpha = checked_finite("alpha", alpha)
         if self.alpha == 1.0:
-            raise ValueError(
-                "Expected alpha other than 1, where it is the ELBO: Trace_ELBO; got 1."
-            )
-
-    @property
-    def direction(self) -> str:  # type: ignore[override]
-        """What its value is to log p(x)."""
-        return "lower bound" if self.alpha >= 0 else "upper bound as num_particles grows"
+            raise ValueError("Expected alpha other than 1; got 1. That is the ELBO: Trace_ELBO.")
+        if self.alpha < 0.0:
+            self.direction = "upper bound as num_particles grows"
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the bound of each row.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
+        """Returns the bound of each row."""
         return log_mean_exp((1.0 - self.alpha) * log_weights) / (1.0 - self.alpha)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.alpha:g}, {self.num_particles})"
+        return f"Renyi({self.num_particles}, alpha={self.alpha!r})"
 
 
 class _Grouped(MultiSample):
-    """M groups of K draws each."""
+    """Base class of MIWAE and PIWAE, whose draws form M groups of K draws each."""
 
     def __init__(
         self, num_bounds: int, num_particles: int, *, max_plate_nesting: float = math.inf
@@ -120,11 +106,7 @@ class _Grouped(MultiSample):
         super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
 
     def with_particles(self, num_particles: int) -> Estimator | None:
-        """Returns a copy with another number of draws K of each bound.
-
-        Arguments:
-            num_particles: The number of draws.
-        """
+        """Returns a copy with another number of draws K of each bound."""
         return type(self)(self.shape[0], num_particles, max_plate_nesting=self.max_plate_nesting)
 
     def __repr__(self) -> str:
@@ -138,9 +120,9 @@ class MIWAE(_Grouped):
         L_{M, K}(x) = E\Big[\frac{1}{M} \sum_{m=1}^M
             \log \frac{1}{K} \sum_{k=1}^K w_{m k}\Big] \le \log p(x)
 
-    A lower bound on log p(x), that of `IWAE(K)`. Value and gradient are unbiased; the
+    A lower bound on log p(x), the same as that of `IWAE(K)`. Value and gradient are unbiased; the
     signal-to-noise ratio of the gradient grows as :math:`\sqrt M` for model and guide. Needs
-    `rsample`. (It is not the MIWAE of Mattei & Frellsen, which imputes.)
+    `rsample`. (It is not the MIWAE of Mattei & Frellsen, a method of imputation.)
 
     References:
         Tighter variational bounds are not necessarily better (Rainforth et al., 2018),
@@ -149,10 +131,10 @@ class MIWAE(_Grouped):
     Arguments:
         num_bounds: The number of bounds M.
         num_particles: The number of draws K of each bound.
-        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+        max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
-        ValueError: Where M or K is no positive integer.
+        ValueError: If M or K is not a positive integer.
 
     Example:
         >>> MIWAE(4, 8)
@@ -160,11 +142,7 @@ class MIWAE(_Grouped):
     """
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the mean of the bounds.
-
-        Arguments:
-            log_weights: Shape (M K, rows).
-        """
+        """Returns the mean of the bounds."""
         return log_mean_exp(log_weights.unflatten(0, self.shape).transpose(0, 1)).mean(0)
 
 
@@ -173,28 +151,28 @@ class CIWAE(MultiSample):
 
     .. math:: L(x) = \beta\, \mathrm{ELBO}(x) + (1 - \beta)\, L_K(x) \le \log p(x)
 
-    A lower bound on log p(x); value and gradient are unbiased. Both parts are of the same K
-    draws. Needs `rsample`.
+    A lower bound on log p(x); value and gradient are unbiased. Both parts use the same K draws.
+    Needs `rsample`.
 
     References:
         Tighter variational bounds are not necessarily better (Rainforth et al., 2018),
         arXiv 1802.04537.
 
     Arguments:
-        beta: The share :math:`\beta` of the ELBO, in [0, 1].
         num_particles: The number of draws K of each row.
-        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+        beta: The share :math:`\beta` of the ELBO, in [0, 1].
+        max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
-        ValueError: Where K is no positive integer, or beta is not in [0, 1].
+        ValueError: If K is not a positive integer, or beta is not in [0, 1].
 
     Example:
-        >>> CIWAE(0.05, 64)
-        CIWAE(0.05, 64)
+        >>> CIWAE(64, beta=0.05)
+        CIWAE(64, beta=0.05)
     """
 
     def __init__(
-        self, beta: float, num_particles: int, *, max_plate_nesting: float = math.inf
+        self, num_particles: int, *, beta: float, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.beta = checked_finite("beta", beta, least=0.0)
@@ -202,25 +180,21 @@ class CIWAE(MultiSample):
             raise ValueError(f"Expected beta in [0, 1], the share of the ELBO; got {beta!r}.")
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the combination of both bounds.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
+        """Returns the combination of both bounds."""
         tight = log_mean_exp(log_weights)
         return self.beta * log_weights.mean(0) + (1.0 - self.beta) * tight
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.beta:g}, {self.num_particles})"
+        return f"CIWAE({self.num_particles}, beta={self.beta!r})"
 
 
 class PIWAE(_Grouped, Weighted):
     r"""Creates the partially importance-weighted estimator: a bound each for model and guide.
 
-    The model ascends `IWAE(M K)`, the guide `MIWAE(M, K)`, from the same M K draws, so that both
-    signals grow. Each gradient is unbiased for its own bound; the value is that of `IWAE(M K)`, a
-    lower bound on log p(x), unbiased. What model and guide share (the encoder of a VampPrior) has
-    a gradient of each. Needs `rsample`.
+    The model maximises `IWAE(M K)` and the guide `MIWAE(M, K)`, from the same M K draws, so that
+    the signal-to-noise ratio grows for both. Each gradient is unbiased for its own bound. The
+    value is that of `IWAE(M K)`, a lower bound on log p(x), unbiased. A parameter of both model
+    and guide (of the encoder of a VampPrior) gets the sum of both gradients. Needs `rsample`.
 
     References:
         Tighter variational bounds are not necessarily better (Rainforth et al., 2018),
@@ -229,10 +203,10 @@ class PIWAE(_Grouped, Weighted):
     Arguments:
         num_bounds: The number M of the guide's bounds.
         num_particles: The number of draws K of each of them.
-        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+        max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
-        ValueError: Where M or K is no positive integer.
+        ValueError: If M or K is not a positive integer.
 
     Example:
         >>> PIWAE(8, 8)
@@ -242,14 +216,10 @@ class PIWAE(_Grouped, Weighted):
     is_split = True
 
     def plain(self) -> Estimator:
-        """Returns the guide's bound by autograd."""
+        """Returns the guide's bound, with autograd's gradient."""
         return MIWAE(*self.shape, max_plate_nesting=self.max_plate_nesting)
 
     def weights(self, log_weights: Tensor) -> Weights:
-        """Returns the weights among all draws for the model, in their group for the guide.
-
-        Arguments:
-            log_weights: Shape (M K, rows).
-        """
+        """Normalises the weights over all draws for the model, in each group for the guide."""
         grouped = log_weights.unflatten(0, self.shape).softmax(1).flatten(0, 1) / self.shape[0]
         return Weights(log_weights.softmax(0), grouped, -self.kl_weight * grouped)

@@ -1,12 +1,12 @@
 """Evaluates a program on chunks of data, under a bound on memory."""
 
+import contextlib
 import ctypes
 import math
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data.rows import PLATE, Rows
-from .drawing import Drawing
-from .log_densities import Structure, log_densities, programs_of, structure
+from .drawing import Drawing, Function
+from .log_densities import Structure, is_point_mass, log_densities, programs_of, structure
 
 __all__ = [
     "MAX_ELEMENTS",
@@ -30,16 +30,17 @@ MAX_ELEMENTS = 2**24
 
 
 def checked_rows(program: Any, x: Any) -> Rows:
-    """Reads data as a program's rows, and lets the program's own `check` refuse them.
+    """Reads data as rows of a program, and checks them with the program's own `check`.
 
-    They take its dtype and stay on their own device, to be moved piece by piece.
+    The rows take the program's dtype and stay on their device; each chunk is moved when it is
+    used.
 
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data.
 
     Raises:
-        ValueError: Where `program` is something else, or the data do not fit it.
+        ValueError: If `program` is not such a module, or the data do not fit it.
     """
     programs_of(program)
     rows = Rows.of(x, like=program, move=False)
@@ -49,49 +50,43 @@ def checked_rows(program: Any, x: Any) -> Rows:
     return rows
 
 
-def point_masses(program: Any, rows: Rows) -> list[str]:
+def point_masses(program: nn.Module, rows: Rows) -> list[str]:
     """Names the latent sites of the rows that are point masses in the guide.
 
     Arguments:
         program: The program.
         rows: Its data, of which two rows are read.
     """
-    trace = poutine.trace(program.guide).get_trace(rows[:2].to_like(program).x)
+    trace = poutine.trace(programs_of(program)[1]).get_trace(rows[:2].to_like(program).x)
+    sites = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample"]
     return [
         name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
+        for name, site in sites
+        if not site["is_observed"]
         and any(frame.name == PLATE for frame in site["cond_indep_stack"])
-        and isinstance(_innermost(site["fn"]), dist.Delta)
+        and is_point_mass(site)
     ]
 
 
 def data_sites(found: Structure) -> tuple[str, ...]:
-    """Names the observed sites that hold data, which those of `pyro.factor` do not.
+    """Names the observed sites that hold data, unlike the sites of `pyro.factor`.
 
     Arguments:
-        found: What the program is made of.
+        found: The sites of the program.
     """
     return tuple(name for name in found.observed if found.event_shapes[name].numel())
 
 
-def _innermost(distribution: Any) -> Any:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return distribution
-
-
 @dataclass(frozen=True)
 class Plan:
-    """How a run of a program is cut into pieces that fit a bound on memory.
+    """How rows and draws are cut into chunks that fit a bound on memory.
 
     Arguments:
-        structure: What the program is made of.
+        structure: The sites and plates of the program.
         rows: The number of rows.
-        rows_at_once: The most rows of a piece.
-        draws_at_once: The most draws of each row in one part of a piece.
-        elements: How many elements the largest tensor has for each draw of each row.
+        rows_at_once: The largest number of rows of a chunk.
+        draws_at_once: The largest number of draws of each row in one part of a chunk.
+        elements: The number of elements of the largest tensor for each draw of each row.
     """
 
     structure: Structure
@@ -102,61 +97,60 @@ class Plan:
 
     @classmethod
     def of(cls, program: nn.Module, rows: Rows, num_samples: int, max_elements: int) -> "Plan":
-        """Plans to draw for each row, with tensors of about `max_elements` elements at most.
+        """Plans draws for each row, with tensors of about `max_elements` elements at most.
 
         Arguments:
             program: The program.
             rows: Its data.
             num_samples: The number of draws of each row.
-            max_elements: The bound.
+            max_elements: The largest number of elements of a tensor, approximately.
         """
         found = structure(program, rows[:2].to_like(program).x)
         elements = _elements_per_draw(program, rows, found)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))
-        draws = math.ceil(num_samples / math.ceil(num_samples / most))  # parts of one size
+        draws = math.ceil(num_samples / math.ceil(num_samples / most))  # equal parts
         return cls(found, len(rows), at_once, draws, elements)
 
     def pieces(self) -> list[slice]:
-        """The pieces of the rows."""
+        """Returns the chunks of the rows."""
         starts = range(0, self.rows, self.rows_at_once)
         return [slice(start, min(start + self.rows_at_once, self.rows)) for start in starts]
 
-    def drawing(self, program: nn.Module, function: Any, num_samples: int) -> Drawing:
-        """Returns a function of rows and draws that runs piece after piece.
+    def drawing(self, program: nn.Module, function: Function, num_samples: int) -> Drawing:
+        """Returns the function of rows and a number of draws that evaluates each chunk.
 
         Arguments:
             program: The program.
-            function: What it runs, as of :class:`Drawing`.
-            num_samples: The number of draws of each row, of all parts.
+            function: The function of :class:`Drawing`.
+            num_samples: The number of draws of each row, of all parts together.
         """
         calls = len(self.pieces()) * len(self.parts(num_samples))
         return Drawing(program, function, calls, self.rows * num_samples * self.elements)
 
     def parts(self, num_samples: int) -> list[int]:
-        """How many draws each part of a piece has.
+        """Returns the number of draws of each part of a chunk.
 
         Arguments:
-            num_samples: Their sum.
+            num_samples: The number of draws of all parts together.
         """
         starts = range(0, num_samples, self.draws_at_once)
         return [min(self.draws_at_once, num_samples - start) for start in starts]
 
 
 def give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library would keep it.
+    """Returns freed memory to the system if the C library is glibc.
 
-    glibc holds on to blocks that lie below live ones: over thousands of pieces that came to
-    several times the bound.
+    glibc does not return blocks that lie below blocks in use, which after thousands of chunks
+    amounted to several times the bound on memory.
     """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class _TensorSizes(TorchDispatchMode):
-    """Notes how many elements the storage behind each operation's results has."""
+    """Records the largest number of elements stored for the results of each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,27 +161,23 @@ class _TensorSizes(TorchDispatchMode):
     ) -> Any:
         results = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
-        self.sizes.append(max(map(_stored_elements, tensors), default=0))
+        stored = (t.untyped_storage().nbytes() // t.element_size() for t in tensors)
+        self.sizes.append(max(stored, default=0))
         return results
-
-
-def _stored_elements(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def _tensor_sizes(program: nn.Module, rows: Rows, shape: Structure, side: int) -> list[int]:
     few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
-    noted = _TensorSizes()
-    with noted:
+    with _TensorSizes() as recorded:
         log_densities(program, few, side, known=shape)
-    return noted.sizes
+    return recorded.sizes
 
 
 def _elements_per_draw(program: nn.Module, rows: Rows, shape: Structure) -> int:
-    """Returns how many elements the largest tensor of a run has for each draw of each row.
+    """Returns the number of elements of the largest tensor for each draw of each row.
 
-    Two small runs tell it, hidden layers included; runs of unlike operations (rejection
-    sampling) give an upper bound.
+    It is measured by two small runs, and so includes hidden layers. If the two runs differ in
+    their operations (rejection sampling), it is an upper bound.
     """
     small, large = (_tensor_sizes(program, rows, shape, side) for side in (2, 4))
     events = max((math.prod(size) for size in shape.event_shapes.values()), default=1)

@@ -12,24 +12,24 @@ __all__ = ["CUBO"]
 
 
 class CUBO(Weighted):
-    r"""Creates the chi upper bound, that the guide descends.
+    r"""Creates the chi upper bound, which the guide minimises.
 
     .. math:: \mathrm{CUBO}_n(x) = \frac{1}{n} \log E_q[w^n] \ge \log p(x), \qquad
         \frac{1}{n} \log \frac{1}{K} \sum_{k=1}^K w_k^n
 
-    The estimate on the right, which is the value, reaches the upper bound as K grows alone: at
+    The value is the estimate on the right. It converges to the upper bound as K grows, but at
     finite K it is too low, by more for a guide with lighter tails than the posterior, and may lie
-    below log p(x); at K = 1 it is the ELBO. What is unbiased is :math:`E[w^n]`.
+    below log p(x). At K = 1 it is the ELBO. Only :math:`E[w^n]` is estimated without bias.
 
-    At finite K it has no lower bound in the guide: far from the posterior all weights vanish, and
-    the guide runs away from it, the sooner the more latent dims and the fewer draws. Take it to
-    evaluate, or to go on from a guide that is good, with few dims and a large K.
+    At finite K the estimate has no minimum in the guide: far from the posterior all weights
+    vanish, and the guide diverges, sooner with more latent dims and fewer draws. Use it for
+    evaluation, or to improve a guide that is already good, with few dims and a large K.
 
-    The guide descends it, which widens q until it covers the posterior; the model, for which
-    descending an upper bound is no fit, ascends `IWAE(K)` of the same draws. Each gradient is
-    unbiased for its own objective at this K. As elsewhere the loss is minus the value, so that
-    for this one estimator the loss rises as the guide improves. There are no KL terms to weigh.
-    Needs `rsample`.
+    The guide minimises it, which widens q until it covers the posterior. The model maximises
+    `IWAE(K)` of the same draws, since a model that minimises an upper bound fits nothing. Each
+    gradient is unbiased for its own objective at this K. The loss is minus the value for every
+    estimator, so that for this one the loss rises as the guide improves. It has no weight on KL
+    terms. Needs `rsample`.
 
     References:
         Variational inference via chi upper bound minimization (Dieng et al., 2017),
@@ -38,14 +38,14 @@ class CUBO(Weighted):
     Arguments:
         num_particles: The number of draws K of each row, 2 or more.
         order: The order n of the divergence, more than 1.
-        max_plate_nesting: The number of dims that plates take; found out by a dry run if left.
+        max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
-        ValueError: Where K is no integer of at least 2, or n is not more than 1.
+        ValueError: If K is not an integer of at least 2, or n is not above 1.
 
     Example:
         >>> CUBO(100)
-        CUBO(100, order=2)
+        CUBO(100, order=2.0)
     """
 
     direction = "upper bound as num_particles grows"
@@ -54,33 +54,25 @@ class CUBO(Weighted):
     least_particles = 2
 
     def __init__(
-        self, num_particles: int, order: float = 2.0, *, max_plate_nesting: float = math.inf
+        self, num_particles: int, *, order: float = 2.0, max_plate_nesting: float = math.inf
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.order = checked_finite("order", order)
         if self.order <= 1.0:
-            raise ValueError(f"Expected an order above 1, where it is IWAE; got {order!r}.")
+            raise ValueError(f"Expected an order above 1; got {order!r}. At 1 it is IWAE.")
 
     def plain(self) -> Estimator:
-        """Returns what the guide ascends, by autograd: minus the bound."""
-        return Autograd(self, -1.0)
+        """Returns the guide's objective, minus the bound, with autograd's gradient."""
+        return Autograd(self, sign=-1.0)
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns the estimate of the bound.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
+        """Returns the estimate of the bound."""
         return log_mean_exp(self.order * log_weights) / self.order
 
     def weights(self, log_weights: Tensor) -> Weights:
-        """Returns normalised weights for the model, and minus those of order n for the guide.
-
-        Arguments:
-            log_weights: Shape (num_particles, rows).
-        """
+        """Returns normalised weights for the model, and minus those of order n for the guide."""
         steep = (self.order * log_weights).softmax(0)
         return Weights(log_weights.softmax(0), -steep, steep)
 
     def __repr__(self) -> str:
-        return f"CUBO({self.num_particles}, order={self.order:g})"
+        return f"CUBO({self.num_particles}, order={self.order!r})"

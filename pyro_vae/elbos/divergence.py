@@ -1,6 +1,4 @@
-"""The Kullback-Leibler divergences that are known in closed form."""
-
-from typing import Any
+"""The Kullback-Leibler divergences that have a closed form."""
 
 import pyro.distributions as dist
 import torch
@@ -13,7 +11,8 @@ __all__ = ["analytic_kl", "factors", "is_factorised"]
 def analytic_kl(q: Distribution, p: Distribution) -> Tensor | None:
     r"""Returns KL(q || p) in closed form, of shape `q.batch_shape`, in nats, or `None`.
 
-    What torch and Pyro know, and a full-covariance or low-rank normal against independent ones:
+    It covers what torch and Pyro have formulas for, and a full-covariance or low-rank normal
+    against independent normals:
 
     .. math::
         \tfrac12 \Big[\sum_d \frac{\Sigma_{dd} + (\mu_d - m_d)^2}{s_d^2} - D
@@ -28,8 +27,16 @@ def analytic_kl(q: Distribution, p: Distribution) -> Tensor | None:
         >>> analytic_kl(q, dist.Normal(torch.zeros(2), 1.0).to_event(1))
         tensor(0.)
     """
-    if _is_joint_normal(q) and _is_independent_normal(p):
-        return _joint_to_independent(q, p.base_dist)  # type: ignore[attr-defined]
+    if (
+        isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
+        and isinstance(p, Independent)
+        and p.reinterpreted_batch_ndims == 1
+        and isinstance(p.base_dist, dist.Normal)
+    ):
+        normal = p.base_dist
+        scaled = (q.variance + (q.loc - normal.loc).square()) / normal.scale.square() - 1.0
+        terms = 0.5 * (scaled + 2.0 * normal.scale.log()).sum(-1)
+        return terms - 0.5 * _log_determinant(q)
     try:
         divergence = kl_divergence(q, p)
     except NotImplementedError:
@@ -38,7 +45,7 @@ def analytic_kl(q: Distribution, p: Distribution) -> Tensor | None:
 
 
 def is_factorised(distribution: Distribution) -> bool:
-    """Whether a distribution is independent over the elements of its event, and says so.
+    """Whether a distribution is an `Independent` over all elements of its event.
 
     Arguments:
         distribution: A distribution.
@@ -49,31 +56,16 @@ def is_factorised(distribution: Distribution) -> bool:
     )
 
 
-def factors(distribution: Any) -> Distribution:
+def factors(distribution: Distribution) -> Distribution:
     """Returns a factorised distribution with its event dims as batch dims.
 
     Arguments:
         distribution: A distribution that :func:`is_factorised`.
     """
-    factorised: Distribution = distribution.base_dist if distribution.event_shape else distribution
-    return factorised
+    return distribution.base_dist if distribution.event_shape else distribution  # type: ignore[attr-defined]
 
 
-def _is_joint_normal(q: Any) -> bool:
-    return isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
-
-
-def _is_independent_normal(p: Any) -> bool:
-    is_vector = isinstance(p, Independent) and p.reinterpreted_batch_ndims == 1
-    return is_vector and isinstance(p.base_dist, dist.Normal)
-
-
-def _joint_to_independent(q: Any, p: Any) -> Tensor:
-    scaled = (q.variance + (q.loc - p.loc).square()) / p.scale.square() - 1.0
-    return 0.5 * (scaled + 2.0 * p.scale.log()).sum(-1) - 0.5 * _log_determinant(q)
-
-
-def _log_determinant(q: Any) -> Tensor:
+def _log_determinant(q: dist.MultivariateNormal | dist.LowRankMultivariateNormal) -> Tensor:
     if isinstance(q, dist.LowRankMultivariateNormal):
         capacitance = q._capacitance_tril.diagonal(dim1=-2, dim2=-1)
         return 2.0 * capacitance.log().sum(-1) + q._unbroadcasted_cov_diag.log().sum(-1)

@@ -1,38 +1,39 @@
-"""Draws and their densities, piece after piece of one shape, by the engine that repays itself."""
+"""Evaluates a program on chunks of data, traced or compiled if there are enough chunks."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..data.rows import Data
 from ..engine.replay import Graph, Outputs, Replayed, UntraceableError
 from .log_densities import Densities
 
 __all__ = ["Drawing", "densities_of", "parts_of"]
 
-Function: TypeAlias = Callable[[Any, int], dict[str, Tensor]]
+Function: TypeAlias = Callable[[Data, int], dict[str, Tensor]]
 
 WORTH_TRACING = 32
 WORTH_COMPILING = 2**33
 
 
 class Drawing:
-    """Creates a function of rows and a number of draws that runs a program again and again.
+    """Creates a function of rows and a number of draws that evaluates a program many times.
 
-    Calls of one shape are traced once there are many of them, and compiled where they add up: the
-    same draws under one seed, and numbers that differ by rounding at most. What cannot be traced
-    runs as it is.
+    Shapes that occur again are traced if there are many calls, and compiled if the calls are large
+    enough in all. With the same seed the draws are the same, and numbers differ by rounding at
+    most. A program that cannot be traced runs eagerly.
 
     Arguments:
-        program: The program, in the mode in which it is to run.
-        function: A function of rows and a number of draws, that runs the program.
-        calls: How many calls there will be, about.
-        elements: How many elements the largest tensors of all calls have, about.
+        program: The program, in training or evaluation mode as it is to run.
+        function: The function of rows and a number of draws that runs the program.
+        calls: The approximate number of calls.
+        elements: The approximate number of elements of the largest tensors of all calls together.
 
     Attributes:
-        engine: What runs most of it: `"eager"`, `"traced"` or `"compiled"`.
+        engine: The engine that runs most of it: `"eager"`, `"traced"` or `"compiled"`.
     """
 
     def __init__(self, program: nn.Module, function: Function, calls: int, elements: int) -> None:
@@ -44,18 +45,18 @@ class Drawing:
         self._names: dict[Graph, tuple[str, ...]] = {}
         self._uses: Counter[Graph] = Counter()
         self._many = max(16, calls // 8)
-        self._asked: set[Hashable] = set()
+        self._seen: set[Hashable] = set()
 
-    def __call__(self, x: Any, count: int) -> dict[str, Tensor]:
-        """Returns what the function returns.
+    def __call__(self, x: Data, count: int) -> dict[str, Tensor]:
+        """Returns the result of the function.
 
         Arguments:
-            x: Rows: a tensor, or a dict of them.
+            x: Rows: a tensor, or a dict of tensors.
             count: The number of draws.
         """
         shape = (count, *[leaf.shape for leaf in tree_leaves(x)])
-        if self.engine == "eager" or shape not in self._asked:  # a shape may come but once
-            self._asked.add(shape)
+        if self.engine == "eager" or shape not in self._seen:  # it may be the only one
+            self._seen.add(shape)
             return self._function(x, count)
         try:
             return self._replay(x, count)
@@ -63,30 +64,25 @@ class Drawing:
             self.engine = "eager"
             return self._function(x, count)
 
-    def _replay(self, x: Any, count: int) -> dict[str, Tensor]:
+    def _replay(self, x: Data, count: int) -> dict[str, Tensor]:
         self._module.count = count
-        graph = self._replayed.graph(x, given=count)
+        graph = self._replayed.graph(x, static=count)
         tensors = self._replayed.tensors(x)
         self._names.setdefault(graph, self._module.names)
         self._uses[graph] += 1
         is_worth_it = len(self._names) == 1 or self._uses[graph] >= self._many
         if self._is_compiled and is_worth_it and not graph.is_compiled:
-            self._compile(graph, tensors)
-        outputs: Any = graph(tensors)
-        return dict(zip(self._names[graph], outputs, strict=True))
-
-    def _compile(self, graph: Graph, tensors: list[Tensor]) -> None:
-        """Has a graph compiled; without a compiler, say, it runs as it was traced."""
-        try:
-            graph.compile(tensors)
-        except UntraceableError:
-            self._is_compiled = False
-        else:
-            self.engine = "compiled"
+            try:
+                graph.compile(tensors)
+                self.engine = "compiled"
+            except UntraceableError:  # there may be no compiler
+                self._is_compiled = False
+        outputs = graph(tensors)
+        return dict(zip(self._names[graph], outputs, strict=True))  # type: ignore[arg-type]
 
 
 class _Named(nn.Module):
-    """A function that runs a program, as a module that returns a tuple and notes its names."""
+    """A function that runs a program, as a module that returns a tuple and stores its names."""
 
     def __init__(self, program: nn.Module, function: Function) -> None:
         super().__init__()
@@ -95,14 +91,14 @@ class _Named(nn.Module):
         self.count = 0
         self.names: tuple[str, ...] = ()
 
-    def forward(self, x: Any) -> Outputs:
+    def forward(self, x: Data) -> Outputs:
         found = self.function(x, self.count)
         self.names = tuple(found)
         return tuple(found.values())
 
 
 def parts_of(densities: Densities) -> dict[str, Tensor]:
-    """Returns the tensors of densities by their names.
+    """Returns the tensors of densities as one flat dict.
 
     Arguments:
         densities: The densities.
@@ -112,10 +108,10 @@ def parts_of(densities: Densities) -> dict[str, Tensor]:
 
 
 def densities_of(parts: dict[str, Tensor]) -> Densities:
-    """Puts together what :func:`parts_of` took apart.
+    """Inverts :func:`parts_of`.
 
     Arguments:
-        parts: The tensors by their names.
+        parts: The flat dict of tensors.
     """
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "guide": {}, "values": {}}
     for name, tensor in parts.items():

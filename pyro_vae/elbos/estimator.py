@@ -1,11 +1,11 @@
-"""What an estimator of the ELBO gives, and the module that a pair of programs makes with it."""
+"""Base class of the estimators, and the module that a pair of programs makes with one."""
 
 import contextlib
 import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import NamedTuple
 
 import pyro
 import pyro.infer
@@ -15,10 +15,28 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ..data.checks import checked_count, checked_finite
-from ..data.rows import Rows, floating_like
+from ..data.rows import Data, floating_like
 from ..engine.replay import Outputs, Replayed, UntraceableError
-from ..engine.running import evaluating, kept_buffers, kept_generators, local_parameters
-from .log_densities import Program, RowTerms, Structure, plate_nesting, row_terms_of
+from ..engine.running import (
+    evaluating,
+    kept_buffers,
+    kept_generators,
+    local_parameters,
+    seeded,
+)
+from .chunks import checked_rows
+from .log_densities import (
+    Args,
+    Kwargs,
+    Program,
+    RowTerms,
+    Site,
+    Structure,
+    is_one_scale,
+    plate_nesting,
+    programs_of,
+    row_terms_of,
+)
 
 __all__ = [
     "Estimate",
@@ -28,23 +46,29 @@ __all__ = [
     "Schedule",
     "Tempered",
     "WITHOUT_RSAMPLE",
+    "owners",
+    "refuse_unreparameterised",
+    "tempered",
 ]
 
 WITHOUT_RSAMPLE = "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, VIMCO, RWS and TVO"
 WORTH_TRACING = 200
-WITHOUT_ROWS = "Expected latent sites that have a value for each row; got some that all share."
+WITHOUT_ROWS = (
+    "Expected latent sites that have a value for each row; got global latent sites, which all "
+    "rows share."
+)
 PER_SUM = "Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO and TraceEnum_ELBO"
 
 
 class Estimate(NamedTuple):
-    """One estimate of an objective, every number on the device.
+    """One estimate of an objective, its numbers on the device of the programs.
 
     Arguments:
-        loss: Minus the objective, summed over rows, in nats; its gradient is the estimator's.
-        per_row: The objective of each row, shape (rows,), in nats, without a scale that all rows
-            share; `None` where there are latents that all rows share, and for Pyro's own ELBOs,
-            which do not tell it.
-        terms: The terms of the ELBO of each row, as they are without annealing.
+        loss: Minus the objective, summed over rows, in nats. Its gradient is the estimator's.
+        per_row: The objective of each row, shape (rows,), in nats, without the scale that all
+            rows have in common. `None` if the program has global latent sites, and for Pyro's own
+            ELBOs, which do not compute it.
+        terms: The terms of the ELBO of each row, without any KL weight.
     """
 
     loss: Tensor
@@ -53,12 +77,12 @@ class Estimate(NamedTuple):
 
 
 class PerRow(NamedTuple):
-    """The objective of each row.
+    """The objective of each row, averaged over repeats.
 
     Arguments:
-        value: Its mean over repeats, shape (rows,), in nats.
-        mcse: The Monte Carlo standard error of that mean, shape (rows,), in nats; NaN for one
-            repeat.
+        value: The mean over repeats, shape (rows,), in nats.
+        mcse: The Monte Carlo standard error of that mean, shape (rows,), in nats. NaN if there is
+            one repeat.
     """
 
     value: Tensor
@@ -66,242 +90,210 @@ class PerRow(NamedTuple):
 
 
 class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
-    r"""The base of the estimators: an ELBO of Pyro's that never asks the device for a number.
+    r"""The base class of the estimators: a Pyro ELBO that never reads numbers off the device.
 
-    Usable with `pyro.infer.SVI`, in :func:`pyro_vae.fit`, and as a module,
-    `elbo(model, guide)(x)`, which owns the parameters of the programs' modules. As in Pyro, the
-    loss is minus the objective, summed over the rows.
+    An estimator works with `pyro.infer.SVI`, in :func:`pyro_vae.fit`, and as a module:
+    `elbo(model, guide)(x)` is the loss, and the module owns the parameters of the programs. As in
+    Pyro, the loss is minus the objective, summed over the rows.
 
-    To add one, subclass it and write `estimate`; say what it bounds and needs in the attributes.
+    In every method `model` and `guide` are Pyro programs, and `args` and `kwargs` are the
+    arguments that both are called with. An estimator takes numbers of draws by position, and all
+    other arguments by keyword.
+
+    To add one, subclass it, write `estimate`, and set the attributes that differ.
 
     Attributes:
-        direction: What its value is to log p(x): `"lower bound"`, or what else.
+        direction: How its value relates to log p(x): `"lower bound"`, `"no bound"`, or another.
         unbiased_value: Whether its value is unbiased for the objective.
         unbiased_gradient: Whether its gradient is unbiased for that of the objective.
         needs_rsample: Whether the guide must draw every site by `rsample`.
         is_linear: Whether its value is linear in the KL terms, as the ELBO's is.
-        takes_kl_weight: Whether its KL terms can be weighed, by a warm-up, say.
+        takes_kl_weight: Whether its KL terms can have a weight, such as that of a warm-up.
         takes_globals: Whether there may be sites outside the plate `"data"`.
-        is_split: Whether model and guide follow objectives of their own.
+        is_split: Whether model and guide have different objectives.
         least_particles: The smallest number of draws K that it can take.
-        is_traceable: Whether it is a fixed sequence of operations, that asks for no number.
+        is_traceable: Whether it is a fixed sequence of tensor operations, without branches on the
+            value of a tensor.
         kl_weight: The weight of the KL terms, a number or a tensor of shape ().
     """
 
-    direction: ClassVar[str] = "lower bound"
-    unbiased_value: ClassVar[bool] = True
-    unbiased_gradient: ClassVar[bool] = True
-    needs_rsample: ClassVar[bool] = True
-    is_linear: ClassVar[bool] = True
-    takes_kl_weight: ClassVar[bool] = True
-    takes_globals: ClassVar[bool] = False
-    is_split: ClassVar[bool] = False
-    least_particles: ClassVar[int] = 1
-    is_traceable: ClassVar[bool] = True
+    direction: str = "lower bound"
+    unbiased_value: bool = True
+    unbiased_gradient: bool = True
+    needs_rsample: bool = True
+    is_linear: bool = True
+    takes_kl_weight: bool = True
+    takes_globals: bool = False
+    is_split: bool = False
+    least_particles: int = 1
+    is_traceable: bool = True
     kl_weight: Tensor | float = 1.0
 
     def at_step(self, steps: int) -> None:
-        """Tells a schedule, where the estimator has one, how many steps were taken.
+        """Sets the number of steps taken, from which schedules compute their weights.
 
         Arguments:
             steps: The number of steps.
         """
 
-    def settle(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def infer_plate_nesting(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
     ) -> None:
-        """Finds out, before a first estimate, what a dry run would have to find out in it.
-
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
-        if self._is_spread() and math.isinf(self.max_plate_nesting):
+        """Sets `max_plate_nesting` by a dry run of the programs, if it is needed and not set."""
+        if self._is_vectorised() and math.isinf(self.max_plate_nesting):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
 
-    def _is_spread(self) -> bool:
-        """Whether the draws take a dim of their own."""
+    def _is_vectorised(self) -> bool:
         return bool(self.vectorize_particles) and self.num_particles > 1
 
     def schedules(self) -> "list[Schedule]":
-        """Returns the weights that change from step to step, of this and what is inside it."""
+        """Returns the weights that change from step to step, those of inner estimators too."""
         return []
 
     def plain(self) -> "Estimator | None":
-        """Returns an estimator by autograd of the objective that the guide follows.
+        """Returns an estimator of the guide's objective whose gradient is autograd's.
 
-        With it a gradient can be checked. `None` where there is none.
+        Gradients are compared with its gradient. `None` if there is no such estimator.
         """
         return None
 
     def with_particles(self, num_particles: int) -> "Estimator | None":
-        """Returns a copy with another number of draws K; `None` where its K bounds nothing.
+        """Returns a copy with another number of draws K, or `None` if K is not free.
 
         Arguments:
-            num_particles: The number of draws, of each group where they come in groups.
+            num_particles: The number of draws; of each group, if the draws come in groups.
         """
         return None
 
     @abstractmethod
-    def estimate(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Estimate:
-        """Returns the loss and the terms of the ELBO.
-
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
-
-    def check(self, known: Structure) -> None:
-        """Refuses programs that the estimator would be wrong for.
-
-        Arguments:
-            known: What the program is made of.
+    def estimate(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Estimate:
+        """Returns the loss, the objective of each row and the terms of the ELBO.
 
         Raises:
-            ValueError: Where it has sites without `rsample` or sites that all rows share, and the
-                estimator cannot take them: the message names the sites, and what can.
+            ValueError: If the estimator does not apply to the programs.
+        """
+
+    def check(self, structure: Structure) -> None:
+        """Refuses programs that the estimator does not apply to.
+
+        Arguments:
+            structure: The sites and plates of the programs.
+
+        Raises:
+            ValueError: If there are sites without `rsample` or global sites that the estimator
+                cannot take. The message names the sites, and the estimators that take them.
         """
         if self.needs_rsample:
-            refuse_unreparameterised(self, known.unreparameterised)
-        shared = known.global_latents + known.global_observed
-        if shared and not self.takes_globals:
+            refuse_unreparameterised(self, structure.unreparameterised)
+        outside = structure.global_latents + structure.global_observed
+        if outside and not self.takes_globals:
             raise ValueError(
-                f"Expected sites in the plate of the rows alone, under {self}; got "
-                f"{', '.join(shared)} outside it: {PER_SUM} take them."
+                f"Expected every site in the plate of the rows, under {self}; got "
+                f"{', '.join(outside)} outside it: {PER_SUM} take such sites."
             )
 
     def per_row(
-        self, model: Program, guide: Program, *args: Any, num_repeats: int = 16, **kwargs: Any
+        self, program: nn.Module, x: object, *, num_repeats: int = 16, seed: int | None = None
     ) -> PerRow:
         """Returns the objective of each row, in evaluation mode and without gradient.
 
         Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            num_repeats: How often to estimate it.
-            kwargs: What both are called with, by name.
+            program: A module with the Pyro programs `model(x)` and `guide(x)`.
+            x: The data, as :func:`pyro_vae.fit` takes them.
+            num_repeats: The number of estimates to average.
+            seed: The seed of the draws; `None` goes on with torch's generators as they are.
 
         Raises:
-            ValueError: Where there are latents that all rows share, no repeats, or rows that the
-                program's own `check` refuses.
+            ValueError: If `program` is no such module, there are global latent sites,
+                `num_repeats` is not positive, or the data do not fit the program.
         """
         checked_count("num_repeats", num_repeats)
-        if not callable(model) or not callable(guide):
-            raise ValueError(
-                "Expected per_row(model, guide, x), the methods of a program, and rows; got "
-                f"{type(model).__name__}, {type(guide).__name__}."
-            )
-        objective = Objective(model, guide, self)
-        args = _checked_data(objective.programs, args)
-        sums: Any = 0.0
-        with objective.evaluating():
-            objective.settle(*args, **kwargs)
-            elbo = cast(Estimator, objective.elbo)
-            rows = elbo._repeated(objective, args, kwargs, num_repeats)
-            for _ in range(num_repeats):
-                row = rows().double()
-                sums = sums + torch.stack([row, row.square()])
+        data = checked_rows(program, x).to_like(program).x
+        objective = Objective(*programs_of(program), self)
+        with seeded(seed), evaluating(program):
+            objective.infer_plate_nesting(data)
+            evaluate = objective.estimator._evaluator(objective, data, num_repeats)
+
+            def moments() -> Tensor:
+                values = evaluate().double()
+                return torch.stack([values, values.square()])
+
+            sums = moments()
+            for _ in range(num_repeats - 1):
+                sums = sums + moments()
         mean, square = sums / num_repeats
         variance = (square - mean.square()).clamp_min(0.0) / (num_repeats - 1 or math.nan)
         return PerRow(mean, variance.sqrt())
 
-    def _repeated(
-        self, objective: "Objective", args: Any, kwargs: Any, num_repeats: int
+    def _evaluator(
+        self, objective: "Objective", x: Data, num_repeats: int
     ) -> Callable[[], Tensor]:
-        """What gives the objective of each row again and again: traced, if often and if it can."""
+        """Returns a function that estimates the objective of each row, traced if that pays."""
 
         def eager() -> Tensor:
-            return self._rows(objective, args, kwargs)
+            return self._row_values(objective, x)
 
         if num_repeats < WORTH_TRACING or not self.is_traceable:
             return eager
-        replayed = Replayed(_Rows(objective, self))
+        replayed = Replayed(_RowValues(objective, self))
         try:
-            replayed.graph(*args, **kwargs)
+            replayed.graph(x)
         except UntraceableError:
             return eager
-        return lambda: cast(Tensor, replayed(*args, **kwargs)[0])
+        return lambda: replayed(x)[0]  # type: ignore[return-value]
 
-    def _rows(self, objective: "Objective", args: Any, kwargs: Any) -> Tensor:
-        per_row = objective(*args, **kwargs).per_row
+    def _row_values(self, objective: "Objective", x: Data) -> Tensor:
+        per_row: Tensor | None = objective(x).per_row
         if per_row is None:
             raise ValueError(WITHOUT_ROWS)
         return per_row
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: Program, guide: Program, *args: object, **kwargs: object
     ) -> Tensor:
-        """Returns minus the objective, summed over rows, shape (), with its gradient.
-
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
+        """Returns minus the objective, summed over rows, shape (), with its gradient."""
         return self.estimate(model, guide, *args, **kwargs).loss
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the objective, summed over rows, shape (), without gradient.
-
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
+    def loss(self, model: Program, guide: Program, *args: object, **kwargs: object) -> Tensor:
+        """Returns minus the objective, summed over rows, shape (), without gradient."""
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs)
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the loss, and adds its gradient to the parameters' `.grad`.
-
-        Arguments:
-            model: The model, a Pyro program.
-            guide: The guide, a Pyro program.
-            args: What both are called with.
-            kwargs: The same, by name.
-        """
+    def loss_and_grads(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Tensor:
+        """Returns the loss, and adds its gradient to the parameters' `.grad`."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward(retain_graph=self.retain_graph)
         return loss.detach()
 
     def __call__(self, model: Program, guide: Program) -> nn.Module:  # type: ignore[override]
-        """Returns the module whose `forward(x)` is the loss.
-
-        Arguments:
-            model: The model, a bound method of a module or a module.
-            guide: The guide, likewise.
-        """
+        """Returns the module whose `forward(*args, **kwargs)` is the loss."""
         return _Loss(Objective(model, guide, self))
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        """Leaves it to the class of Pyro's beside this one, if there is one."""
+    def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> object:
+        """Calls the method of Pyro's class, if the subclass has one: it is abstract in Pyro."""
         return super()._get_trace(model, guide, args, kwargs)  # type: ignore[safe-super]
 
     def _guess_max_plate_nesting(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
     ) -> None:
-        """Does what Pyro's does, and says nothing."""
+        """Overrides Pyro's method, which validates the traces and warns."""
         nesting = plate_nesting(model, guide, *args, **kwargs)
-        spread = bool(self.vectorize_particles) and self.num_particles > 1
-        self.max_plate_nesting = nesting + int(spread)
+        self.max_plate_nesting = nesting + int(self._is_vectorised())
 
 
 def refuse_unreparameterised(elbo: Estimator, sites: tuple[str, ...]) -> None:
     """Refuses sites that a guide draws without `rsample`.
 
     Arguments:
-        elbo: The estimator that needs one.
-        sites: Their names.
+        elbo: The estimator, which needs `rsample`.
+        sites: The names of such sites.
 
     Raises:
-        ValueError: Where there are any.
+        ValueError: If there are any.
     """
     if sites:
         raise ValueError(
@@ -315,6 +307,10 @@ class Schedule:
 
     Arguments:
         function: The function.
+
+    Attributes:
+        steps: The number of steps taken.
+        held: The tensor that holds the weight while a traced step is replayed, else `None`.
     """
 
     def __init__(self, function: Callable[[int], float | Tensor]) -> None:
@@ -322,26 +318,26 @@ class Schedule:
         self.held: Tensor | None = None
 
     def now(self) -> float | Tensor:
-        """The weight at the step it is at, a number; or the tensor that holds it in a replay."""
+        """Returns the weight at the current step, from the tensor `held` if there is one."""
         return self.number() if self.held is None else self.held
 
-    def number(self) -> Any:
-        """The weight at the step it is at.
+    def number(self) -> float | Tensor:
+        """Computes the weight at the current step.
 
         Raises:
-            ValueError: Where the function gives something else.
+            ValueError: If the function returns anything but a finite number of at least 0.
         """
         weight = self.function(self.steps)
         return weight if isinstance(weight, Tensor) else checked_finite("beta", weight, least=0.0)
 
     def count(self) -> None:
-        """Goes on to the next step, where steps are not counted from outside."""
+        """Advances by one step if gradients are enabled and no replay counts the steps."""
         if self.held is None and torch.is_grad_enabled():
             self.steps += 1
 
 
 class Tempered(Messenger):  # type: ignore[misc]
-    """Weighs the latent sites, in the model and in the guide.
+    """Effect handler that multiplies the scale of latent sites, in the model and in the guide.
 
     Arguments:
         weight: The weight of the KL terms.
@@ -351,26 +347,34 @@ class Tempered(Messenger):  # type: ignore[misc]
         super().__init__()
         self.weight = weight
 
-    def _pyro_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.weight
 
 
+def tempered(weight: Tensor | float) -> contextlib.AbstractContextManager[object]:
+    """Returns :class:`Tempered` of a weight, or a context that does nothing if it is 1.
+
+    Arguments:
+        weight: The weight of the KL terms.
+    """
+    return contextlib.nullcontext() if is_one_scale(weight, 1.0) else Tempered(weight)
+
+
 class Objective(nn.Module):
-    """Creates the module of a pair of programs and an ELBO: its parameters are the programs'.
+    """Creates the module of a pair of programs and an ELBO. It owns the programs' parameters.
 
     Arguments:
         model: The model, a bound method of a module or a module.
         guide: The guide, likewise.
         elbo: An estimator, or one of Pyro's own ELBOs.
-        wrap: What both programs are wrapped in, to run in half precision, say.
+        wrap: A function that wraps both programs, to run them in half precision for instance.
 
     Raises:
-        ValueError: Where the ELBO has no differentiable loss.
+        ValueError: If the ELBO has no differentiable loss.
     """
 
     kl_weight: Tensor | None
-    schedules: list[Schedule]
     weights: Tensor
 
     def __init__(
@@ -393,8 +397,10 @@ class Objective(nn.Module):
             )
         self.programs = owners(model, guide)
         self.pair = (model, guide) if wrap is None else (wrap(model), wrap(guide))
-        elbo = self.elbo = copy.copy(elbo)
-        self.schedules = elbo.schedules() if isinstance(elbo, Estimator) else []
+        self.elbo = copy.copy(elbo)
+        own = self.elbo
+        self.estimator = own if isinstance(own, Estimator) else _OfPyro(own)
+        self.schedules = self.estimator.schedules()
         self.register_buffer("kl_weight", None, persistent=False)
         device = floating_like(self.programs).device
         weights = torch.ones(len(self.schedules), dtype=torch.float64, device=device)
@@ -402,25 +408,24 @@ class Objective(nn.Module):
 
     @property
     def is_traceable(self) -> bool:
-        """Whether the ELBO is known to ask the device for no number."""
-        return isinstance(self.elbo, Estimator) and self.elbo.is_traceable
+        """Whether the ELBO is a fixed sequence of tensor operations."""
+        return self.estimator.is_traceable
 
-    def forward(self, *args: Any, **kwargs: Any) -> Estimate:
+    def forward(self, *args: object, **kwargs: object) -> Estimate:
         """Returns an estimate of the objective.
 
         Arguments:
-            args: What model and guide are called with.
-            kwargs: The same, by name.
+            args: The positional arguments of model and guide.
+            kwargs: Their keyword arguments.
         """
-        if not isinstance(self.elbo, Estimator):
-            return self._foreign(*args, **kwargs)
         if self.kl_weight is not None:
-            self.elbo.kl_weight = self.kl_weight
-        return self.elbo.estimate(*self.pair, *args, **kwargs)
+            self.estimator.kl_weight = self.kl_weight
+        model, guide = self.pair
+        return self.estimator.estimate(model, guide, *args, **kwargs)
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Puts the weights of schedules in tensors, as they are now, for a replay to read."""
+        """Holds the current weights of schedules in tensors, which a traced step reads."""
         if not self.schedules:
             yield
             return
@@ -435,32 +440,31 @@ class Objective(nn.Module):
             for schedule in self.schedules:
                 schedule.held = None
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
-        """Finds out what a first estimate would, so that it is like all others.
+    def infer_plate_nesting(self, *args: object, **kwargs: object) -> None:
+        """Infers the nesting of plates before the first estimate, so that all estimates are alike.
 
         Arguments:
-            args: What model and guide are called with.
-            kwargs: The same, by name.
+            args: The positional arguments of model and guide.
+            kwargs: Their keyword arguments.
         """
-        if isinstance(self.elbo, Estimator):
-            with pyro.validation_enabled(False), local_parameters(self.programs):
-                self.elbo.settle(*self.pair, args, kwargs)
+        with pyro.validation_enabled(False), local_parameters(self.programs):
+            self.estimator.infer_plate_nesting(*self.pair, args, kwargs)
 
     def count_step(self) -> None:
-        """Notes that a replayed step was taken."""
+        """Advances the schedules by the step that was replayed."""
         for schedule in self.schedules:
             schedule.steps += 1
 
     def weigh_kl(self, weight: Tensor) -> None:
-        """Weighs the KL terms from now on.
+        """Sets the weight of the KL terms.
 
         Arguments:
-            weight: The weight, shape (), which may change in place.
+            weight: The weight, shape (). It may be changed in place later.
 
         Raises:
-            ValueError: Where the estimator has no such weight.
+            ValueError: If the estimator has no such weight.
         """
-        if isinstance(self.elbo, Estimator) and not self.elbo.takes_kl_weight:
+        if not self.estimator.takes_kl_weight:
             raise ValueError(
                 f"Expected an estimator whose KL terms have a weight, for a warm-up; got "
                 f"{self.elbo}, which has none."
@@ -468,52 +472,55 @@ class Objective(nn.Module):
         self.kl_weight = weight
 
     def at_step(self, steps: int) -> None:
-        """Tells the estimator's schedule, where it has one, how many steps were taken.
+        """Sets the number of steps taken, from which schedules compute their weights.
 
         Arguments:
             steps: The number of steps.
         """
-        if isinstance(self.elbo, Estimator):
-            self.elbo.at_step(steps)
+        self.estimator.at_step(steps)
 
-    def check(self, known: Structure) -> None:
-        """Refuses programs that the estimator would be wrong for.
+    def check(self, structure: Structure) -> None:
+        """Refuses programs that the estimator does not apply to.
 
         Arguments:
-            known: What the program is made of.
+            structure: The sites and plates of the programs.
 
         Raises:
-            ValueError: As the estimator does.
+            ValueError: If the estimator refuses them.
         """
-        if isinstance(self.elbo, Estimator):
-            self.elbo.check(known)
+        self.estimator.check(structure)
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Runs the programs in evaluation mode, without gradients, and puts all back."""
-        owned = evaluating(self.programs) if len(self.programs) else contextlib.nullcontext()
-        with owned, torch.no_grad(), pyro.validation_enabled(False):
-            yield
 
-    def _foreign(self, *args: Any, **kwargs: Any) -> Estimate:
-        """Pyro's own ELBOs tell no terms: one pass more tells them, with the same noise."""
-        with kept_generators(), kept_buffers(self), torch.no_grad():
-            terms = row_terms_of(*self.pair, *args, **kwargs)
-        tempered = contextlib.nullcontext() if self.kl_weight is None else Tempered(self.kl_weight)
-        with tempered:
-            loss = self.elbo.differentiable_loss(*self.pair, *args, **kwargs)
+class _OfPyro(Estimator):
+    """Adapter of one of Pyro's own ELBOs. The terms come from one more pass, of the same noise."""
+
+    needs_rsample = False
+    takes_globals = True
+    is_traceable = False
+
+    def __init__(self, elbo: pyro.infer.ELBO) -> None:
+        super().__init__()
+        self.inner = elbo
+
+    def estimate(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Estimate:
+        with kept_generators(), kept_buffers(owners(model, guide)), torch.no_grad():
+            terms = row_terms_of(model, guide, *args, **kwargs)
+        with tempered(self.kl_weight):
+            loss = self.inner.differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[attr-defined]
         return Estimate(loss, None, terms)
 
 
-class _Rows(nn.Module):
-    """The objective of each row, as a module."""
+class _RowValues(nn.Module):
+    """The objective of each row, as a module that can be traced."""
 
     def __init__(self, objective: Objective, elbo: Estimator) -> None:
         super().__init__()
         self.objective, self.elbo = objective, elbo
 
-    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
-        return (self.elbo._rows(self.objective, args, kwargs),)
+    def forward(self, x: Data) -> Outputs:
+        return (self.elbo._row_values(self.objective, x),)
 
 
 class _Loss(nn.Module):
@@ -521,23 +528,12 @@ class _Loss(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         return self.objective(*args, **kwargs).loss
 
 
-def _checked_data(programs: nn.ModuleList, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The rows that one program is asked for, checked and placed as it needs them."""
-    if len(programs) != 1 or len(args) != 1:
-        return args
-    x = Rows.of(args[0], like=programs[0]).x
-    check = getattr(programs[0], "check", None)
-    if callable(check):
-        check(x)
-    return (x,)
-
-
 def owners(*programs: Program) -> nn.ModuleList:
-    """Returns the modules whose methods the programs are, or which they are themselves.
+    """Returns the modules that own the programs: a module itself, or the module of a method.
 
     Arguments:
         programs: Pyro programs.

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -17,17 +18,21 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from ..data.rows import PLATE, Data, Rows
-from ..engine.running import evaluating, seeded
+from ..engine.running import Site, evaluating, seeded
 
 __all__ = [
+    "Args",
     "Densities",
+    "Kwargs",
     "Particles",
     "Program",
     "RowTerms",
+    "Site",
     "Structure",
     "densities",
     "draw",
     "is_one_scale",
+    "is_point_mass",
     "latent_sites",
     "log_densities",
     "plate_nesting",
@@ -36,29 +41,33 @@ __all__ = [
     "row_terms_of",
     "structure",
     "sum_to_rows",
+    "unreparameterised",
 ]
 
 Program: TypeAlias = Callable[..., Any]
+Args: TypeAlias = tuple[object, ...]
+Kwargs: TypeAlias = Mapping[str, object]
+Scale: TypeAlias = Tensor | float
 
 _PARTICLES = "_particles"
 
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What a program is made of, as a dry run on two rows shows it.
+    """The sites and plates of a program, as a dry run on two rows finds them.
 
     Arguments:
         rows_dim: The dim of the plate `"data"`, negative.
-        max_plate_nesting: The number of dims that plates take, from the right.
+        max_plate_nesting: The number of dims that plates take, counted from the right.
         latents: The latent sites that have a value for each row.
         is_ordered: Whether the guide draws the latent sites in the order of the model.
         global_latents: The latent sites outside the plate `"data"`.
-        global_observed: The observed sites (a `pyro.factor`, say) outside it.
-        observed: The observed sites.
+        global_observed: The observed sites outside it, such as those of `pyro.factor`.
+        observed: The observed sites in the plate `"data"`.
         event_shapes: The event shape of each site.
-        discrete: Whether each observed site has a mass function, not a density.
-        is_scaled: Whether the program scales a site of the rows (by `poutine.scale`, say).
-        is_subsampled: Whether its plate `"data"` is a subsample, which scales the rows by N / B.
+        discrete: Whether each observed site has a mass function rather than a density.
+        is_scaled: Whether a site of the rows has a scale, such as that of `poutine.scale`.
+        is_subsampled: Whether the plate `"data"` is a subsample, which scales the rows by N / B.
         unreparameterised: The latent sites that the guide draws without an `rsample`.
     """
 
@@ -93,12 +102,12 @@ class Densities:
     @property
     def log_joint(self) -> Tensor:
         """log p(x, z), shape (num_particles, rows), summed over sites in float64."""
-        return _total(self.model)
+        return _sum_sites(self.model)
 
     @property
     def log_guide(self) -> Tensor:
         """log q(z | x), shape (num_particles, rows), summed over sites in float64."""
-        return _total(self.guide) if self.guide else torch.zeros_like(self.log_joint)
+        return _sum_sites(self.guide) if self.guide else torch.zeros_like(self.log_joint)
 
     @property
     def log_weights(self) -> Tensor:
@@ -108,7 +117,7 @@ class Densities:
     @property
     def reconstruction(self) -> Tensor:
         """log p(x | z), shape (num_particles, rows), summed over observed sites in float64."""
-        return _total({k: v for k, v in self.model.items() if k not in self.guide})
+        return _sum_sites({k: v for k, v in self.model.items() if k not in self.guide})
 
     @property
     def kl(self) -> Tensor:
@@ -123,7 +132,7 @@ class Densities:
         Arguments:
             kl_weight: The weight :math:`\beta`, shape ().
         """
-        if not isinstance(kl_weight, Tensor) and kl_weight == 1.0:
+        if is_one_scale(kl_weight, 1.0):
             return self.log_weights
         return self.reconstruction - kl_weight * self.kl
 
@@ -133,7 +142,7 @@ class Densities:
         Arguments:
             kl_weight: The weight, shape ().
         """
-        if not isinstance(kl_weight, Tensor) and kl_weight == 1.0:
+        if is_one_scale(kl_weight, 1.0):
             return self.log_joint
         reconstruction = self.reconstruction
         return reconstruction + kl_weight * (self.log_joint - reconstruction)
@@ -146,7 +155,7 @@ def programs_of(program: nn.Module) -> tuple[Program, Program]:
         program: The module.
 
     Raises:
-        ValueError: Where it is no module, or has no such methods.
+        ValueError: If it is not a module, or lacks one of these methods.
     """
     model, guide = getattr(program, "model", None), getattr(program, "guide", None)
     if not isinstance(program, nn.Module) or not callable(model) or not callable(guide):
@@ -158,15 +167,15 @@ def programs_of(program: nn.Module) -> tuple[Program, Program]:
 
 
 def structure(program: nn.Module, x: Data) -> Structure:
-    """Reads off a program what it is made of, by running it on two rows.
+    """Finds the sites and plates of a program by running it on two rows.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`, whose sites of each
-            row stand in a plate named `"data"`.
-        x: A tensor of shape (rows, *event), or a dict of them.
+            row are in a plate named `"data"`.
+        x: A tensor of shape (rows, *event), or a dict of such tensors.
 
     Raises:
-        ValueError: Where it is no such program: the message says what is amiss.
+        ValueError: If it is no such program. The message says what is wrong.
 
     Example:
         >>> import pyro_vae as pv
@@ -184,22 +193,22 @@ def structure(program: nn.Module, x: Data) -> Structure:
 def log_densities(
     program: nn.Module, x: Data, num_particles: int, *, known: Structure | None = None
 ) -> Densities:
-    r"""Draws z from the guide and scores it under model and guide.
+    r"""Draws z from the guide and evaluates its density under model and guide.
 
     .. math:: z_{sn} \sim q(z \mid x_n), \qquad \log p(x_n, z_{sn}), \quad \log q(z_{sn} \mid x_n)
 
-    Scales (`poutine.scale`, a subsampling plate) are left out: they belong to an objective, not
-    to a density. Masks are kept. Numbers stay on the device.
+    Scales (`poutine.scale`, a subsampling plate) are left out, since they belong to an objective
+    and not to a density. Masks apply. The numbers stay on the device.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
-        x: A tensor of shape (rows, *event), or a dict of them.
+        x: A tensor of shape (rows, *event), or a dict of such tensors.
         num_particles: The number of draws for each row.
-        known: What the program is made of, where that is known already.
+        known: The result of :func:`structure`, if it was computed before.
 
     Raises:
-        ValueError: Where the program has latent sites outside the plate `"data"`, as these have
-            no value for each row.
+        ValueError: If the program has latent sites outside the plate `"data"`, as these have no
+            value for each row.
 
     Example:
         >>> import pyro_vae as pv
@@ -214,21 +223,21 @@ def log_densities(
 def densities(
     model: Program,
     guide: Program,
-    args: tuple[Any, ...],
+    args: Args,
     num_particles: int,
     known: Structure,
 ) -> Densities:
-    """Does the work of :func:`log_densities` for a pair of Pyro programs.
+    """Computes :func:`log_densities` of a pair of Pyro programs.
 
     Arguments:
         model: The model.
         guide: The guide.
         args: Their arguments.
         num_particles: The number of draws for each row.
-        known: What the two are made of.
+        known: Their sites and plates.
 
     Raises:
-        ValueError: Where there are latent sites outside the plate `"data"`.
+        ValueError: If there are latent sites outside the plate `"data"`.
     """
     _refuse_shared(known.global_latents + known.global_observed)
     return draw(model, guide, args, {}, num_particles, known.max_plate_nesting).densities()
@@ -236,7 +245,7 @@ def densities(
 
 @dataclass(frozen=True, eq=False)
 class Particles:
-    r"""Draws of the latents of each row, and the traces of the guide and of the model at them.
+    r"""Draws of the latents of each row, and the traces of guide and model at these draws.
 
     Arguments:
         model: The trace of the model.
@@ -244,7 +253,7 @@ class Particles:
         num_particles: The number of draws K of each row.
         dim: The dim of the draws, negative, left of every plate.
         rows_dim: The dim of the plate `"data"`, negative.
-        num_rows: How many rows it has.
+        num_rows: The number of rows.
     """
 
     model: Trace
@@ -255,7 +264,7 @@ class Particles:
     num_rows: int
 
     def densities(self) -> Densities:
-        """The log-densities of every site, without scales, per particle and row."""
+        """Returns the log-densities of every site, without scales, per particle and row."""
         drawn = [name for name, _ in latent_sites(self.guide) if name in self.model.nodes]
         return Densities(
             {name: self._log_prob(site) for name, site in _samples(self.model)},
@@ -263,29 +272,30 @@ class Particles:
             {name: self._value(self.guide.nodes[name]) for name in drawn},
         )
 
-    def scale(self) -> Any:
-        """The scale that all sites of the rows share, N / B under a subsampling plate, say.
+    def scale(self) -> Scale:
+        """Returns the scale that all sites have in common, such as N / B of a subsample.
 
         Raises:
-            ValueError: Where they have different ones.
+            ValueError: If the sites have different scales.
         """
         sites = [s for t in (self.model, self.guide) for _, s in _samples(t)]
-        scales = [site["scale"] for site in sites if not _is_computed(site)]
-        if isinstance(scales[0], Tensor) and scales[0].ndim:
+        scales: list[Scale] = [site["scale"] for site in sites if not _is_computed(site)]
+        first = scales[0]
+        if isinstance(first, Tensor) and first.ndim:
             raise ValueError(
                 "Expected one scale for all rows; got a poutine.scale of shape "
-                f"{tuple(scales[0].shape)}: Trace_ELBO takes it."
+                f"{tuple(first.shape)}: Trace_ELBO takes it."
             )
-        if not all(is_one_scale(scale, scales[0]) for scale in scales):
+        if not all(is_one_scale(scale, first) for scale in scales):
             raise ValueError(
-                "Expected one scale (a number) for all sites of the rows; got "
-                "different ones, from a poutine.scale around some of them or of a tensor: a "
-                "weight on the KL terms is BetaELBO's, or fit's warmup."
+                "Expected one scale (a number) for all sites of the rows; got different scales, "
+                "from a poutine.scale around some of them, or with a tensor. For a weight on the "
+                "KL terms use BetaELBO, or fit's warmup."
             )
-        return scales[0]
+        return first
 
-    def spread(self, values: Tensor, site: Any) -> Tensor:
-        """Brings numbers (num_particles, rows) to dims that broadcast with a site's draws.
+    def spread(self, values: Tensor, site: Site) -> Tensor:
+        """Reshapes numbers (num_particles, rows) to broadcast with the draws of a site.
 
         Arguments:
             values: The numbers.
@@ -297,7 +307,7 @@ class Particles:
         shape[self.rows_dim - events] = self.num_rows
         return values.reshape(shape)
 
-    def _log_prob(self, site: Any) -> Tensor:
+    def _log_prob(self, site: Site) -> Tensor:
         raw = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         return self.to_rows(scale_and_mask(raw, mask=site["mask"]))
 
@@ -313,7 +323,7 @@ class Particles:
             log_prob = log_prob.sum(inner)
         return log_prob.reshape(log_prob.shape[0], -1).expand(self.num_particles, self.num_rows)
 
-    def _value(self, site: Any) -> Tensor:
+    def _value(self, site: Site) -> Tensor:
         value, events = site["value"], len(site["fn"].event_shape)
         batch = value.shape[: value.ndim - events]
         value = value.reshape((1,) * (-self.dim - len(batch)) + value.shape)
@@ -328,11 +338,11 @@ class Particles:
 def draw(
     model: Program,
     guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     num_particles: int,
     max_plate_nesting: int,
-    handler: Any = None,
+    handler: contextlib.AbstractContextManager[object] | None = None,
 ) -> Particles:
     """Draws z from the guide, in one pass, and runs the model at the draws.
 
@@ -340,33 +350,52 @@ def draw(
         model: The model.
         guide: The guide.
         args: Their positional arguments.
-        kwargs: The same, by name.
+        kwargs: Their keyword arguments.
         num_particles: The number of draws for each row.
-        max_plate_nesting: The number of dims that plates take, from the right.
-        handler: A handler of Pyro's to run the guide under, which sees a draw before its trace.
+        max_plate_nesting: The number of dims that plates take, counted from the right.
+        handler: An effect handler of Pyro's for the guide. It acts on a draw before the trace
+            records it.
 
     Raises:
-        ValueError: Where there are sites outside the plate `"data"`, or latent ones of the model
-            that the guide does not draw.
+        ValueError: If there are sites outside the plate `"data"`, or the guide does not draw a
+            latent site of the model.
     """
-    particles = pyro.plate(_PARTICLES, num_particles, dim=-max_plate_nesting - 1)
-    guide_trace, model_trace = _traces(particles(model), particles(guide), args, kwargs, handler)
-    _check_in_rows(model_trace, guide_trace)
-    _check_drawn(model_trace, guide_trace)
-    frames = [
-        frame
-        for _, site in _samples(model_trace)
-        for frame in site["cond_indep_stack"]
-        if frame.name == PLATE
-    ]
-    rows_dim, num_rows = frames[0].dim, max(frame.size for frame in frames)
     dim = -max_plate_nesting - 1
+    particles = pyro.plate(_PARTICLES, num_particles, dim=dim)
+    guide_trace, model_trace = _traces(particles(model), particles(guide), args, kwargs, handler)
+    guided, modelled = dict(_samples(guide_trace)), dict(_samples(model_trace))
+    sites = {**guided, **modelled}
+    _refuse_shared([n for n, s in sites.items() if not _in_rows(s) and not _is_computed(s)])
+    latent = [name for name, site in modelled.items() if not site["is_observed"]]
+    missing = [name for name in latent if name not in guide_trace.nodes]
+    if missing:
+        raise ValueError(
+            f"Expected the guide to draw the latent sites of the model, {latent}; got none for "
+            f"{', '.join(missing)}."
+        )
+    stacks = [frame for site in modelled.values() for frame in site["cond_indep_stack"]]
+    frames = [frame for frame in stacks if frame.name == PLATE]
+    rows_dim, num_rows = frames[0].dim, max(frame.size for frame in frames)
     return Particles(model_trace, guide_trace, num_particles, dim, rows_dim, num_rows)
 
 
-def _check_in_rows(model: Trace, guide: Trace) -> None:
-    sites = {**dict(_samples(guide)), **dict(_samples(model))}
-    _refuse_shared([n for n, s in sites.items() if not _in_rows(s) and not _is_computed(s)])
+def latent_sites(guide: Trace) -> list[tuple[str, Site]]:
+    """Returns the sites that a guide draws, by name.
+
+    Arguments:
+        guide: Its trace.
+    """
+    return [(n, s) for n, s in _samples(guide) if not s["is_observed"] and not _is_computed(s)]
+
+
+def unreparameterised(guide: Trace) -> tuple[str, ...]:
+    """Names the sites that a guide draws without `rsample`.
+
+    Arguments:
+        guide: Its trace.
+    """
+    sites = latent_sites(guide)
+    return tuple(name for name, site in sites if not site["fn"].has_rsample)
 
 
 def _refuse_shared(sites: Sequence[str]) -> None:
@@ -377,37 +406,26 @@ def _refuse_shared(sites: Sequence[str]) -> None:
         )
 
 
-def _check_drawn(model: Trace, guide: Trace) -> None:
-    latent = [n for n, s in _samples(model) if not s["is_observed"]]
-    missing = [name for name in latent if name not in guide.nodes]
-    if missing:
-        raise ValueError(
-            f"Expected the guide to draw the latent sites of the model, {latent}; got none for "
-            f"{', '.join(missing)}."
-        )
-
-
-def latent_sites(guide: Trace) -> list[tuple[str, Any]]:
-    """Returns the sites that a guide draws, by name.
+def is_point_mass(site: Site) -> bool:
+    """Whether the distribution of a site is a point mass, transformed or not.
 
     Arguments:
-        guide: Its trace.
+        site: The site.
     """
-    return [(n, s) for n, s in _samples(guide) if not s["is_observed"] and not _is_computed(s)]
-
-
-def _unreparameterised(guide: Trace) -> tuple[str, ...]:
-    sites = latent_sites(guide)
-    return tuple(name for name, site in sites if not getattr(site["fn"], "has_rsample", False))
+    distribution = site["fn"]
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, dist.Delta)
 
 
 class RowTerms(NamedTuple):
-    """The two terms of the ELBO of each row, without the scales of an objective.
+    """The two terms of the ELBO of each row, without scales and weights.
 
     Arguments:
         reconstruction: log p(x | z) of each row, shape (rows,), in nats.
         kl: log q(z | x) - log p(z) of each row, shape (rows,), in nats.
-        global_kl: The same of the sites that all rows share, shape (), where there are any.
+        global_kl: log q(z) - log p(z) of the global sites, shape (), in nats; `None` if there are
+            none.
     """
 
     reconstruction: Tensor
@@ -416,7 +434,7 @@ class RowTerms(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
-        """The ELBO of each row but for the latents that all share, shape (rows,)."""
+        """The ELBO of each row, without the KL terms of global sites, shape (rows,)."""
         return self.reconstruction - self.kl
 
 
@@ -426,15 +444,16 @@ def row_terms(
     num_particles: int = 1,
     divergences: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> RowTerms:
-    """Reads the ELBO's terms off two traces whose log-probabilities are computed.
+    """Computes the terms of the ELBO from two traces with log-probabilities.
 
     Arguments:
         model_trace: The trace of the model.
         guide_trace: The trace of the guide.
-        num_particles: How many particles stand in the traces: terms are their mean.
-        divergences: By site the KL divergence, over the site's plates, where it is known.
+        num_particles: The number of particles in the traces. The terms are means over particles.
+        divergences: The KL divergences that are known in closed form: for each such site over its
+            plates.
     """
-    parts: dict[str, Any] = dict.fromkeys(RowTerms._fields, 0.0)
+    parts: dict[str, Tensor] = {}
     for sign, trace in ((1.0, guide_trace), (-1.0, model_trace)):
         for name, site in _samples(trace):
             if _is_computed(site) or (name in divergences and trace is model_trace):
@@ -442,20 +461,19 @@ def row_terms(
             log_prob = divergences.get(name, site["unscaled_log_prob"])
             log_prob = scale_and_mask(log_prob, mask=site["mask"])
             if not _in_rows(site):
-                parts["global_kl"] += sign * log_prob.sum() / num_particles
+                name, value = "global_kl", sign * log_prob.sum()
             elif trace is model_trace and site["is_observed"]:
-                parts["reconstruction"] += sum_to_rows(log_prob, site) / num_particles
+                name, value = "reconstruction", sum_to_rows(log_prob, site)
             else:
-                parts["kl"] += sign * sum_to_rows(log_prob, site) / num_particles
-    like = next(value for value in parts.values() if isinstance(value, Tensor))
-    zero = torch.zeros_like(like) if like is not parts["global_kl"] else like.new_zeros(())
-    if not isinstance(parts["global_kl"], Tensor):
-        parts["global_kl"] = None
-    return RowTerms(**{k: zero if isinstance(v, float) else v for k, v in parts.items()})
+                name, value = "kl", sign * sum_to_rows(log_prob, site)
+            parts[name] = parts.get(name, 0.0) + value / num_particles
+    global_kl = parts.pop("global_kl", None)
+    zero = torch.zeros_like(next(iter(parts.values())))
+    return RowTerms(parts.get("reconstruction", zero), parts.get("kl", zero), global_kl)
 
 
-def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> int:
-    """Returns the number of dims that the plates of two programs take, from the right.
+def plate_nesting(model: Program, guide: Program, *args: object, **kwargs: object) -> int:
+    """Returns the number of dims that the plates of two programs take, counted from the right.
 
     Arguments:
         model: The model.
@@ -469,8 +487,8 @@ def plate_nesting(model: Program, guide: Program, *args: Any, **kwargs: Any) -> 
     return -min((frame.dim for frame in frames), default=0)
 
 
-def row_terms_of(model: Program, guide: Program, *args: Any, **kwargs: Any) -> RowTerms:
-    """Returns the ELBO's terms of each row at one draw from the guide.
+def row_terms_of(model: Program, guide: Program, *args: object, **kwargs: object) -> RowTerms:
+    """Returns the terms of the ELBO of each row at one draw from the guide.
 
     Arguments:
         model: The model.
@@ -484,8 +502,8 @@ def row_terms_of(model: Program, guide: Program, *args: Any, **kwargs: Any) -> R
     return row_terms(model_trace, guide_trace)
 
 
-def sum_to_rows(log_prob: Tensor, site: Any) -> Tensor:
-    """Sums a log-probability of a site over all dims but its rows', shape (rows,).
+def sum_to_rows(log_prob: Tensor, site: Site) -> Tensor:
+    """Sums a log-probability of a site over all dims but that of the rows, shape (rows,).
 
     Arguments:
         log_prob: Numbers over the plates of the site.
@@ -498,9 +516,9 @@ def sum_to_rows(log_prob: Tensor, site: Any) -> Tensor:
 def _traces(
     model: Program,
     guide: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] = MappingProxyType({}),
-    handler: Any = None,
+    args: Args,
+    kwargs: Kwargs = MappingProxyType({}),
+    handler: contextlib.AbstractContextManager[object] | None = None,
 ) -> tuple[Trace, Trace]:
     with contextlib.nullcontext() if handler is None else handler:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -509,11 +527,11 @@ def _traces(
     return prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
 
 
-def _samples(trace: Trace) -> list[tuple[str, Any]]:
+def _samples(trace: Trace) -> list[tuple[str, Site]]:
     return [(name, site) for name, site in trace.nodes.items() if site["type"] == "sample"]
 
 
-def _total(sites: dict[str, Tensor]) -> Tensor:
+def _sum_sites(sites: dict[str, Tensor]) -> Tensor:
     return functools.reduce(operator.add, (log_prob.double() for log_prob in sites.values()))
 
 
@@ -526,9 +544,8 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
             f"{sorted({frame.name for frame in frames})}: pyro_vae.Program(model, guide, "
             "plate=...) takes a plate of another name."
         )
-    _check_plates(model, guide)
+    _check_match(model, guide)
     latent = [name for name, site in _samples(model) if not site["is_observed"]]
-    _check_match(latent, [name for name, site in _samples(guide) if _is_drawn(site)])
     sites = dict(_samples(model))
     observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
     return Structure(
@@ -541,13 +558,14 @@ def _structure_of(model: Trace, guide: Trace) -> Structure:
         observed=tuple(name for name in observed if _in_rows(sites[name])),
         event_shapes={name: torch.Size(site["fn"].event_shape) for name, site in sites.items()},
         discrete={name: _is_discrete(sites[name]) for name in observed},
-        is_scaled=any(_in_rows(s) and not _is_one(s["scale"]) for s in sites.values()),
+        is_scaled=any(_in_rows(s) and not is_one_scale(s["scale"], 1.0) for s in sites.values()),
         is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
-        unreparameterised=_unreparameterised(guide),
+        unreparameterised=unreparameterised(guide),
     )
 
 
-def _check_plates(model: Trace, guide: Trace) -> None:
+def _check_match(model: Trace, guide: Trace) -> None:
+    """Checks that model and guide have the same latent sites, in the same plates."""
     guided = dict(_samples(guide))
     for name, site in _samples(model):
         if name in guided and _in_rows(site) != _in_rows(guided[name]):
@@ -556,53 +574,45 @@ def _check_plates(model: Trace, guide: Trace) -> None:
                 f"Expected {name!r} to stand in the plate {PLATE!r} of model and guide alike; got "
                 f"it inside in the {inside} and outside in the {outside}."
             )
-
-
-def _check_match(latent: list[str], guided: list[str]) -> None:
-    if set(latent) != set(guided):
+    latent = {name for name, site in _samples(model) if not site["is_observed"]}
+    drawn = {
+        name
+        for name, site in guided.items()
+        if not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
+    }
+    if latent != drawn:
         raise ValueError(
             f"Expected the guide to draw the latent sites of the model, {sorted(latent)}; got "
-            f"{sorted(guided)}."
+            f"{sorted(drawn)}."
         )
 
 
-def _is_drawn(site: Any) -> bool:
-    return not site["is_observed"] and not site["infer"].get("is_auxiliary", False)
-
-
-def _is_discrete(site: Any) -> bool:
+def _is_discrete(site: Site) -> bool:
     try:
         return bool(site["fn"].support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
 
 
-def _frames(site: Any) -> list[Any]:
+def _frames(site: Site) -> list[Site]:
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
-def _in_rows(site: Any) -> bool:
+def _in_rows(site: Site) -> bool:
     return any(frame.name == PLATE for frame in site["cond_indep_stack"])
 
 
-def _is_computed(site: Any) -> bool:
+def _is_computed(site: Site) -> bool:
     return bool(site["infer"].get("_deterministic", False))
 
 
-def _is_one(scale: Any) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1.0
-
-
-def is_one_scale(scale: Any, other: Any) -> bool:
-    """Whether two scales are known to be one, without asking a device for a tensor's value.
+def is_one_scale(scale: Scale, other: Scale) -> bool:
+    """Whether two scales are known to be equal, without reading the value of a tensor.
 
     Arguments:
         scale: A number or a tensor.
         other: Another.
     """
-    return (
-        scale is other
-        or not isinstance(scale, Tensor)
-        and not isinstance(other, Tensor)
-        and scale == other
-    )
+    if isinstance(scale, Tensor) or isinstance(other, Tensor):
+        return scale is other
+    return scale == other

@@ -1,16 +1,24 @@
 """The evidence lower bound with the Kullback-Leibler divergence in closed form."""
 
 import warnings
-from typing import Any
 
 import pyro.infer
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import Distribution
 
 from .divergence import analytic_kl
 from .estimator import refuse_unreparameterised
-from .log_densities import RowTerms, Structure, is_one_scale, latent_sites, row_terms
+from .log_densities import (
+    RowTerms,
+    Site,
+    Structure,
+    is_one_scale,
+    latent_sites,
+    row_terms,
+    unreparameterised,
+)
 from .trace_elbo import Trace_ELBO
 
 __all__ = ["TraceMeanField_ELBO"]
@@ -24,12 +32,13 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
         \le \log p(x)
 
     A lower bound on log p(x); value and gradient are unbiased. The divergence is in closed form
-    where torch or Pyro know it, and for full-covariance and low-rank normals against independent
-    ones; else it is drawn, and a warning says so, once. Latent sites may depend on those before
-    them, but must come in one order in model and guide: else the value would be biased.
+    if torch or Pyro has a formula, and for full-covariance and low-rank normals against
+    independent ones. Otherwise it is estimated from draws, with a warning once per site. A latent
+    site may depend on those before it, but model and guide must draw the sites in the same order,
+    since the value would be biased otherwise.
 
-    Unlike `pyro.infer.TraceMeanField_ELBO` it heeds a scale on the model as well as on the guide,
-    and refuses sites without `rsample` whether or not Pyro validates.
+    Unlike `pyro.infer.TraceMeanField_ELBO` it applies the scales of the model as well as those of
+    the guide, and refuses sites without `rsample` whether or not Pyro validates.
 
     References:
         Auto-encoding variational Bayes (Kingma & Welling, 2014), arXiv 1312.6114, appendix B.
@@ -39,7 +48,7 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
         vectorize_particles: Whether they are drawn in one pass.
 
     Raises:
-        ValueError: When called, where a site has no `rsample`, or the order of the sites differs.
+        ValueError: When called, if a site has no `rsample`, or the order of the sites differs.
 
     Example:
         >>> import torch
@@ -53,76 +62,63 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
     needs_rsample = True
 
     def __init__(
-        self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: Any
+        self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: object
     ) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles, **options)
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
         guided = dict(latent_sites(guide_trace))
-        self._check_sites(model_trace, guided)
-        total: Any = 0.0
+        refuse_unreparameterised(self, unreparameterised(guide_trace))
+        order = [name for name in model_trace.nodes if name in guided]
+        self._check_order(is_ordered=order == [name for name in guided if name in order])
+        total: Tensor | float = 0.0
         divergences: dict[str, Tensor] = {}
         for name, site in model_trace.nodes.items():
             if site["type"] != "sample":
                 continue
-            known = self._known(name, guided[name], site) if name in guided else None
-            if known is None:
+            divergence = self._divergence(name, guided[name], site) if name in guided else None
+            if divergence is None:
                 total = total + site["log_prob"].sum()
                 continue
-            divergences[name] = known
-            total = total - _weighted(known, guided.pop(name), site).sum()
+            divergences[name] = divergence
+            total = total - _scaled(divergence, guided.pop(name), site).sum()
         for site in guided.values():
             total = total - site["log_prob"].sum()
         terms = row_terms(model_trace, guide_trace, particles, divergences)
-        return -total / particles, terms
+        return -total / particles, terms  # type: ignore[return-value]
 
-    def _check_sites(self, model_trace: Trace, guided: dict[str, Any]) -> None:
-        without = [n for n, s in guided.items() if not getattr(s["fn"], "has_rsample", False)]
-        refuse_unreparameterised(self, tuple(without))
-        order = [name for name in model_trace.nodes if name in guided]
-        if order != [name for name in guided if name in order]:
-            self._refuse_order()
+    def check(self, structure: Structure) -> None:
+        """Refuses latent sites in another order too."""
+        super().check(structure)
+        self._check_order(is_ordered=structure.is_ordered)
 
-    def check(self, known: Structure) -> None:
-        """Refuses programs that the estimator would be wrong for.
+    def _check_order(self, *, is_ordered: bool) -> None:
+        if not is_ordered:
+            raise ValueError(
+                f"Expected a guide whose latent sites come in the model's order, under {self}; "
+                "got another order: Trace_ELBO, STL and the multi-sample bounds take it."
+            )
 
-        Arguments:
-            known: What the program is made of.
-
-        Raises:
-            ValueError: As every estimator, and where the order of the latent sites differs.
-        """
-        super().check(known)
-        if not known.is_ordered:
-            self._refuse_order()
-
-    def _refuse_order(self) -> None:
-        raise ValueError(
-            f"Expected a guide whose latent sites come in the model's order, under {self}; got "
-            "another order: Trace_ELBO, STL and the multi-sample bounds take it."
-        )
-
-    def _known(self, name: str, guided: Any, site: Any) -> Tensor | None:
+    def _divergence(self, name: str, guided: Site, site: Site) -> Tensor | None:
+        """The analytic KL divergence of a site, or `None` and a warning the first time."""
         divergence = None
         if guided["mask"] is site["mask"]:
             divergence = analytic_kl(guided["fn"], site["fn"])
         if divergence is None:
-            self._tell(
-                f"No analytic KL divergence for site {name!r}, from {_said(guided['fn'])} to "
-                f"{_said(site['fn'])}: {self} draws it instead."
+            message = (
+                f"No analytic KL divergence for site {name!r}, from {_describe(guided['fn'])} to "
+                f"{_describe(site['fn'])}: {self} estimates it from draws instead."
             )
+            if message not in self._warned:
+                self._warned.add(message)
+                warnings.warn(message, UserWarning, stacklevel=2)
         return divergence
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            warnings.warn(what, UserWarning, stacklevel=2)
 
-
-def _weighted(divergence: Tensor, guided: Any, site: Any) -> Tensor:
-    r"""s_p E[log p] - s_q E[log q], negated, where the scales s of model and guide may differ."""
+def _scaled(divergence: Tensor, guided: Site, site: Site) -> Tensor:
+    r"""Computes s_q E[log q] - s_p E[log p] with the scales s of guide and model."""
     whole = scale_and_mask(divergence, scale=guided["scale"], mask=guided["mask"])
     if is_one_scale(guided["scale"], site["scale"]):
         return whole
@@ -130,7 +126,7 @@ def _weighted(divergence: Tensor, guided: Any, site: Any) -> Tensor:
     return whole - scale_and_mask(site["unscaled_log_prob"], scale=rest, mask=site["mask"])
 
 
-def _said(distribution: Any) -> str:
+def _describe(distribution: Distribution) -> str:
     base = getattr(distribution, "base_dist", None)
     name = type(distribution).__name__
-    return name if base is None else f"{name}({_said(base)})"
+    return name if base is None else f"{name}({_describe(base)})"

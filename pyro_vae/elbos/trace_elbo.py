@@ -1,7 +1,8 @@
 """The evidence lower bound by draws from the guide."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import pyro.infer
 import torch
@@ -10,24 +11,78 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .estimator import Estimate, Estimator
-from .handed import Handed
-from .log_densities import Program, RowTerms, row_terms
+from ..data.checks import checked_count
+from .estimator import Estimate, Estimator, tempered
+from .log_densities import Args, Kwargs, Program, RowTerms, row_terms
 
-__all__ = ["PLAIN_PARTICLES", "Trace_ELBO", "mean_terms_of"]
+__all__ = ["PLAIN_PARTICLES", "PyroELBO", "Trace_ELBO", "mean_terms_of"]
 
 PLAIN_PARTICLES = 8
 
 
-class Trace_ELBO(Handed, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
+class PyroELBO(Estimator):
+    """The base class of the estimators that extend one of Pyro's: their arguments, and KL weight.
+
+    To add one, subclass it and Pyro's class, and write `_estimate`.
+
+    Arguments:
+        num_particles: The number of draws of z for each row.
+        vectorize_particles: Whether they are drawn in one pass.
+        options: Further arguments of Pyro's class.
+    """
+
+    needs_rsample = False
+    takes_globals = True
+
+    def __init__(
+        self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: object
+    ) -> None:
+        num_particles = checked_count("num_particles", num_particles)
+        super().__init__(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles and num_particles > 1,
+            **options,
+        )
+
+    def estimate(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Estimate:
+        """Runs the programs with the weight of the KL terms as a scale."""
+        with tempered(self.kl_weight):
+            return self._estimate(model, guide, args, kwargs)
+
+    @abstractmethod
+    def _estimate(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
+    ) -> Estimate: ...
+
+    def _averaged(self, losses: Sequence[Tensor], terms: Sequence[RowTerms]) -> Estimate:
+        """The mean over passes. There is an objective of each row if no site is global."""
+        mean = mean_terms_of(terms)
+        loss = torch.stack([*losses]).mean() if len(losses) > 1 else losses[0]
+        per_row = mean.reconstruction - self.kl_weight * mean.kl
+        return Estimate(loss, per_row if mean.global_kl is None else None, mean)
+
+    def plain(self) -> Estimator:
+        """Returns the ELBO of several draws, with autograd's gradient."""
+        return Trace_ELBO(PLAIN_PARTICLES)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_particles}, "
+            f"vectorize_particles={self.vectorize_particles})"
+        )
+
+
+class Trace_ELBO(PyroELBO, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
     r"""Creates Pyro's estimator of the evidence lower bound, its numbers kept on the device.
 
     .. math:: \mathrm{ELBO}(x) = E_{q(z \mid x)}[\log p(x, z) - \log q(z \mid x)] \le \log p(x)
 
     A lower bound on log p(x); value and gradient are unbiased. The gradient is the
-    reparameterised one, and where a site has no `rsample` the score function's, with Pyro's
-    Rao-Blackwellisation over plates. Under one seed value and gradient are those of
-    `pyro.infer.Trace_ELBO`, draw for draw.
+    reparameterised one; for a site without `rsample` it is that of the score function, with Pyro's
+    Rao-Blackwellisation over plates. With the same seed, value and gradient are those of
+    `pyro.infer.Trace_ELBO`.
 
     References:
         | Black box variational inference (Ranganath, Gerrish & Blei, 2014), arXiv 1401.0118.
@@ -40,40 +95,33 @@ class Trace_ELBO(Handed, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: 
     Example:
         >>> import pyro_vae as pv
         >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
-        >>> elbo = Trace_ELBO(num_particles=3)
-        >>> elbo.per_row(vae.model, vae.guide, torch.ones(5, 4)).value.shape
+        >>> elbo = Trace_ELBO(3)
+        >>> elbo.per_row(vae, torch.ones(5, 4)).value.shape
         torch.Size([5])
         >>> elbo(vae.model, vae.guide)(torch.ones(5, 4)).backward()
     """
 
-    def plain(self) -> Estimator:
-        """Returns the ELBO by autograd, of several draws."""
-        return Trace_ELBO(PLAIN_PARTICLES)
-
-    def _estimate(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Estimate:
+    def _estimate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Estimate:
         traces = self._get_traces(model, guide, args, kwargs)
         losses, terms = zip(*(self._of_traces(*pair) for pair in traces), strict=True)
-        mean = mean_terms_of(terms)
-        loss = torch.stack(losses).mean() if len(losses) > 1 else losses[0]
-        per_row = mean.reconstruction - self.kl_weight * mean.kl
-        return Estimate(loss, per_row if mean.global_kl is None else None, mean)
+        return self._averaged(losses, terms)
 
     def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
         surrogate = self._surrogate(model_trace, guide_trace)
-        value: Any = model_trace.log_prob_sum() - guide_trace.log_prob_sum()
+        value = cast(Tensor, model_trace.log_prob_sum() - guide_trace.log_prob_sum())
         loss = -(value.detach() + surrogate - surrogate.detach()) / particles
         return loss, row_terms(model_trace, guide_trace, particles)
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        total: Any = model_trace.log_prob_sum()
+        """A sum whose gradient is the estimator's."""
+        total = cast(Tensor, model_trace.log_prob_sum())
         log_r = None
-        for _, site in guide_trace.nodes.items():
+        for site in guide_trace.nodes.values():
             if site["type"] != "sample":
                 continue
-            _, score_function_term, entropy_term = site["score_parts"]
+            parts: tuple[Tensor, ...] = site["score_parts"]
+            _, score_function_term, entropy_term = parts
             if not is_identically_zero(entropy_term):
                 total = total - entropy_term.sum()
             if not is_identically_zero(score_function_term):
@@ -84,13 +132,16 @@ class Trace_ELBO(Handed, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: 
 
 
 def mean_terms_of(terms: Sequence[RowTerms]) -> RowTerms:
-    """Returns the mean of the terms of several passes.
+    """Returns the mean of the terms over several passes.
 
     Arguments:
-        terms: Those of each.
+        terms: The terms of each pass.
     """
     if len(terms) == 1:
         return terms[0]
-    parts: Any = zip(*terms, strict=True)
-    means = [None if part[0] is None else torch.stack(part).mean(0) for part in parts]
-    return RowTerms._make(means)
+    shared = [part.global_kl for part in terms if part.global_kl is not None]
+    return RowTerms(
+        torch.stack([part.reconstruction for part in terms]).mean(0),
+        torch.stack([part.kl for part in terms]).mean(0),
+        torch.stack(shared).mean(0) if shared else None,
+    )

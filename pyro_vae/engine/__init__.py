@@ -1,1 +1,1 @@
-"""The engine room: steps traced to graphs, simplified, compiled and captured; optimisers."""
+"""Traces steps to graphs, simplifies, compiles and captures them; and steps optimisers."""

@@ -1,8 +1,8 @@
-"""States of the outside world that a call changes and puts back."""
+"""Contexts that change global state, or that of a module, and restore it at the end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -13,6 +13,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 
 __all__ = [
+    "Site",
     "device_of",
     "evaluating",
     "kept_buffers",
@@ -25,15 +26,17 @@ __all__ = [
     "unmoved_statistics",
 ]
 
+Site: TypeAlias = Any  # a message of Pyro's, a dict whose values have no types
+
 
 def device_of(device: str | torch.device) -> torch.device:
-    """Returns a device that is there; `"auto"` is CUDA where there is one, else the CPU.
+    """Returns an available device. `"auto"` is CUDA if it is available, else the CPU.
 
     Arguments:
-        device: Its name.
+        device: The name of the device.
 
     Raises:
-        ValueError: Where there is no such device, or it has no float64.
+        ValueError: If there is no such device, or it has no float64.
     """
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,10 +51,10 @@ def device_of(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draws with torch's generators started from `seed`, and puts them back as they were.
+    """Seeds torch's generators, and restores their state at the end.
 
     Arguments:
-        seed: The seed; with `None` the generators run on as they are.
+        seed: The seed. With `None` the generators go on from their state, and are not restored.
 
     Example:
         >>> before = torch.get_rng_state()
@@ -70,10 +73,10 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Puts torch's generators, of CPU and CUDA, back to where they are now.
+    """Restores the state of torch's generators, on CPU and CUDA, at the end.
 
-    CUDA is not started for it: where it was not running, its generators are told to start, as
-    without the call, from torch's seed.
+    This does not initialise CUDA. If CUDA was not initialised before, its generators are seeded
+    with torch's seed, as they would be without the call.
     """
     was_running = torch.cuda.is_initialized()
     devices = range(torch.cuda.device_count()) if was_running else ()
@@ -86,7 +89,7 @@ def kept_generators() -> Iterator[None]:
 
 
 class _OwnParameters(Messenger):  # type: ignore[misc]
-    """Answers every parameter statement with the module's own tensor."""
+    """Effect handler by which each `pyro.param` statement returns the module's own tensor."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
@@ -108,30 +111,31 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
 
 
 def parameters_are_local() -> bool:
-    """Whether parameters are kept in their modules, so that none needs to be stated."""
+    """Whether parameters stay in their modules, so that no `pyro.module` statement is needed."""
     return any(isinstance(handler, _OwnParameters) for handler in _PYRO_STACK)
 
 
-def outer_handlers() -> tuple[Any, ...]:
-    """The handlers of Pyro's that a program runs under, but for those of `local_parameters`."""
+def outer_handlers() -> tuple[Messenger, ...]:
+    """Returns the active effect handlers of Pyro, without those of `local_parameters`."""
     return tuple(h for h in _PYRO_STACK if not isinstance(h, _OwnParameters))
 
 
 @contextmanager
 def local_parameters(program: nn.Module) -> Iterator[None]:
-    """Keeps the parameters of `program` in its modules, and the global store as it was.
+    """Keeps the parameters of `program` in its modules, and does not change the global store.
 
-    `pyro.module` and `pyro.param` look parameters up by name in a global store, so that of two
-    programs that share a name the second one trains nothing. Here every statement of a
-    parameter is answered with the module's own; what a `PyroModule` writes to the store goes to
-    an empty one, which is thrown away.
+    `pyro.module` and `pyro.param` look up parameters by name in a global store, so that of two
+    programs with the same name the second one trains nothing. Here each statement returns the
+    module's own parameter. What a `PyroModule` writes to the store goes to an empty store, which
+    is discarded.
 
     Arguments:
         program: The module that owns the parameters.
 
     Raises:
-        ValueError: If the program states a parameter that none of its modules owns, or if two of
-            its `PyroModule`s have one of the same name, which Pyro would make one.
+        ValueError: If a `pyro.param` statement names a parameter that none of the modules
+            owns, or if two of its `PyroModule`s have parameters of the same name, which Pyro would
+            treat as one.
     """
     _check_names(program)
     with pyro.get_param_store().scope(), _OwnParameters(program):
@@ -153,10 +157,10 @@ def _check_names(program: nn.Module) -> None:
 
 @contextmanager
 def evaluating(program: nn.Module) -> Iterator[None]:
-    """Runs a program without training it, and puts its modes back as they were.
+    """Runs a program in evaluation mode, and restores its modes at the end.
 
-    In evaluation mode (dropout off, running statistics used), without gradients, without Pyro's
-    checks, and with the global parameter store left alone.
+    That is without dropout, with running statistics, without gradients, without Pyro's validation,
+    and without changes of the global parameter store.
 
     Arguments:
         program: The module to run.
@@ -173,7 +177,7 @@ def evaluating(program: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_modes(program: nn.Module) -> Iterator[None]:
-    """Puts the modes of a program's modules, training or evaluation, back as they are now.
+    """Restores the modes (training or evaluation) of a program's modules at the end.
 
     Arguments:
         program: The module.
@@ -188,10 +192,10 @@ def kept_modes(program: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unmoved_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Lets layers that train normalise by their batch, without noting it in running statistics.
+    """Lets layers in training mode normalise by the batch, without updating running statistics.
 
     Arguments:
-        modules: The modules that such layers may be in.
+        modules: The modules that may contain such layers.
     """
     tracking: list[Any] = [
         layer
@@ -210,7 +214,7 @@ def unmoved_statistics(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(program: nn.Module) -> Iterator[None]:
-    """Puts the values of a program's buffers, running means, say, back as they are now.
+    """Restores the values of a program's buffers, such as running means, at the end.
 
     Arguments:
         program: The module.

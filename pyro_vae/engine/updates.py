@@ -1,11 +1,11 @@
-"""Optimisers: made of what the user named, and stepped without asking the device a thing."""
+"""Makes optimisers, and steps them without waiting for the device."""
 
 import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from pyro.optim import PyroOptim
@@ -15,21 +15,22 @@ from torch.optim import Optimizer
 __all__ = ["MakeOptimizer", "Updates", "optimizer_of"]
 
 MakeOptimizer: TypeAlias = type[Optimizer] | Callable[..., Optimizer] | PyroOptim
+Group: TypeAlias = dict[str, Any]  # of torch.optim: parameters and options by name
 
 
 class Updates:
-    """Steps an optimiser on gradients, or changes nothing where they are bad.
+    """Steps an optimiser on gradients, or changes nothing if they are bad.
 
-    Adam and AdamW in their fused form are called at once, which saves two thirds of the Python of
-    `Optimizer.step`; the state is the optimiser's own all the same.
+    For Adam and AdamW in their fused form the kernel is called directly, which saves two thirds of
+    the Python code of `Optimizer.step`. It changes the state of the optimiser itself.
 
     Arguments:
         optimizer: The optimiser.
-        parameters: What it optimises.
+        parameters: The parameters that it optimises.
 
     Attributes:
-        is_warm: Whether the optimiser has made its state, as it does in its first step.
-        version: How often that state was replaced.
+        is_warm: Whether the optimiser has created its state, which it does in its first step.
+        version: The number of times that this state was replaced.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -46,7 +47,7 @@ class Updates:
         self._rates: list[_Rate] = []
         self.is_warm = False
         self.version = 0
-        optimizer.register_load_state_dict_post_hook(self._forget)
+        optimizer.register_load_state_dict_post_hook(self._reset)
 
     def __call__(
         self,
@@ -57,9 +58,9 @@ class Updates:
         """Takes a step.
 
         Arguments:
-            gradients: That of each parameter; `None` for those to leave alone.
-            is_bad: 1 where nothing is to change, 0 else, shape ().
-            is_good: 1 - is_bad, where that is known already.
+            gradients: The gradient of each parameter; `None` for parameters not to change.
+            is_bad: 1 if nothing is to change, else 0, shape ().
+            is_good: 1 - is_bad, if it was computed before.
         """
         if self._fused is not None and self._fused.takes(gradients):
             self._fused.step(gradients, is_bad, 1.0 - is_bad if is_good is None else is_good)
@@ -73,7 +74,7 @@ class Updates:
 
     @contextlib.contextmanager
     def rates_on_device(self) -> Iterator[None]:
-        """Puts the learning rates in tensors, which a capture keeps and `follow_rates` changes."""
+        """Holds the learning rates in tensors: a capture reads them, `follow_rates` sets them."""
         groups = self.optimizer.param_groups
         before = [dict(group) for group in groups]
         if not self._rates:
@@ -90,42 +91,42 @@ class Updates:
                 group.update(options)
 
     def follow_rates(self) -> None:
-        """Brings the learning rates of a capture to what they are now."""
+        """Copies the current learning rates to the tensors that a capture reads."""
         for rate in self._rates:
             rate.follow()
 
     def state(self) -> list[Tensor]:
-        """All tensors that a step changes."""
+        """Returns all tensors that a step changes."""
         return list(_tensors_of(self.optimizer).values())
 
-    def _forget(self, optimizer: Optimizer) -> None:
+    def _reset(self, optimizer: Optimizer) -> None:
         self._fused, self.is_warm = None, False
         self.version += 1
 
 
 class _Rate:
-    """A learning rate on the device, that of a group of parameters."""
+    """The learning rate of a group of parameters, in a tensor on their device."""
 
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.group, self.known = group, math.nan
+    def __init__(self, group: Group) -> None:
+        self.group, self.value = group, math.nan
         device = group["params"][0].device
-        dtype = torch.float64 if device.type == "cpu" else torch.float32  # what kernels read
+        dtype = torch.float64 if device.type == "cpu" else torch.float32  # as kernels expect
         self.tensor = torch.full((), math.nan, dtype=dtype, device=device)
 
     def follow(self) -> None:
-        if self.group["lr"] != self.known:
-            self.known = self.group["lr"]
-            self.tensor.fill_(self.known)
+        if self.group["lr"] != self.value:
+            self.value = self.group["lr"]
+            self.tensor.fill_(self.value)
 
 
 class _FusedAdam:
-    """The tensors of an Adam whose options are of the plain sort."""
+    """The state of an Adam or AdamW in fused form, with one group and no further options."""
 
     def __init__(
         self,
-        group: dict[str, Any],
-        parameters: list[nn.Parameter],
-        state: dict[Any, Any],
+        group: Group,
+        parameters: list[Tensor],
+        state: Mapping[Tensor, dict[str, Tensor]],
         missing: tuple[bool, ...],
     ) -> None:
         self.group, self.missing = group, missing
@@ -134,7 +135,7 @@ class _FusedAdam:
             [state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         is_decoupled = group.get("decoupled_weight_decay", False)
-        self.kernel: Any = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+        self.kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
 
     @classmethod
     def of(
@@ -147,7 +148,9 @@ class _FusedAdam:
             return None
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         group = optimizer.param_groups[0]
-        moved = [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        moved: list[Tensor] = [
+            p for p, g in zip(parameters, gradients, strict=True) if g is not None
+        ]
         is_plain = (
             len(optimizer.param_groups) == 1
             and bool(group.get("fused"))
@@ -186,24 +189,28 @@ class _FusedAdam:
 
 
 def optimizer_of(
-    make: MakeOptimizer, parameters: Iterable[nn.Parameter], **given: Any
+    make: MakeOptimizer, parameters: Iterable[nn.Parameter], **defaults: float
 ) -> Optimizer:
-    """Makes one torch optimiser for all parameters, in its fused form where it has one.
+    """Makes one torch optimiser for all parameters, in its fused form if it has one.
 
     Arguments:
         make: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
-        parameters: What to optimise.
-        given: Options that are not given already, a learning rate, say.
+        parameters: The parameters to optimise.
+        defaults: Options, such as a learning rate, for those that `make` does not set.
 
     Raises:
-        ValueError: Where it cannot be made.
+        ValueError: If the optimiser cannot be made.
     """
-    build: Any = _torch_constructor(make)
-    said = build.keywords if isinstance(build, functools.partial) else {}
-    options = {name: value for name, value in given.items() if name not in said}
+    build = _torch_constructor(make)
+    is_partial = isinstance(build, functools.partial)
+    target, own = (build.func, build.keywords) if is_partial else (build, {})  # type: ignore[attr-defined]
+    options = {name: value for name, value in defaults.items() if name not in own}
     parameters = list(parameters)
-    if _can_fuse(build, parameters) and "fused" not in said and "foreach" not in said:
-        options["fused"] = True
+    has_fused = inspect.isclass(target) and "fused" in inspect.signature(target).parameters
+    if has_fused and "fused" not in own and "foreach" not in own:
+        devices = {p.device.type if p.is_floating_point() else "" for p in parameters}
+        if devices <= {"cpu", "cuda"}:
+            options["fused"] = True
     try:
         optimizer = build(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -217,51 +224,38 @@ def optimizer_of(
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its steps evaluate the loss again, as those of LBFGS do."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _torch_constructor(make: Any) -> Any:
+def _torch_constructor(make: MakeOptimizer) -> Callable[..., Optimizer]:
     if not isinstance(make, PyroOptim):
         if not callable(make):
             raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {make!r}.")
         return make
-    pyro_constructor: Any = make.pt_optim_constructor
     if callable(make.pt_optim_args) or make.pt_clip_args:
         raise ValueError(
             "Expected a pyro.optim optimiser with one dict of options for all parameters, and "
             "clipping left to max_grad_norm; got options or clipping by parameter."
         )
-    return functools.partial(pyro_constructor, **make.pt_optim_args)
-
-
-def _can_fuse(build: Any, parameters: list[nn.Parameter]) -> bool:
-    target = build.func if isinstance(build, functools.partial) else build
-    if not (inspect.isclass(target) and "fused" in inspect.signature(target).parameters):
-        return False
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    constructor = cast(type[Optimizer], make.pt_optim_constructor)
+    return functools.partial(constructor, **make.pt_optim_args)
 
 
 def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
-    """Steps, but changes nothing where `is_bad` is 1: without asking the device which it is."""
+    """Steps, but changes nothing if `is_bad` is 1, without reading that off the device."""
     if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = is_bad  # type: ignore[attr-defined]
         optimizer.step()
         return
-    _step_and_take_back(optimizer, is_bad.bool())
-
-
-def _step_and_take_back(optimizer: Optimizer, is_bad: Tensor) -> None:
     before = {key: t.detach().clone() for key, t in _tensors_of(optimizer).items()}
     optimizer.step()
-    after = _tensors_of(optimizer)
-    _take_back(is_bad, [(t, before.get(k, torch.zeros_like(t))) for k, t in after.items()])
-
-
-@torch.no_grad()
-def _take_back(is_bad: Tensor, changes: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, before in changes:
-        tensor.copy_(torch.where(is_bad, before, tensor))
+    is_kept = is_bad.bool()
+    with torch.no_grad():
+        for key, tensor in _tensors_of(optimizer).items():
+            value = before.get(key, torch.zeros_like(tensor))
+            tensor.copy_(torch.where(is_kept, value, tensor))
 
 
 def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:

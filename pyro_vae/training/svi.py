@@ -1,10 +1,10 @@
-"""Stochastic variational inference whose step asks the device for nothing, and replays itself."""
+"""Stochastic variational inference with traced steps that never wait for the device."""
 
 import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, cast
 
 import pyro.infer
 import torch
@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from ..data.checks import checked_count, checked_finite, checked_positive
 from ..elbos import Estimate, Objective
-from ..elbos.log_densities import Program, RowTerms
+from ..elbos.log_densities import Args, Kwargs, Program, RowTerms
 from ..engine import replay as engines
-from ..engine.halved import Halved
+from ..engine.half_precision import HalfPrecision
 from ..engine.replay import (
     Graph,
     Outputs,
@@ -33,35 +33,37 @@ from ..programs.program import owner_of
 __all__ = ["SVI", "MakeOptimizer", "Totals"]
 
 COMPILING_COSTS = 20.0
-WORTH_COMPILING = 20.0  # times what compiling costs: with less time than that it is not done
+WORTH_COMPILING = 20.0  # compile only if the time limit is so many times the cost of compiling
 WORTH_TRACING = 200
 TERMS = 5
 
+_Owner: TypeAlias = dict[str, nn.Parameter | None]
+
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
-    r"""Creates Pyro's SVI, with one optimiser, and no number read off the device.
+    r"""Creates Pyro's SVI with one optimiser and a choice of engines.
 
     A step whose loss or gradient is not finite changes no weight, no buffer and no moment of the
-    optimiser, nor does any after it: `is_bad`, a tensor on the device, says so. `row_weight` says
-    how often a row counts in the loss, N / B where a minibatch stands for all rows.
+    optimiser, and neither does any later step. The tensor `is_bad` on the device is then 1. The
+    loss is multiplied by N / B if a minibatch of B rows stands for N; `row_weight` is that number.
 
-    What takes the step is its engine:
+    The engine decides how a step runs:
 
-    - `"eager"` runs the Pyro program each time: any program, any ELBO, Pyro's own too.
-    - `"traced"` runs it once for each shape of its arguments, writes down the operations on
-      tensors, those of the gradient too, and runs these: the same numbers from the same draws,
-      bit for bit on a CPU, without the Python of the program.
-    - `"compiled"` has these operations compiled by Inductor, 10 to 20 seconds of work: the same
-      draws, numbers that differ by rounding.
+    - `"eager"` runs the Pyro program each time. It takes any program and any ELBO, Pyro's too.
+    - `"traced"` runs the program once for each shape of its arguments, records its tensor
+      operations and those of the gradient, and runs the recorded operations. They give the same
+      numbers from the same draws, bit for bit on a CPU, without the Python code of the program.
+    - `"compiled"` compiles these operations by Inductor, which takes 10 to 20 seconds. The draws
+      are the same, and the numbers differ by rounding.
     - `"cudagraph"` captures them, and the optimiser's update, in a CUDA graph.
-    - `"auto"` takes `"eager"` for Pyro's own ELBOs and for a few steps; else `"traced"`, or
-      `"compiled"` where `total_steps` repay it, on a GPU `"cudagraph"`; and `"eager"`, with one
-      warning that says why, where the program is no fixed sequence of operations. `why` says
-      what was chosen.
+    - `"auto"` chooses `"eager"` for Pyro's own ELBOs and for few steps. Else it chooses
+      `"cudagraph"` on a GPU, `"compiled"` if that saves time over `total_steps`, or `"traced"`. If
+      the program is not a fixed sequence of operations, it chooses `"eager"`, with a warning that
+      names the reason. The reason for the choice is in `why`.
 
-    Python numbers in a program are read when it is traced; parameters, buffers and other tensors
-    each time. A run of the operations is first checked against the program, on the first
-    arguments of a shape, which Pyro's validation sees, if it is on; it sees no later ones.
+    Python numbers in a program are read only when it is traced; parameters, buffers and other
+    tensors are read in each step. For the first arguments of a shape the recorded operations are
+    compared with the program. Pyro's validation, if it is on, applies to these arguments alone.
 
     Arguments:
         model: The model: a method of the module that owns the parameters, or a function or module
@@ -70,22 +72,25 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         guide: The guide, likewise.
         optim: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
         loss: An estimator of `pyro_vae.elbos`, or one of Pyro's own ELBOs.
-        lr: The learning rate, where the optimiser has none of its own.
-        max_grad_norm: Where to clip the norm of the gradient of the objective's mean over rows.
-        engine: What takes the steps.
-        precision: That of float32 matrix products, for the time of a step: `"highest"`, `"high"`
-            or `"medium"`, as of `torch.set_float32_matmul_precision`; `"bf16"` runs the programs'
-            networks under autocast, with densities and sums in float32; `None` leaves torch's own.
-        total_steps: How many steps there will be, about, for `"auto"`.
-        max_seconds: How long they may take, for `"auto"`.
+        lr: The learning rate, if `optim` does not set one.
+        max_grad_norm: The largest norm of the gradient of the objective's mean over rows; a larger
+            gradient is clipped to it.
+        engine: The name of the engine.
+        precision: The precision of float32 matrix products in a step: `"highest"`, `"high"` or
+            `"medium"`, as in `torch.set_float32_matmul_precision`. `"bf16"` runs the programs'
+            networks under autocast, with densities and sums in float32. `None` keeps torch's
+            setting.
+        total_steps: The approximate number of steps, for `"auto"`.
+        max_seconds: The time limit of all steps in seconds, for `"auto"`.
 
     Attributes:
-        before_compiling: Called before each compilation, to tell whoever waits for it.
+        before_compiling: A function that is called before each compilation, for instance to tell
+            the user to wait.
 
     Raises:
         ValueError: If the programs have no parameters, a number is out of range, or the optimiser
-            cannot be made; in a step, if the engine that was asked for cannot take it, or the
-            first data of a shape are outside the likelihood's support.
+            cannot be made. In a step, if the engine cannot run it, or the first data of a shape
+            are outside the likelihood's support.
 
     Example:
         >>> import pyro_vae as pv
@@ -115,14 +120,14 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.precision = engines.checked_precision(precision)
         if max_grad_norm is not None:
             max_grad_norm = checked_positive("max_grad_norm", max_grad_norm)
-        given = {} if lr is None else {"lr": checked_finite("lr", lr, least=0.0)}
+        defaults = {} if lr is None else {"lr": checked_finite("lr", lr, least=0.0)}
         self.total_steps = None
         if total_steps is not None:
             self.total_steps = checked_count("total_steps", total_steps)
         self.max_seconds = math.inf
         if max_seconds is not None:
             self.max_seconds = checked_positive("max_seconds", max_seconds)
-        self.why = "" if engine == "auto" else "as asked"
+        self.why = "" if engine == "auto" else "the user chose it"
         self.before_compiling: Callable[[], object] = lambda: None
         self._is_auto = engine == "auto"
         self._program = _wrapped(model, guide)
@@ -130,7 +135,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             model, guide = self._program.model, self._program.guide
 
         def make(parameters: list[nn.Parameter]) -> Optimizer:
-            return optimizer_of(optim, parameters, **given)
+            return optimizer_of(optim, parameters, **defaults)
 
         self._start = functools.partial(self._started, model, guide, make, loss, max_grad_norm)
         if self._program is None or self._program.is_prepared:
@@ -145,7 +150,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         max_grad_norm: float | None,
     ) -> None:
         """Makes what needs the parameters: the objective, the optimiser and the step."""
-        wrap = Halved if self.precision == "bf16" else None
+        wrap = HalfPrecision if self.precision == "bf16" else None
         self.objective = Objective(model, guide, loss, wrap=wrap)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         if not self.parameters:
@@ -162,22 +167,22 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
     @property
     def is_bad(self) -> Tensor:
-        """Whether a step was bad, 0 or 1, shape ()."""
+        """Whether the loss or gradient of a step was not finite, 0 or 1, shape ()."""
         return self._step.is_bad
 
     @property
     def good(self) -> Tensor:
-        """How many steps were good, shape ()."""
+        """The number of steps with a finite loss and gradient, shape ()."""
         return self._step.good
 
     @property
     def totals(self) -> "Totals":
-        """The sums over rows of the terms of the ELBO, of all steps."""
+        """The sums of the ELBO's terms over the rows of all steps."""
         return self._step.totals
 
     @property
     def row_weight(self) -> float:
-        """How often a row counts in the loss."""
+        """The weight of each row in the loss, N / B for a minibatch."""
         return self._step.row_weight
 
     @row_weight.setter
@@ -185,115 +190,110 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self._step.row_weight = weight
 
     def to(self, device: torch.device) -> None:
-        """Moves what the steps keep of their own, the programs too, to a device.
+        """Moves the programs and the state of the steps to a device.
 
         Arguments:
-            device: Where to.
+            device: The device.
         """
         self._step.to(device)
 
-    def update(self, *args: Any, **kwargs: Any) -> Estimate:
-        """Takes a step, and returns the estimate that it was taken on, on the device.
+    def update(self, *args: object, **kwargs: object) -> Estimate:
+        """Takes a step, and returns the estimate before it, on the device.
 
-        Of a CUDA graph its tensors hold until the next step.
+        With a CUDA graph the next step overwrites the tensors of the estimate.
 
         Arguments:
-            args: What model and guide are called with.
-            kwargs: The same, by name.
+            args: The positional arguments of model and guide.
+            kwargs: Their keyword arguments.
 
         Raises:
-            ValueError: Where the engine cannot take the step: the message says why.
+            ValueError: If the engine cannot run the step. The message gives the reason.
         """
         if self._program is not None and not self._program.is_prepared:
             self._program.prepare(*args, **kwargs)
             self._start()
-        if self.precision is None:
-            outputs = self._taken(args, kwargs)
-        else:
-            with at_precision(self.precision):
-                outputs = self._taken(args, kwargs)
+        with at_precision(self.precision):
+            outputs = self._run(args, kwargs)
         loss, per_row, *terms = outputs[:TERMS]
         return Estimate(loss, per_row, RowTerms._make(terms))  # type: ignore[arg-type]
 
-    def step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes a step, and returns the loss it was taken on, shape (), on the device.
+    def step(self, *args: object, **kwargs: object) -> Tensor:
+        """Takes a step, and returns the loss before it, shape (), on the device.
 
         Arguments:
-            args: What model and guide are called with.
-            kwargs: The same, by name.
+            args: The positional arguments of model and guide.
+            kwargs: Their keyword arguments.
 
         Raises:
-            ValueError: Where the engine cannot take the step: the message says why.
+            ValueError: If the engine cannot run the step. The message gives the reason.
         """
         loss = self.update(*args, **kwargs).loss.detach()
         return loss.clone() if self._captures else loss
 
-    def _taken(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
+    def _run(self, args: Args, kwargs: Kwargs) -> Outputs:
         if self.engine == "auto" and not self.objective.is_traceable:
             self.engine, self.why = "eager", f"{self.objective.elbo} reads numbers off the device"
         if self.engine == "auto" and self._are_few():
-            self.engine, self.why = "eager", f"{self.total_steps} steps do not repay tracing"
+            self.engine, self.why = "eager", f"tracing takes longer than {self.total_steps} steps"
         if self.engine != "eager" and not self._are_few():
             try:
                 return self._replay(args, kwargs)
             except UntraceableError as error:
                 self._fall_back(error)
-        outputs = self._step(*args, **kwargs)
-        self._move(outputs)
+        outputs: Outputs = self._step(*args, **kwargs)
+        self._update_parameters(outputs)
         return outputs
 
-    def _move(self, outputs: Outputs) -> None:
-        """Updates the parameters by the gradients of a step."""
+    def _update_parameters(self, outputs: Outputs) -> None:
+        """Steps the optimiser with the gradients of a step."""
         self._updates(outputs[TERMS:], self._step.is_bad, self._step.is_good)
 
     def _are_few(self) -> bool:
-        """Whether `"auto"` leaves steps of this shape to the program itself."""
+        """Whether there are too few steps for `"auto"` to trace them."""
         return self._is_auto and self.total_steps is not None and self.total_steps < WORTH_TRACING
 
     def _fall_back(self, error: UntraceableError) -> None:
         if not self._is_auto:
             raise ValueError(
-                f"Expected a program that the engine {self.engine!r} can take: {error}; "
-                "engine='eager' takes any."
+                f"The engine {self.engine!r} cannot run this program: {error}. engine='eager' "
+                "runs any program."
             ) from error
         self.engine, self.why = "eager", f"the program cannot be traced: {error}"
         warnings.warn(
-            f"Steps run eagerly, and slower: the program cannot be traced, as {error}. "
-            "engine='eager' asks for that without this warning.",
+            f"Steps run eagerly, and slower, since the program cannot be traced: {error}. "
+            "Set engine='eager' to run it without this warning.",
             UserWarning,
             stacklevel=4,
         )
 
-    def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
+    def _replay(self, args: Args, kwargs: Kwargs) -> Outputs:
         if not engines.Captured.is_possible(self.is_bad.device) and self.engine == "cudagraph":
-            raise UntraceableError(
-                f"there are CUDA graphs on CUDA alone; got {self.is_bad.device}"
-            )
+            raise UntraceableError(f"CUDA graphs need a CUDA device; got {self.is_bad.device}")
         if self._replayed is None:
-            self.objective.settle(*args, **kwargs)
+            self.objective.infer_plate_nesting(*args, **kwargs)
             self._replayed = Replayed(self._step)
         with self.objective.replayed():
-            graph = self._replayed.graph(*args, given=self.row_weight, **kwargs)
+            graph = self._replayed.graph(*args, static=self.row_weight, **kwargs)
         tensors = self._replayed.tensors(*args, **kwargs)
         if graph.is_compiled is None:
-            self._choose(graph, tensors)
+            self._compile_if_worth_it(graph, tensors)
         capture = self._captured(graph, tensors) if self._updates.is_warm else None
         if capture is None:
             outputs = graph(tensors)
-            self._move(outputs)
+            self._update_parameters(outputs)
         else:
             outputs = capture(tensors[self._replayed.num_own :])
         self.objective.count_step()
         return outputs
 
-    def _choose(self, graph: Graph, tensors: list[Tensor]) -> None:
-        """Settles what `"auto"` is, and compiles a graph whose uses repay it."""
+    def _compile_if_worth_it(self, graph: Graph, tensors: list[Tensor]) -> None:
+        """Chooses the engine for `"auto"`, and compiles a graph if that saves time."""
         uses = math.inf if self.total_steps is None else self.total_steps
         saved = saved_by_compiling(graph.size) * uses
         has_time = self.max_seconds > WORTH_COMPILING * COMPILING_COSTS
         is_repaid = saved > 2.0 * COMPILING_COSTS and has_time
         if self.engine == "auto":
-            self._settle(saved, is_repaid=is_repaid)
+            self._choose_engine(saved, is_repaid=is_repaid)
         is_first = not self._is_auto and self._replayed is not None and self._replayed.size == 1
         graph.is_compiled = self.engine == "compiled" and (is_repaid or is_first)
         if graph.is_compiled:
@@ -306,19 +306,19 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 graph.is_compiled = False
                 self.engine, self.why = "traced", str(error)
 
-    def _settle(self, saved: float, *, is_repaid: bool) -> None:
+    def _choose_engine(self, saved: float, *, is_repaid: bool) -> None:
         if engines.Captured.is_possible(self.is_bad.device):
             self.engine, self.why = "cudagraph", "there is a GPU to capture steps on"
         elif self.total_steps is None:
-            self.engine, self.why = "traced", "how many steps will come is not known"
+            self.engine, self.why = "traced", "the number of steps is unknown"
         else:
             self.engine = "compiled" if is_repaid else "traced"
             self.why = (
-                f"compiling costs some {COMPILING_COSTS:.0f} s and would save {saved:.0f} s of "
+                f"compiling takes about {COMPILING_COSTS:.0f} s and saves {saved:.0f} s in "
                 f"{self.total_steps} steps"
             )
             if math.isfinite(self.max_seconds):
-                self.why += f", for which there are {self.max_seconds:g} s"
+                self.why += f", with a time limit of {self.max_seconds:g} s"
 
     def _captured(self, graph: Graph, tensors: list[Tensor]) -> "_Capture | None":
         if self.engine != "cudagraph" or self._replayed is None:
@@ -330,10 +330,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             try:
                 capture = _Capture(self, graph, tensors[:own], tensors[own:], places)
             except (RuntimeError, AssertionError) as error:
-                said = f"a step of it cannot be captured: {error}"
+                reason = f"a step of it cannot be captured: {error}"
                 if not self._is_auto:
-                    raise UntraceableError(said) from error
-                self.engine, self.why = "traced", said
+                    raise UntraceableError(reason) from error
+                self.engine, self.why = "traced", reason
                 return None
             self._captures[graph] = capture
         return capture
@@ -350,7 +350,7 @@ def _wrapped(model: Program, guide: Program) -> PyroPair | None:
 
 
 class _Capture:
-    """A step, captured, and the tensors that its arguments are copied to."""
+    """A captured step, and the tensors to which its arguments are copied."""
 
     def __init__(
         self,
@@ -366,7 +366,7 @@ class _Capture:
 
         def step() -> Outputs:
             outputs = graph([*own, *self.static])
-            svi._move(outputs)
+            svi._update_parameters(outputs)
             return outputs
 
         with self.updates.rates_on_device():
@@ -376,17 +376,16 @@ class _Capture:
         for static, argument in zip(self.static, arguments, strict=True):
             static.copy_(argument)
         self.updates.follow_rates()
-        outputs: Outputs = self.captured.replay()
-        return outputs
+        return self.captured.replay()
 
 
 class _Step(nn.Module):
-    """What is replayed: the estimate, its gradient, and the judgement on both.
+    """The part of a step that can be traced: an estimate, its gradient, and checks of both.
 
     Arguments:
         objective: The objective.
-        parameters: What its gradient is taken in.
-        max_grad_norm: Where to clip it.
+        parameters: The parameters of the gradient.
+        max_grad_norm: The largest norm of the gradient, or `None`.
     """
 
     is_bad: Tensor
@@ -416,25 +415,23 @@ class _Step(nn.Module):
             if buffer is not None and name not in module._non_persistent_buffers_set
         ]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+    def forward(self, *args: object, **kwargs: object) -> Outputs:
         """Returns loss, objective of each row, three terms and the gradient of each parameter."""
-        parameters = [owner[name] for owner, name in self._places]
-        buffers = [_Kept(*place) for place in self._buffers_of]
-        estimate = self.objective(*args, **kwargs)
+        parameters = [cast(nn.Parameter, owner[name]) for owner, name in self._places]
+        buffers = [_SavedBuffer(*place) for place in self._buffers_of]
+        estimate: Estimate = self.objective(*args, **kwargs)
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         found = iter(torch.autograd.grad(estimate.loss, trained, allow_unused=True))
         gradients = tuple([next(found) if p.requires_grad else None for p in parameters])
         with torch.no_grad():
-            judged = self._judged(estimate, gradients)
+            clipped = self._check_and_clip(estimate, gradients)
             for buffer in buffers:
-                buffer.take_back(self.is_bad.bool())
+                buffer.restore_if(self.is_bad.bool())
             self.totals.add(estimate.terms)
-        return (estimate.loss, estimate.per_row, *estimate.terms, *judged)
+        return (estimate.loss, estimate.per_row, *estimate.terms, *clipped)
 
-    def _judged(
-        self, estimate: Estimate, gradients: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """Notes whether all is finite, and clips the gradient."""
+    def _check_and_clip(self, estimate: Estimate, gradients: Outputs) -> Outputs:
+        """Sets `is_bad` if a number is not finite, and clips the gradient."""
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         finite = torch.isfinite(norm) & torch.isfinite(estimate.loss)
         self.is_bad.copy_(torch.maximum(self.is_bad, (~finite).to(self.is_bad.dtype)))
@@ -447,9 +444,9 @@ class _Step(nn.Module):
         return tuple(None if g is None else g * share for g in gradients)
 
 
-def _places(module: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[Any, str]]:
-    """Where in a module its parameters are: there a replay puts others."""
-    found: dict[int, tuple[Any, str]] = {}
+def _places(module: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[_Owner, str]]:
+    """The dict and name under which a module holds each parameter: a replay exchanges them."""
+    found: dict[int, tuple[_Owner, str]] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
             found.setdefault(id(parameter), (part._parameters, name))
@@ -457,7 +454,7 @@ def _places(module: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[Any
 
 
 class Totals(nn.Module):
-    """Sums over rows, and of squares, of the terms of the ELBO, kept on the device."""
+    """Sums over rows of the ELBO's terms and of their squares, on the device."""
 
     sums: Tensor
 
@@ -480,35 +477,36 @@ class Totals(nn.Module):
         self.sums.add_(torch.cat([summed, shared]))
 
     def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
-        """Means over rows; of the latents that the training rows share, each bears its part.
+        """Per-row means. The KL of global latents is divided evenly over the training rows.
 
         Arguments:
-            num_rows: How many rows were added.
-            num_sharing: How many share a latent.
+            num_rows: The number of rows that were added.
+            num_sharing: The number of training rows.
         """
         *means, global_kl = (total / num_rows for total in self.sums.tolist())
         shared = global_kl / num_sharing
         record = {}
-        for i, (name, borne) in enumerate(
+        for i, (name, share) in enumerate(
             {"elbo": -shared, "reconstruction": 0.0, "kl": shared}.items()
         ):
             mean, square = means[2 * i : 2 * i + 2]
             variance = max(square - mean**2, 0.0) / max(num_rows - 1, 1)
-            record[name] = mean + borne
+            record[name] = mean + share
             record[f"{name}_se"] = math.sqrt(variance) if num_rows > 1 else math.nan
         return record
 
 
-class _Kept:
-    """A buffer as it was, put back where a step was bad: changed in place, or by assignment."""
+class _SavedBuffer:
+    """A copy of a buffer, restored after a bad step that changed it in place or by assignment."""
 
-    def __init__(self, buffers: dict[str, Any], name: str) -> None:
-        self.buffers, self.name, self.buffer = buffers, name, buffers[name]
+    def __init__(self, buffers: dict[str, Tensor | None], name: str) -> None:
+        self.buffers, self.name = buffers, name
+        self.buffer = cast(Tensor, buffers[name])
         self.value = self.buffer.clone()
 
     @torch.no_grad()
-    def take_back(self, is_bad: Tensor) -> None:
-        now = self.buffers[self.name]
+    def restore_if(self, is_bad: Tensor) -> None:
+        now = cast(Tensor, self.buffers[self.name])
         kept = torch.where(is_bad, self.value, now)
         if now is self.buffer and 0 not in now.stride():
             now.copy_(kept)
@@ -517,11 +515,11 @@ class _Kept:
 
 
 class _AsPyroOptim(PyroOptim):  # type: ignore[misc]
-    """One torch optimiser in the place where Pyro's SVI keeps one for each parameter."""
+    """Adapter of one torch optimiser to the interface of Pyro's optimisers."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(type(optimizer), {})
         self.optimizer = optimizer
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self.optimizer.step(*args, **kwargs)
+    def __call__(self, params: object, *args: object, **kwargs: object) -> None:
+        self.optimizer.step()

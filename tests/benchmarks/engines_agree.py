@@ -44,7 +44,7 @@ def first(name: str, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     if dtype == torch.float64:
         svi.objective.double()
         x = x.double() if x.is_floating_point() else x
-    svi.objective.settle(x)
+    svi.objective.infer_plate_nesting(x)
     replayed = Replayed(svi._step)
     with pyro.validation_enabled(False):  # some data are drawn from other latents
         replayed.graph(x).compile(replayed.tensors(x))

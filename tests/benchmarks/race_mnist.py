@@ -41,10 +41,12 @@ PARTS = {
     1: Part(
         {"Trace_ELBO": Trace_ELBO(), "MeanField": TraceMeanField_ELBO(), "STL": STL(1)}, 20, 3
     ),
-    5: Part({str(e): e for e in (IWAE(5), DReG(5), STL(5), PIWAE(2, 3), CIWAE(0.05, 5))}, 20, 1),
+    5: Part(
+        {str(e): e for e in (IWAE(5), DReG(5), STL(5), PIWAE(2, 3), CIWAE(5, beta=0.05))}, 20, 1
+    ),
     50: Part(
         {"MeanField": TraceMeanField_ELBO()}
-        | {str(e): e for e in (IWAE(50), DReG(50), PIWAE(5, 10), CIWAE(0.05, 50))},
+        | {str(e): e for e in (IWAE(50), DReG(50), PIWAE(5, 10), CIWAE(50, beta=0.05))},
         5,
         1,
     ),
