@@ -173,8 +173,8 @@ class RWS(Weighted):
     The weights are normalised in each row. The model maximises `IWAE(K)`, with an unbiased
     gradient; its value, a lower bound on log p(x), is the one returned. The guide minimises the
     inclusive divergence KL(p(z | x), q(z | x)), with a bias that falls as 1 / K; at finite K its
-    gradient is not that of any objective in closed form. It has no weight on KL terms. It needs no
-    `rsample`, and so takes discrete latents.
+    gradient is not that of a known objective. It has no weight on KL terms. It needs no `rsample`,
+    and so takes discrete latents.
 
     References:
         | Reweighted wake-sleep (Bornschein & Bengio, 2015), arXiv 1406.2751.

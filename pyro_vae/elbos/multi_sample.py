@@ -141,6 +141,10 @@ class MultiSample(MonteCarlo):
         """Returns the bound of the log-weights."""
         return self.bound(densities.tempered(self.kl_weight))
 
+    def plain(self) -> Estimator | None:
+        """Returns a copy of itself, since its gradient is autograd's."""
+        return copy.copy(self)
+
 
 def _mean_terms(densities: Densities) -> RowTerms:
     """The terms of the ELBO of each row, the mean over particles, without gradient."""
