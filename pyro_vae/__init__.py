@@ -21,6 +21,9 @@ from .distributions import Family as Family
 from .distributions import Predicted as Predicted
 from .distributions import Shared as Shared
 from .evidence import log_evidence as log_evidence
+from .prediction import embed as embed
+from .prediction import reconstruct as reconstruct
+from .prediction import sample as sample
 from .programs import VAE as VAE
 from .programs import load as load
 from .programs import save as save

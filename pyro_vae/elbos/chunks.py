@@ -3,8 +3,9 @@
 import ctypes
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..data.rows import Rows
+from ..data.rows import Data, Rows
 from .drawing import Drawing
-from .log_densities import Structure, log_densities, programs_of, structure
+from .log_densities import Densities, Structure, log_densities, programs_of, structure
 
 __all__ = [
     "MAX_ELEMENTS",
@@ -81,6 +82,13 @@ def _innermost(distribution: Any) -> Any:
     return distribution
 
 
+Run: TypeAlias = Callable[[nn.Module, Data, int, Structure], Any]
+
+
+def _densities(program: nn.Module, x: Data, num_samples: int, known: Structure) -> Densities:
+    return log_densities(program, x, num_samples, known=known)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a run of a program is cut into pieces that fit a bound on memory.
@@ -100,7 +108,14 @@ class Plan:
     elements: int
 
     @classmethod
-    def of(cls, program: nn.Module, rows: Rows, num_samples: int, max_elements: int) -> "Plan":
+    def of(
+        cls,
+        program: nn.Module,
+        rows: Rows,
+        num_samples: int,
+        max_elements: int,
+        run: Run = _densities,
+    ) -> "Plan":
         """Plans to draw for each row, with tensors of about `max_elements` elements at most.
 
         Arguments:
@@ -108,9 +123,11 @@ class Plan:
             rows: Its data.
             num_samples: The number of draws of each row.
             max_elements: The bound.
+            run: The function whose tensors are measured, of the program, rows, a number of draws
+                and the structure. By default the densities of the program.
         """
         found = structure(program, rows[:2].to_like(program).x)
-        elements = _elements_per_draw(program, rows, found)
+        elements = _elements_per_draw(program, rows, found, run)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))
         draws = math.ceil(num_samples / math.ceil(num_samples / most))  # parts of one size
@@ -174,21 +191,23 @@ def _stored_elements(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
-def _tensor_sizes(program: nn.Module, rows: Rows, shape: Structure, side: int) -> list[int]:
+def _tensor_sizes(
+    program: nn.Module, rows: Rows, shape: Structure, side: int, run: Run
+) -> list[int]:
     few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
     noted = _TensorSizes()
     with noted:
-        log_densities(program, few, side, known=shape)
+        run(program, few, side, shape)
     return noted.sizes
 
 
-def _elements_per_draw(program: nn.Module, rows: Rows, shape: Structure) -> int:
+def _elements_per_draw(program: nn.Module, rows: Rows, shape: Structure, run: Run) -> int:
     """Returns how many elements the largest tensor of a run has for each draw of each row.
 
     Two small runs tell it, hidden layers included; runs of unlike operations (rejection
     sampling) give an upper bound.
     """
-    small, large = (_tensor_sizes(program, rows, shape, side) for side in (2, 4))
+    small, large = (_tensor_sizes(program, rows, shape, side, run) for side in (2, 4))
     events = max((math.prod(size) for size in shape.event_shapes.values()), default=1)
     if len(small) == len(large):
         growth = max((b - a for a, b in zip(small, large, strict=True)), default=0)
