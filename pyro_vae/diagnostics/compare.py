@@ -150,8 +150,8 @@ def _check_measures(measures: dict[str, dict[str, str]]) -> None:
     for name, found in others:
         if not _same_measures(expected, found):
             raise ValueError(
-                "A mass function cannot be compared with a density: the observed sites are "
-                f"{expected} in {first!r} and {found} in {name!r}."
+                f"Expected likelihoods with one base measure; got {expected} in {first!r} and "
+                f"{found} in {name!r}. A mass function cannot be compared with a density."
             )
 
 
@@ -208,9 +208,9 @@ def _trend_sentence(table: pd.DataFrame) -> str:
     size = table.attrs["num_samples"]
     if names := _doubtful(table):
         return (
-            f"From {size // 4} to {size} draws of each row the difference from {table.index[0]!r} "
-            f"changes by more than its standard error for {names}, so part of it comes from the "
-            "guides, not from the models. Draw more samples, or use better guides."
+            f"The difference from {table.index[0]!r} changes by more than its standard error from "
+            f"{size // 4} to {size} draws of each row, for {names}. Part of it comes from the "
+            "guides, not from the models: draw more samples, or use better guides."
         )
     best = table.iloc[0]
     return (

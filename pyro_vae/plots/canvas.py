@@ -89,6 +89,7 @@ def column_ticks(axes: Axes, names: np.ndarray | None) -> None:
     if names is not None and longest_name(names):
         axes.set_xticks(np.arange(len(names)), names.tolist(), rotation=90)
     else:
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("column")
 
 

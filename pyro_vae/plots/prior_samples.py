@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data.checks import checked_count
 from ..data.rows import Rows
-from ..prediction.sample import sample
+from ..prediction.sample import sample_sites
 from .canvas import column_ticks, image_of, image_shape_of, new_axes, on_one_scale
 
 if TYPE_CHECKING:
@@ -57,13 +57,18 @@ def prior_samples(
         >>> figure.savefig("samples.png")  # doctest: +SKIP
     """
     checked_count("size", size)
-    drawn = sample(program, size, x=x, seed=seed) if isinstance(program, nn.Module) else program
+    is_program = isinstance(program, nn.Module)
+    drawn = sample_sites(program, size, x=x, seed=seed) if is_program else program
     rows = Rows.of(drawn)[slice(0, size)]
     site = _site(rows, site)
     data, labels = rows.fields[site].cpu().numpy(), rows.columns[site]
     names = labels[0] if len(labels) == 1 else None
     shape = image_shape_of(data.shape[1:], names, image_shape)
-    if shape is None:
+    if data[0].size == 1:
+        figure, ax = new_axes(ax, (7.0, 4.0))
+        ax.hist(data.ravel(), bins=30)
+        ax.set(xlabel=site, ylabel="rows")
+    elif shape is None:
         figure, ax = new_axes(ax, (7.0, 4.0))
         ax.plot(data.reshape(len(data), -1).T, color="C0", alpha=0.35, linewidth=1.0)
         ax.set_ylabel(site)

@@ -136,6 +136,8 @@ def _lines(found: xr.Dataset, figure: Canvas | None) -> Canvas:
         axes.set_axis_off()
     for axes in grid[-1]:
         column_ticks(axes, names)
+    if len(places) == 1:
+        grid[-1, 0].set_xticks(places)
     for axes in grid[:, 0]:
         axes.set_ylabel(found.attrs["site"])
     legend(figure, handles=grid[0, 0].get_legend_handles_labels()[0])

@@ -14,7 +14,7 @@ from ..elbos.log_densities import Program, latent_sites, programs_of
 from ..engine.running import evaluating, seeded
 from .traces import holds_rows, trace_of, values_by_row
 
-__all__ = ["sample"]
+__all__ = ["sample", "sample_sites"]
 
 
 def sample(
@@ -25,7 +25,8 @@ def sample(
     z is drawn from the prior and x from the likelihood at that z, with the program in evaluation
     mode. A model that can run without data takes the number of rows as `size=`, as the model of a
     `VAE` does. Any other model, one with covariates for example, runs on the rows given as `x=`:
-    what it reads from them is kept, and what it observes is drawn anew.
+    what it reads from them is kept, and what it observes is drawn anew. Latent sites that all rows
+    share are drawn once, for all new rows.
 
     Arguments:
         program: A module with the Pyro programs `model` and `guide`.
@@ -48,6 +49,21 @@ def sample(
         >>> sample(vae, 3, seed=0).shape
         torch.Size([3, 64])
     """
+    drawn = sample_sites(program, num_rows, x=x, seed=seed)
+    return next(iter(drawn.values())) if len(drawn) == 1 else drawn
+
+
+def sample_sites(
+    program: nn.Module, num_rows: int, *, x: Any, seed: int | None
+) -> dict[str, Tensor]:
+    """Does the work of :func:`sample`, and returns the new rows by observed site.
+
+    Arguments:
+        program: A module with the Pyro programs `model` and `guide`.
+        num_rows: The number of rows n.
+        x: Rows to run the model on, or `None`.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+    """
     num_rows = checked_count("num_rows", num_rows)
     model, guide = programs_of(program)
     model = poutine.uncondition(model)
@@ -62,8 +78,7 @@ def sample(
             repeated = rows[torch.arange(num_rows, device=rows.device) % len(rows)]
             with seeded(seed):
                 trace = trace_of(model, repeated.to_like(program).x)
-    drawn = _drawn_data(trace, latents)
-    return next(iter(drawn.values())) if len(drawn) == 1 else drawn
+    return _drawn_data(trace, latents)
 
 
 def _latents(guide: Program, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
