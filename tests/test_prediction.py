@@ -209,6 +209,12 @@ def test_a_shared_level_is_averaged_over() -> None:
     assert (abs(predicted["mean"] - (x + 2).numpy()) < 6 * predicted["mcse"]).all()
 
 
+def test_shared_latents_alone_predict_rows() -> None:
+    found = pv.reconstruct(LevelAlone(), numbers(40), num_samples=4000, seed=0)
+    np.testing.assert_allclose(found["mcse"], (1.09 / 4000) ** 0.5, rtol=0.07)
+    assert (abs(found["mean"] - 2) < 6 * found["mcse"]).all()
+
+
 def test_reconstructions_are_the_posterior_predictive() -> None:
     program, x = linear_gaussian(rows=3)
     found = pv.reconstruct(program, x, num_samples=4000, prob=0.8, seed=0)

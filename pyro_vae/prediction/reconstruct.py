@@ -43,7 +43,8 @@ def reconstruct(
     .. math:: p(x' \mid x) = \int p(x' \mid z)\, q(z \mid x)\, dz
 
     z is drawn from the guide and x' from the model at that z, with the program in evaluation mode.
-    Latent sites that all rows share are drawn as well.
+    Latent sites that all rows share are drawn as well. If the model has several observed sites,
+    all of them are drawn anew, so that one may depend on another.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
