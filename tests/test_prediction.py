@@ -342,7 +342,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "half a row": (lambda: pv.sample(vae(), 2.5), "num_rows"),
     "a shared latent alone": (
         lambda: pv.embed(LevelAlone(), X[:, 0]),
-        "needs a latent site for each row.* are: m",
+        "needs a latent site for each row.* share: m",
     ),
     "which site": (
         lambda: pv.reconstruct(Grid(), GRID),

@@ -1,8 +1,7 @@
 """Embeddings: the mean and the standard deviation of the latents of each row."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from .labels import unit_labels
 from .traces import guide_trace, values_by_row
 
 __all__ = ["embed"]
+
+Moments: TypeAlias = dict[str, dict[str, Tensor]]  # by site: mean, sd and their errors
 
 ATTRIBUTES = {
     "mean": "mean of z under the guide q(z | x)",
@@ -75,56 +76,35 @@ def embed(
     with evaluating(program):
         with seeded(0):
             plan = Plan.of(program, rows, num_samples, max_elements, guide_trace)
-            _check_latents(plan.structure)
-            few = rows[:2].to_like(program).x
-            method = "draws" if _closed_form(program, few, plan.structure) is None else CLOSED
-        with seeded(seed), progress_bar(len(rows), "embed", " rows", progress=progress) as bar:
+        _check_latents(plan.structure)
+        is_closed = _in_closed_form(program, rows[:2].to_like(program).x, plan) is not None
+        bar = progress_bar(len(rows), "embed", " rows", progress=progress)
+        with seeded(seed), bar:
             pieces = []
             for piece in plan.pieces():
                 data = rows[piece].to_like(program).x
-                pieces.append(_moments(program, data, plan, num_samples, method))
+                exact = _in_closed_form(program, data, plan) if is_closed else None
+                pieces.append(exact or _by_draws(program, data, plan, num_samples))
                 bar.update(piece.stop - piece.start)
-    return _labelled(pieces, rows, method, num_samples)
-
-
-CLOSED = "closed form"
+    attrs = (
+        {"method": "closed form"} if is_closed else {"method": "draws", "num_samples": num_samples}
+    )
+    return _labelled(pieces, rows, attrs)
 
 
 def _check_latents(known: Structure) -> None:
     if not known.latents:
-        others = ", ".join(known.global_latents) or "none at all"
+        shared = ", ".join(known.global_latents) or "none"
         raise ValueError(
-            "An embedding needs a latent site for each row, in the plate 'data'; the latent sites "
-            f"that all rows share are: {others}."
+            "An embedding needs a latent site for each row, in the plate 'data'; the program has "
+            f"only latent sites that all rows share: {shared}."
         )
 
 
-def _moments(
-    program: nn.Module, x: Data, plan: Plan, num_samples: int, method: str
-) -> dict[str, dict[str, Tensor]]:
-    """Returns mean, sd and their errors by site, each of shape (rows, *event)."""
-    if method == CLOSED:
-        return _closed_form(program, x, plan.structure) or {}
-    parts = [
-        guide_trace(program, x, count, plan.structure).nodes for count in plan.parts(num_samples)
-    ]
-    return {
-        name: _estimates(torch.cat([values_by_row(part[name]) for part in parts]).double())
-        for name in plan.structure.latents
-    }
-
-
-def _estimates(draws: Tensor) -> dict[str, Tensor]:
-    root, mean, sd = len(draws) ** 0.5, draws.mean(0), draws.std(0)
-    error = (draws - mean).square().std(0) / (2 * sd * root)
-    return {"mean": mean, "mean_mcse": sd / root, "sd": sd, "sd_mcse": error.where(sd > 0, sd)}
-
-
-def _closed_form(
-    program: nn.Module, x: Data, known: Structure
-) -> dict[str, dict[str, Tensor]] | None:
+def _in_closed_form(program: nn.Module, x: Data, plan: Plan) -> Moments | None:
+    """Returns the moments of the only site of the guide, if its distribution has them."""
     with seeded(0):
-        trace = guide_trace(program, x, 1, known)
+        trace = guide_trace(program, x, 1, plan.structure)
     sites = latent_sites(trace)
     if len(sites) != 1:
         return None
@@ -140,21 +120,30 @@ def _closed_form(
     return {name: found | {"mean_mcse": zero, "sd_mcse": zero}}
 
 
-def _flat(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1)
+def _by_draws(program: nn.Module, x: Data, plan: Plan, num_samples: int) -> Moments:
+    counts = plan.parts(num_samples)
+    parts = [guide_trace(program, x, count, plan.structure).nodes for count in counts]
+    return {
+        name: _estimates(torch.cat([values_by_row(part[name]) for part in parts]).double())
+        for name in plan.structure.latents
+    }
 
 
-def _labelled(
-    pieces: list[dict[str, dict[str, Tensor]]], rows: Rows, method: str, num_samples: int
-) -> xr.Dataset:
+def _estimates(draws: Tensor) -> dict[str, Tensor]:
+    root, mean, sd = len(draws) ** 0.5, draws.mean(0), draws.std(0)
+    error = (draws - mean).square().std(0) / (2 * sd * root)
+    return {"mean": mean, "mean_mcse": sd / root, "sd": sd, "sd_mcse": error.where(sd > 0, sd)}
+
+
+def _labelled(pieces: list[Moments], rows: Rows, attrs: dict[str, Any]) -> xr.Dataset:
     shapes = {site: tuple(found["mean"].shape[1:]) for site, found in pieces[0].items()}
     labels = [label for site, shape in shapes.items() for label in unit_labels(site, shape)]
     variables = {}
     for name, meaning in ATTRIBUTES.items():
-        columns = [torch.cat([_flat(p[site][name]) for p in pieces]).cpu() for site in shapes]
-        attributes = {"long_name": meaning, "units": "those of z"}
-        variables[name] = (("datum", "latent"), np.concatenate(columns, axis=1), attributes)
-    attrs: dict[str, Any] = {"method": method}
-    if method != CLOSED:
-        attrs["num_samples"] = num_samples
+        columns = [
+            torch.cat([piece[site][name] for piece in pieces]).reshape(len(rows), -1).cpu()
+            for site in shapes
+        ]
+        about = {"long_name": meaning, "units": "those of z"}
+        variables[name] = (("datum", "latent"), torch.cat(columns, 1).numpy(), about)
     return xr.Dataset(variables, {"datum": rows.names, "latent": labels}, attrs)

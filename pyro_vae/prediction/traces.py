@@ -114,10 +114,6 @@ def values_by_row(site: Any, values: Tensor | None = None) -> Tensor:
     plates = [dim - events for dim in (*leading, *sorted(dims.values()))]
     value = value.reshape((1,) * (-min(plates) - value.ndim) + value.shape)
     order = [*plates, *range(-events, 0)]
-    return value.permute(_rest(order, value.ndim) + order).reshape(
-        tuple(value.shape[dim] for dim in order)
-    )
-
-
-def _rest(order: list[int], ndim: int) -> list[int]:
-    return [dim for dim in range(-ndim, 0) if dim not in order]
+    unused = [dim for dim in range(-value.ndim, 0) if dim not in order]
+    shape = [value.shape[dim] for dim in order]
+    return value.permute(unused + order).reshape(shape)
