@@ -39,6 +39,7 @@ def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
     limit = evidence.attrs.get("good_k", 0.7)
     is_over, is_finite = ~(values <= limit), np.isfinite(values)
     places = np.arange(len(values))
+    ncols = 3 if ax is None else 1
     figure, ax = new_axes(ax, (7.0, 4.0))
     for chosen, color, label in (
         (is_finite & ~is_over, "C0", f"reliable: {(~is_over).mean():.1%} of rows"),
@@ -51,5 +52,5 @@ def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
     missing = int((~is_finite).sum())
     note = f", {missing} not finite and not drawn" if missing else ""
     ax.set_title(f"Reliability of log p(x), {len(values)} rows{note}")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=ncols, fontsize="small")
     return figure

@@ -82,7 +82,7 @@ def prior_samples(
         ax.set_axis_off()
         if images[0].ndim == 2:
             figure.colorbar(shown, ax=ax).ax.set_title(site, fontsize="small")
-    ax.set_title(f"{len(data)} draws from the prior predictive distribution")
+    ax.set_title(f"{len(data)} prior predictive draws")
     return figure
 
 
