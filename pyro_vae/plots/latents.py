@@ -79,7 +79,7 @@ def _means(
     if isinstance(program, nn.Module):
         if x is None:
             raise ValueError("The latents of a program are those of rows: pass the data as x.")
-        found = embed(program, x, num_samples=num_samples, seed=seed)
+        found = embed(program, x, num_samples=num_samples, seed=seed, progress=False)
         return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]
     means = np.asarray(program, dtype=np.float64)
     if means.ndim < 2:

@@ -71,7 +71,8 @@ def reconstructions(
     """
     checked_count("size", size)
     rows = checked_rows(program, Rows.of(x, like=program, move=False)[slice(0, size)])
-    found = reconstruct(program, rows, site=site, num_samples=num_samples, seed=seed)
+    options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
+    found = reconstruct(program, rows, site=site, **options)
     with evaluating(program):
         data = observed_values(program, rows.to_like(program).x, found.attrs["site"])
     found["data"] = found["mean"].copy(data=data.cpu().numpy())
