@@ -243,8 +243,8 @@ class _Entrants:
             return _Run(error.history, None)  # type: ignore[attr-defined]
         if history.stopped == "interrupted":
             raise KeyboardInterrupt
-        options: dict[str, Any] = {"seed": self.seed, "progress": False}
-        return _Run(history, log_evidence(program, rows, self.num_samples, **options))
+        size, seed = self.num_samples, self.seed
+        return _Run(history, log_evidence(program, rows, size, seed=seed, progress=False))
 
 
 @dataclass
