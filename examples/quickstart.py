@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"stopped after {len(history)} epochs; the weights are of epoch {history.best_epoch}\n")
 
     evidence = pv.log_evidence(vae, test.x, args.num_samples, seed=args.seed)
-    print(pv.evidence.summary(evidence).round(3), "\n")
+    print(evidence.summary().round(3), "\n")
 
     rows = vae.reconstruct(test.x[:3], seed=args.seed)
     print(rows, "\n")

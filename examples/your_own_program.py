@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fitted[name] = program
 
     evidence = pv.log_evidence(fitted["conditional"], test, args.num_samples, seed=args.seed)
-    print(pv.evidence.summary(evidence).round(3), "\n")
+    print(evidence.summary().round(3), "\n")
 
     few = {name: values[:5] for name, values in test.items()}
     print(pv.to_arviz(fitted["conditional"], few, args.num_samples, seed=args.seed)["posterior"])

@@ -25,6 +25,9 @@ from .distributions import Predicted as Predicted
 from .distributions import Prior as Prior
 from .distributions import Shared as Shared
 from .evidence import log_evidence as log_evidence
+from .prediction import embed as embed
+from .prediction import reconstruct as reconstruct
+from .prediction import sample as sample
 from .programs import VAE as VAE
 from .programs import Program as Program
 from .programs import load as load

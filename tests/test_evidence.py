@@ -1,5 +1,6 @@
 """Importance sampling and its Pareto k, against ArviZ and closed forms."""
 
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import pyro_vae as pv
 from pyro_vae.data.rows import Rows
 from pyro_vae.elbos.chunks import checked_rows, point_masses
-from pyro_vae.evidence import good_k, log_evidence, pareto_k, summary
+from pyro_vae.evidence import Evidence, good_k, log_evidence, pareto_k
 from pyro_vae.evidence.log_evidence import estimates
 
 MODERN = int(az.__version__.split(".")[0]) >= 1
@@ -133,7 +134,7 @@ def test_exact_guide_gives_the_exact_evidence() -> None:
 @pytest.mark.parametrize("factor", [0.8, 1.25])
 def test_another_guide_is_off_by_its_error_alone(factor: float) -> None:
     program, x = linear_gaussian(factor=factor)
-    table = summary(log_evidence(program, x, 4000, seed=1))
+    table = log_evidence(program, x, 4000, seed=1).summary()
     exact = program.log_evidence(x).mean()
     evidence, elbo = table.loc["log_evidence"], table.loc["elbo"]
     assert abs(evidence["mean"] - exact) < 4 * evidence["mcse"]
@@ -169,7 +170,7 @@ def test_the_error_of_the_quarters_is_that_of_their_mean() -> None:
     np.testing.assert_allclose(found["log_evidence_quarter"], np.mean(quarters, 0))
     error = np.std(quarters, axis=0, ddof=1) / 2
     np.testing.assert_allclose(found["log_evidence_quarter_mcse"], error)
-    table = summary(log_evidence(PROGRAM, X, 40, seed=0))
+    table = log_evidence(PROGRAM, X, 40, seed=0).summary()
     assert table.loc[["log_evidence", "elbo", "log_evidence_quarter"]].notna().all(axis=None)
 
 
@@ -189,7 +190,7 @@ def test_pieces_change_nothing(max_elements: int) -> None:
     evidence = log_evidence(program, x, 101, seed=0, max_elements=max_elements)
     np.testing.assert_allclose(evidence["log_evidence"], program.log_evidence(x), atol=1e-10)
     narrow = LinearGaussian(program.weight.detach(), factor=0.8)
-    table = summary(log_evidence(narrow, x, 101, seed=0, max_elements=max_elements))
+    table = log_evidence(narrow, x, 101, seed=0, max_elements=max_elements).summary()
     error = table.loc["log_evidence", "mean"] - program.log_evidence(x).mean()
     assert abs(error) < 5 * table.loc["log_evidence", "mcse"]
 
@@ -256,12 +257,34 @@ def test_a_seed_fixes_the_draws_and_nothing_else() -> None:
     assert not log_evidence(program, x, 50).equals(log_evidence(program, x, 50))
 
 
-def test_progress_is_shown_when_asked(capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_a_terminal_alone(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     program, x = linear_gaussian()
     log_evidence(program, x, 50)
     assert capfd.readouterr().err == ""
-    log_evidence(program, x, 50, progress=True)
+    monkeypatch.setattr("pyro_vae.engine.progress.is_watched", lambda: True)
+    log_evidence(program, x, 50, progress=False)
+    assert capfd.readouterr().err == ""
+    log_evidence(program, x, 50)
     assert "evidence: 100%" in capfd.readouterr().err
+
+
+def test_the_result_is_a_data_set_with_a_summary_and_a_picture() -> None:
+    program, x = linear_gaussian(rows=5, factor=0.8)
+    evidence = log_evidence(program, x, 50, seed=0)
+    assert isinstance(evidence, xr.Dataset)
+    assert repr(evidence).startswith("<xarray.Evidence>")
+    assert isinstance(evidence.isel(datum=slice(2)), Evidence)
+    table = evidence.summary()
+    assert table.columns.to_list() == ["mean", "se", "mcse"]
+    assert table.loc["elbo", "mean"] == pytest.approx(float(evidence["elbo"].mean()))
+    figure = evidence.plot()
+    axes = figure.subplots()
+    assert evidence.plot(ax=axes) is figure
+    assert axes.get_xlabel() == "row"
+    again = pickle.loads(pickle.dumps(evidence))
+    xr.testing.assert_identical(again, evidence)
 
 
 @pytest.mark.parametrize("shift", [-900.0, 900.0])
@@ -285,10 +308,10 @@ def test_estimates_of_zero_weights_warn_of_nothing() -> None:
 def test_summary_counts_what_is_not_known_to_be_good() -> None:
     values = estimates(log_weights(0.9, 1000, rows=4))
     values["pareto_k"] = np.array([0.1, 0.9, np.nan, -np.inf])
-    evidence = xr.Dataset(
+    evidence = Evidence(
         {name: ("datum", value) for name, value in values.items()}, attrs={"good_k": 0.67}
     )
-    assert summary(evidence).loc["pareto_k_over", "mean"] == 0.5
+    assert evidence.summary().loc["pareto_k_over", "mean"] == 0.5
 
 
 def delta_vae() -> nn.Module:
@@ -321,7 +344,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no elements": (lambda: log_evidence(PROGRAM, X, max_elements=0), "max_elements"),
     "no rows": (lambda: log_evidence(PROGRAM, X[:0]), "at least one row"),
     "text": (lambda: log_evidence(PROGRAM, [["a"]]), "numbers"),
-    "a point mass": (lambda: log_evidence(delta_vae(), X), "point mass .Delta. at z"),
+    "a point mass": (lambda: log_evidence(delta_vae(), X), "point masses .Delta. .* at z"),
     "a shared latent": (lambda: log_evidence(Shared(PROGRAM.weight), X), "level"),
     "another shape": (lambda: log_evidence(wide_vae(), X), "event shape"),
     "a NaN": (lambda: log_evidence(wide_vae(), X[:, :4] * torch.nan), "Expected"),

@@ -30,7 +30,7 @@ def test_every_example_has_a_case() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == SAYS.keys()
 
 
-@pytest.mark.filterwarnings("ignore:From S / 4 to S draws:UserWarning")
+@pytest.mark.filterwarnings("ignore:The difference from:UserWarning")
 @pytest.mark.parametrize("name", SAYS)
 def test_example(
     name: str,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
+from own_programs import Covariate, Mixture, SharedLevel, TwoLevels
 from torch import nn
 
 import pyro_vae as pv
@@ -52,13 +53,18 @@ def evidence() -> xr.Dataset:
 
 
 TABLE_OF_WINES = pd.DataFrame(rows(9).numpy(), columns=[f"column {i}" for i in range(9)])
+COVARIATES = {"age": rows(1)[:, 0] / 100, "y": rows(3)}
+RANKING = pd.DataFrame(
+    {"difference": [0.0, -0.3, -2.5], "difference_se": [0.0, 0.2, 0.4]},
+    index=pd.Index(["binomial", "beta-binomial", "poisson"], name="model"),
+)
 LABELS = np.arange(30) % 3
 WORDS = np.array(["ash", "oak", "elm"])[LABELS]
 PICTURES: dict[str, Callable[[], Figure]] = {
-    "training": lambda: plots.training(HISTORY),
-    "training, no validation": lambda: plots.training(ALONE),
-    "training, one epoch": lambda: plots.training(TABLE.iloc[:1]),
-    "training, diverged": lambda: plots.training(ALONE * np.nan),
+    "history": lambda: plots.history(HISTORY),
+    "history, no validation": lambda: plots.history(ALONE),
+    "history, one epoch": lambda: plots.history(TABLE.iloc[:1]),
+    "history, diverged": lambda: plots.history(ALONE * np.nan),
     "reconstructions, vector": lambda: plots.reconstructions(vae(5), rows(5)),
     "reconstructions, square": lambda: plots.reconstructions(vae(64), rows(64)),
     "reconstructions, as lines": lambda: plots.reconstructions(
@@ -83,6 +89,15 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "latents, many": lambda: plots.latents(vae(5, 7), rows(5), rows(1)[:, 0]),
     "latents, drawn": lambda: plots.latents(rows(4)),
     "latents, sampled means": lambda: plots.latents(flow_like(), rows(5)),
+    "reconstructions, a covariate": lambda: plots.reconstructions(Covariate(), COVARIATES),
+    "prior samples, a covariate": lambda: plots.prior_samples(Covariate(), x=COVARIATES),
+    "prior samples, one number": lambda: plots.prior_samples(
+        SharedLevel(), x=rows(1)[:, 0], size=500
+    ),
+    "latents, two levels": lambda: plots.latents(TwoLevels(), rows(2), LABELS),
+    "latents, discrete": lambda: plots.latents(Mixture(), rows(1)[:, 0]),
+    "reconstructions, one number": lambda: plots.reconstructions(SharedLevel(), rows(1)[:, 0]),
+    "ranking": lambda: plots.ranking(RANKING),
     "pareto k": lambda: plots.pareto_k(evidence()),
     "pareto k, constant": lambda: plots.pareto_k(evidence() * np.nan),
 }
@@ -111,13 +126,15 @@ def test_a_picture_opens_and_leaves_no_trace(case: str) -> None:
 
 
 def test_axes_are_labelled() -> None:
-    for axes in plots.training(HISTORY).axes:
+    for axes in plots.history(HISTORY).axes:
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "nats per row")
     (axes,) = plots.latents(vae(5), rows(5)).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("E[z[0] | x]", "E[z[1] | x]")
     (axes,) = plots.pareto_k(evidence()).axes
     assert axes.get_xlabel() == "row"
     assert axes.get_ylabel() == "Pareto k of the importance weights"
+    (axes,) = plots.prior_samples(Covariate(), x=COVARIATES).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("column", "y")
     (axes,) = plots.prior_samples(TABLE_OF_WINES).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == list(TABLE_OF_WINES)
 
@@ -125,7 +142,7 @@ def test_axes_are_labelled() -> None:
 def test_the_curves_of_a_fit_say_what_they_are() -> None:
     for history, banded in ((HISTORY, 3), (TABLE[["elbo", "elbo_se", "kl"]], 1)):
         bound, parts = (
-            axes.get_legend_handles_labels()[1] for axes in plots.training(history).axes
+            axes.get_legend_handles_labels()[1] for axes in plots.history(history).axes
         )
         assert bound.count("± 1 s.e. over rows") == 1
         assert "training: KL, one draw" in parts
@@ -133,7 +150,7 @@ def test_the_curves_of_a_fit_say_what_they_are() -> None:
 
 
 def test_the_plunge_of_the_first_epochs_does_not_hide_the_rest() -> None:
-    bound = plots.training(HISTORY).axes[0]
+    bound = plots.history(HISTORY).axes[0]
     assert bound.get_ylim()[0] > -1000
     assert bound.get_ylim()[1] > -90
 
@@ -155,8 +172,35 @@ def test_pictures_stand_side_by_side_in_one_figure() -> None:
     figure = Figure(figsize=(10, 4))
     left, right = figure.subfigures(1, 2)
     assert plots.latents(vae(5), rows(5), LABELS, figure=left) is left
-    assert plots.pareto_k(evidence(), figure=right) is right
+    first, second = right.subplots(1, 2)
+    assert plots.pareto_k(evidence(), ax=first) is right
+    assert plots.prior_samples(vae(64), ax=second) is right
     figure.savefig(io.BytesIO(), format="png")
+
+
+def test_the_data_shown_are_those_of_the_site() -> None:
+    figure = plots.reconstructions(Covariate(), COVARIATES, size=2, seed=0)
+    for i, axes in enumerate(figure.axes):
+        (data,) = (line for line in axes.lines if line.get_marker() == "o")
+        np.testing.assert_array_equal(data.get_ydata(), COVARIATES["y"][i])
+
+
+def test_latents_are_the_embedding() -> None:
+    found = pv.embed(TwoLevels(), rows(2), seed=0)
+    figure = plots.latents(TwoLevels(), rows(2), seed=0)
+    (points,) = figure.axes[0].collections
+    np.testing.assert_allclose(points.get_offsets(), found["mean"][:, :2])
+    assert figure.axes[0].get_ylabel() == "E[z[0] | x]"
+    assert figure.axes[2].get_xlabel() == "E[w | x]"
+
+
+def test_a_mosaic_shows_each_image_once() -> None:
+    images = rows(9, 8, count=11).numpy()
+    (shown,) = plots.prior_samples(images).axes[0].images
+    mosaic = shown.get_array()
+    assert mosaic.shape == (2 * 10 - 1, 8 * 9 - 1)
+    np.testing.assert_array_equal(mosaic[10:19, 18:26], images[10].astype(np.float64))
+    assert np.sort(mosaic.compressed()).tolist() == np.sort(images.ravel()).tolist()
 
 
 def test_a_seed_makes_one_picture() -> None:
@@ -165,22 +209,30 @@ def test_a_seed_makes_one_picture() -> None:
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "no history": (lambda: plots.training([1, 2]), "column 'elbo'"),
-    "an empty history": (lambda: plots.training(TABLE.iloc[:0]), "column 'elbo'"),
-    "no reconstruct": (lambda: plots.reconstructions(nn.Linear(5, 2), rows(5)), "reconstruct"),
-    "no sample": (lambda: plots.prior_samples(nn.Linear(5, 2)), "method sample"),
+    "no history": (lambda: plots.history([1, 2]), "column 'elbo'"),
+    "an empty history": (lambda: plots.history(TABLE.iloc[:0]), "column 'elbo'"),
+    "no reconstruct": (
+        lambda: plots.reconstructions(nn.Linear(5, 2), rows(5)),
+        "Expected a program",
+    ),
+    "no sample": (lambda: plots.prior_samples(nn.Linear(5, 2)), "Expected a program"),
     "no size": (
         lambda: plots.prior_samples(vae(5), size=0),
         "size to be an integer of at least 1; got 0",
     ),
-    "fields": (lambda: plots.prior_samples({"a": rows(5)}), "fields .'a'."),
+    "which site": (
+        lambda: plots.prior_samples({"a": rows(5), "b": rows(5)}),
+        "site to be one of .*'a', 'b'.*got None",
+    ),
+    "no covariates": (lambda: plots.prior_samples(Covariate()), "Pass rows as x="),
+    "no ranking": (lambda: plots.ranking(TABLE), "columns .'difference'"),
     "another image": (
         lambda: plots.reconstructions(vae(5), rows(5), image_shape=(2, 2)),
         "image shape of 5 elements",
     ),
     "an unknown shape": (lambda: plots.prior_samples(rows(16), image_shape=(16,)), "image shape"),
-    "no rows": (lambda: plots.latents(vae(5)), "rows x"),
-    "no encode": (lambda: plots.latents(nn.Linear(5, 2), rows(5)), "encode"),
+    "no rows": (lambda: plots.latents(vae(5)), "pass the data as x"),
+    "no encode": (lambda: plots.latents(nn.Linear(5, 2), rows(5)), "Expected a program"),
     "few labels": (lambda: plots.latents(vae(5), rows(5), LABELS[:3]), "30 labels"),
     "one-dimensional": (lambda: plots.latents(np.arange(3.0)), "rows, dims"),
     "no k": (lambda: plots.pareto_k(xr.Dataset()), "pareto_k"),

@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.filterwarnings("ignore:From S / 4 to S draws:UserWarning")
+@pytest.mark.filterwarnings("ignore:The difference from:UserWarning")
 def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     program = re.sub(r"max_epochs=\d+", "max_epochs=2", "\n".join(blocks("python")))

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -15,7 +14,7 @@ from ..data.rows import Rows
 from ..diagnostics import Comparison, active_units
 from ..elbos.chunks import point_masses
 from ..engine.running import evaluating
-from ..evidence import log_evidence, summary
+from ..evidence import Evidence, log_evidence
 
 __all__ = ["Judgement", "show_estimators"]
 
@@ -31,7 +30,7 @@ class Judgement:
         active: As `active_units` returns it.
     """
 
-    evidence: xr.Dataset | None
+    evidence: Evidence | None
     active: pd.DataFrame
 
     @classmethod
@@ -85,7 +84,7 @@ class Judgement:
     def _advice(self) -> str:
         if self.evidence is None:
             return "A point mass has no importance weights: no evidence for this posterior."
-        over: Any = summary(self.evidence).loc["pareto_k_over", "mean"]
+        over: Any = self.evidence.summary().loc["pareto_k_over", "mean"]
         if over <= MOST_OVER:
             return "s.e.: over rows and draws, for these weights; training seeds are not in it."
         return (
@@ -94,8 +93,8 @@ class Judgement:
         )
 
 
-def _evidence_lines(evidence: xr.Dataset) -> Iterator[tuple[str, str, str, str]]:
-    table, rows = summary(evidence), evidence.sizes["datum"]
+def _evidence_lines(evidence: Evidence) -> Iterator[tuple[str, str, str, str]]:
+    table, rows = evidence.summary(), evidence.sizes["datum"]
     means, errors = (dict(table[column].items()) for column in ("mean", "se"))
     limit, size = evidence.attrs["good_k"], evidence.attrs["num_samples"]
     for name, label, said in (

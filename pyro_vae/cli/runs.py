@@ -204,10 +204,10 @@ class Run:
         program, evidence, few = self.program, self.judgement.evidence, self.rows[:MAX_POINTS]
         labels: Any = None if self.labels is None else self.labels[:MAX_POINTS]
         drawn: dict[str, Callable[[], Any]] = {
-            "training": lambda: plots.training(self.history),
-            "reconstructions": lambda: plots.reconstructions(program, few),
-            "prior_samples": lambda: plots.prior_samples(program),
-            "latents": lambda: plots.latents(program, few, labels),
+            "training": lambda: plots.history(self.history),
+            "reconstructions": lambda: plots.reconstructions(program, few, seed=self.ask.seed),
+            "prior_samples": lambda: plots.prior_samples(program, seed=self.ask.seed),
+            "latents": lambda: plots.latents(program, few, labels, seed=self.ask.seed),
         }
         if evidence is not None:
             drawn["pareto_k"] = lambda: plots.pareto_k(evidence)

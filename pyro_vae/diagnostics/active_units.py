@@ -12,6 +12,7 @@ from ..data.rows import Data
 from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows
 from ..elbos.log_densities import log_densities
 from ..engine.running import evaluating, seeded
+from ..prediction.labels import unit_labels
 
 __all__ = ["active_units"]
 
@@ -98,14 +99,10 @@ def _mean_and_variance(draws: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _table(site: str, means: np.ndarray, within: np.ndarray, num_samples: int) -> pd.DataFrame:
-    labels = [_label(site, index) for index in np.ndindex(means.shape[1:])]
+    labels = unit_labels(site, means.shape[1:])
     means, within = means.reshape(len(means), -1), within.reshape(len(within), -1).mean(0)
     squares = np.square(means - means.mean(0))
     error = squares.std(axis=0, ddof=1) / np.sqrt(len(means))
     variance = squares.sum(0) / (len(means) - 1) - within / num_samples
     columns = {"variance": variance, "se": error, "within": within}
     return pd.DataFrame(columns, index=pd.Index(labels, name="unit"))
-
-
-def _label(site: str, index: tuple[int, ...]) -> str:
-    return f"{site}[{', '.join(map(str, index))}]" if index else site

@@ -1,26 +1,61 @@
-"""Models ranked by log p(x) of the same rows."""
+"""Ranks models by log p(x) of the same rows."""
+
+from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import xarray as xr
+import torch
 from torch import nn
 
+from .. import plots
 from ..elbos.chunks import MAX_ELEMENTS, checked_rows, data_sites
 from ..elbos.log_densities import structure
 from ..engine.running import evaluating
-from ..evidence.log_evidence import log_evidence, standard_error
+from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 
-__all__ = ["compare"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..plots.canvas import Canvas
+
+__all__ = ["Ranking", "compare"]
 
 REMARK = (
-    "The standard errors are over rows and draws, for these weights: how much a model changes "
-    "from one training seed to another is not in them."
+    "The standard errors are over rows and draws, at these weights of the programs. How much a "
+    "model changes from one training seed to another is not in them."
 )
+
+
+class Ranking(pd.DataFrame):
+    """Models ranked by log p(x), as :func:`compare` returns them: one line a model, best first."""
+
+    def summary(self) -> str:
+        """Says in sentences which model leads, by how much, and what the numbers leave out."""
+        best = self.iloc[0]
+        lines = [
+            f"{best.name!r} has the largest mean log p(x): {best['log_evidence']:.3f} "
+            f"(s.e. {best['se']:.3f}) nats per row, over {self.attrs['num_rows']} rows."
+        ]
+        for name, line in self.iloc[1:].iterrows():
+            lines.append(_distance(name, line))
+        lines.append(_trend_sentence(self))
+        return " ".join([*lines, self.attrs["remark"]])
+
+    def plot(self, *, ax: Axes | None = None) -> Canvas:  # type: ignore[override]
+        """Draws the differences from the best model: :func:`pyro_vae.plots.ranking`.
+
+        Arguments:
+            ax: The axes of matplotlib to draw into; a new figure by default.
+
+        Returns:
+            The figure.
+        """
+        return plots.ranking(self, ax=ax)
 
 
 def compare(
@@ -29,46 +64,51 @@ def compare(
     num_samples: int = 1000,
     *,
     max_elements: int = MAX_ELEMENTS,
-    seed: int | None = 0,
-    progress: bool = False,
-) -> pd.DataFrame:
+    seed: int | None = None,
+    progress: bool = True,
+) -> Ranking:
     """Compares programs by the mean log p(x) of the same rows, held out from their training.
 
-    Each estimate is biased downwards, by more for a worse guide, so a difference has a bias of
-    its own. How it moves from S / 4 draws to S tells of it: where it moves by more than its
-    standard error, a warning says so. All numbers are in nats per row.
+    Each estimate of log p(x) is biased downwards, by more for a worse guide, so a difference is
+    biased too. The change of a difference from S / 4 draws to S shows how large its bias may be.
+    If it is larger than the standard error of the difference, a warning says so. All numbers are
+    in nats per row.
 
     Arguments:
         programs: By name, modules with methods `model(x)` and `guide(x)`.
-        x: The data, the same for all.
-        num_samples: The number of draws S a row.
+        x: The data, the same for all programs.
+        num_samples: The number of draws S of each row.
         max_elements: About how many elements one tensor may have.
-        seed: Starts the draws of each program.
-        progress: Whether to show bars.
+        seed: The seed of the draws, the same for each program. With `None` one is drawn from
+            torch's generator.
+        progress: Whether to show progress bars.
 
     Returns:
-        A row a program, the best first, equal ones in the order given: `log_evidence` and its
-        standard error `se` over rows; `difference` from the best, row by row, and its
-        `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error over rows,
-        `elbo_se`; `pareto_k_over`, the share of rows whose Pareto k is over its limit. Its
-        `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`.
+        A table with one line a program, the best first, and equal ones in the order given:
+        `log_evidence` and its standard error `se` over rows; `difference` from the best, row by
+        row, and its `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error
+        `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`.
+        Its `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`. It has the
+        methods :meth:`Ranking.summary` and :meth:`Ranking.plot`.
 
-        `trend` is the difference at S draws less that at S / 4. In the first line, where there is
-        no difference to move, it is the best program's own `log_evidence` at S less that at S / 4
-        (the mean of its four quarters), which is 0 or more in expectation.
+        `trend` is the change from S / 4 to S draws: of log p(x) itself for the best program, of
+        the difference from it for the others. A trend larger than its error means: draw more
+        samples.
 
     Raises:
-        ValueError: Where there is no program, one is none, or their likelihoods have different
-            base measures: a mass function cannot be compared with a density.
+        ValueError: If there is no program, one of them is not a program, or their likelihoods have
+            different base measures: a mass function cannot be compared with a density.
 
     Example:
-        >>> import torch
         >>> import pyro_vae as pv
         >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
         >>> poisson = pv.VAE(64, 2, pv.likelihoods.Poisson(), seed=0)
-        >>> x = torch.randint(0, 17, (50, 64))
-        >>> compare({"binomial": vae, "poisson": poisson}, x, 100).index.to_list()
+        >>> x = torch.randint(0, 17, (50, 64), generator=torch.Generator().manual_seed(0))
+        >>> table = compare({"binomial": vae, "poisson": poisson}, x, 100, seed=0)
+        >>> table.index.to_list()
         ['binomial', 'poisson']
+        >>> print(table.summary()[:41])
+        'binomial' has the largest mean log p(x):
     """
     if not isinstance(programs, Mapping) or not programs:
         raise ValueError(f"Expected a dict of programs by name; got {programs!r}.")
@@ -77,6 +117,7 @@ def compare(
         with _naming(name):
             measures[name] = _measures(program, x)
     _check_measures(measures)
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
     options: dict[str, Any] = {"max_elements": max_elements, "seed": seed, "progress": progress}
     evidence = {}
     for name, program in programs.items():
@@ -110,7 +151,7 @@ def _check_measures(measures: dict[str, dict[str, str]]) -> None:
         if not _same_measures(expected, found):
             raise ValueError(
                 f"Expected likelihoods with one base measure; got {expected} in {first!r} and "
-                f"{found} in {name!r}: a mass and a density cannot be compared."
+                f"{found} in {name!r}. A mass function cannot be compared with a density."
             )
 
 
@@ -120,15 +161,15 @@ def _same_measures(one: dict[str, str], other: dict[str, str]) -> bool:
     return sorted(one.values()) == sorted(other.values())
 
 
-def _table(evidence: dict[str, xr.Dataset]) -> pd.DataFrame:
+def _table(evidence: dict[str, Evidence]) -> Ranking:
     means = {name: float(data["log_evidence"].mean()) for name, data in evidence.items()}
     order = sorted(means, key=lambda name: np.inf if np.isnan(means[name]) else -means[name])
     best = order[0]
     rows = {name: _line(evidence[name], evidence[best]) for name in order}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+    return Ranking(pd.DataFrame.from_dict(rows, orient="index").rename_axis("model"))
 
 
-def _line(evidence: xr.Dataset, best: xr.Dataset) -> dict[str, float]:
+def _line(evidence: Evidence, best: Evidence) -> dict[str, float]:
     full, quarter, elbo = (
         evidence[name].to_numpy() for name in ("log_evidence", "log_evidence_quarter", "elbo")
     )
@@ -136,7 +177,6 @@ def _line(evidence: xr.Dataset, best: xr.Dataset) -> dict[str, float]:
     if evidence is not best:
         trend = trend - (best["log_evidence"] - best["log_evidence_quarter"]).to_numpy()
     difference = full - best["log_evidence"].to_numpy()
-    over = ~(evidence["pareto_k"].to_numpy() <= evidence.attrs["good_k"])
     return {
         "log_evidence": full.mean(),
         "se": standard_error(full),
@@ -146,20 +186,40 @@ def _line(evidence: xr.Dataset, best: xr.Dataset) -> dict[str, float]:
         "trend_se": standard_error(trend),
         "elbo": elbo.mean(),
         "elbo_se": standard_error(elbo),
-        "pareto_k_over": over.mean(),
+        "pareto_k_over": evidence.is_over().mean(),
     }
 
 
-def _warn_of_trends(table: pd.DataFrame) -> None:
+def _distance(name: Any, line: Any) -> str:
+    below, error = abs(line["difference"]), line["difference_se"]
+    note = "" if below > 2 * error else ", which is within two standard errors"
+    return f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
+
+
+def _doubtful(table: pd.DataFrame) -> str:
+    """Returns the names of the programs whose difference changes by more than its error."""
     others = table.iloc[1:]
-    moved = others["trend"].abs()
-    doubtful = others[(moved > others["difference_se"]) & (moved > 2 * others["trend_se"])]
-    if len(doubtful):
-        names = ", ".join(map(repr, doubtful.index))
-        warnings.warn(
-            f"From S / 4 to S draws the difference from {table.index[0]!r} moves by more than its "
-            f"standard error for {names}: part of it is a difference of guides, not of models. "
-            "Take more samples, or better guides.",
-            UserWarning,
-            stacklevel=3,
+    change = others["trend"].abs()
+    is_doubtful = (change > others["difference_se"]) & (change > 2 * others["trend_se"])
+    return ", ".join(map(repr, others.index[is_doubtful]))
+
+
+def _trend_sentence(table: pd.DataFrame) -> str:
+    size = table.attrs["num_samples"]
+    if names := _doubtful(table):
+        return (
+            f"The difference from {table.index[0]!r} changes by more than its standard error from "
+            f"{size // 4} to {size} draws of each row, for {names}. Part of it comes from the "
+            "guides, not from the models: draw more samples, or use better guides."
         )
+    best = table.iloc[0]
+    return (
+        f"From {size // 4} to {size} draws of each row log p(x) of {best.name!r} rises by "
+        f"{best['trend']:.3f} (s.e. {best['trend_se']:.3f}), and no difference changes by more "
+        "than its standard error."
+    )
+
+
+def _warn_of_trends(table: pd.DataFrame) -> None:
+    if _doubtful(table):
+        warnings.warn(_trend_sentence(table), UserWarning, stacklevel=3)

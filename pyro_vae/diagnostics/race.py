@@ -230,7 +230,7 @@ class _Entrants:
                 Objective(*pair, elbo).check(known)
             except ValueError as error:
                 raise ValueError(f"{error} (estimator {name!r})") from error
-        log_evidence(program, rows[:2].x, 4, seed=self.seed)
+        log_evidence(program, rows[:2].x, 4, seed=self.seed, progress=False)
         return train, rows
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:
@@ -243,7 +243,8 @@ class _Entrants:
             return _Run(error.history, None)  # type: ignore[attr-defined]
         if history.stopped == "interrupted":
             raise KeyboardInterrupt
-        return _Run(history, log_evidence(program, rows, self.num_samples, seed=self.seed))
+        size, seed = self.num_samples, self.seed
+        return _Run(history, log_evidence(program, rows, size, seed=seed, progress=False))
 
 
 @dataclass

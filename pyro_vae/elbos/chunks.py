@@ -4,8 +4,9 @@ import contextlib
 import ctypes
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pyro import poutine
@@ -13,9 +14,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..data.rows import PLATE, Rows
+from ..data.rows import PLATE, Data, Rows
 from .drawing import Drawing, Function
-from .log_densities import Structure, is_point_mass, log_densities, programs_of, structure
+from .log_densities import (
+    Densities,
+    Structure,
+    is_point_mass,
+    log_densities,
+    programs_of,
+    structure,
+)
 
 __all__ = [
     "MAX_ELEMENTS",
@@ -77,6 +85,13 @@ def data_sites(found: Structure) -> tuple[str, ...]:
     return tuple(name for name in found.observed if found.event_shapes[name].numel())
 
 
+Run: TypeAlias = Callable[[nn.Module, Data, int, Structure], Any]
+
+
+def _densities(program: nn.Module, x: Data, num_samples: int, known: Structure) -> Densities:
+    return log_densities(program, x, num_samples, known=known)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How rows and draws are cut into chunks that fit a bound on memory.
@@ -96,7 +111,14 @@ class Plan:
     elements: int
 
     @classmethod
-    def of(cls, program: nn.Module, rows: Rows, num_samples: int, max_elements: int) -> "Plan":
+    def of(
+        cls,
+        program: nn.Module,
+        rows: Rows,
+        num_samples: int,
+        max_elements: int,
+        run: Run = _densities,
+    ) -> "Plan":
         """Plans draws for each row, with tensors of about `max_elements` elements at most.
 
         Arguments:
@@ -104,9 +126,11 @@ class Plan:
             rows: Its data.
             num_samples: The number of draws of each row.
             max_elements: The largest number of elements of a tensor, approximately.
+            run: The function whose tensors are measured, of the program, rows, a number of draws
+                and the structure. By default the densities of the program.
         """
         found = structure(program, rows[:2].to_like(program).x)
-        elements = _elements_per_draw(program, rows, found)
+        elements = _elements_per_draw(program, rows, found, run)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))
         draws = math.ceil(num_samples / math.ceil(num_samples / most))  # equal parts
@@ -166,20 +190,22 @@ class _TensorSizes(TorchDispatchMode):
         return results
 
 
-def _tensor_sizes(program: nn.Module, rows: Rows, shape: Structure, side: int) -> list[int]:
+def _tensor_sizes(
+    program: nn.Module, rows: Rows, shape: Structure, side: int, run: Run
+) -> list[int]:
     few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
     with _TensorSizes() as recorded:
-        log_densities(program, few, side, known=shape)
+        run(program, few, side, shape)
     return recorded.sizes
 
 
-def _elements_per_draw(program: nn.Module, rows: Rows, shape: Structure) -> int:
+def _elements_per_draw(program: nn.Module, rows: Rows, shape: Structure, run: Run) -> int:
     """Returns the number of elements of the largest tensor for each draw of each row.
 
     It is measured by two small runs, and so includes hidden layers. If the two runs differ in
     their operations (rejection sampling), it is an upper bound.
     """
-    small, large = (_tensor_sizes(program, rows, shape, side) for side in (2, 4))
+    small, large = (_tensor_sizes(program, rows, shape, side, run) for side in (2, 4))
     events = max((math.prod(size) for size in shape.event_shapes.values()), default=1)
     if len(small) == len(large):
         growth = max((b - a for a, b in zip(small, large, strict=True)), default=0)

@@ -1,4 +1,4 @@
-"""log p(x) in closed form, where a program is linear and Gaussian."""
+"""log p(x) in closed form, for linear Gaussian VAEs."""
 
 import copy
 from typing import Any
@@ -20,23 +20,24 @@ PROBES = (0.1, 1.0, 10.0, 100.0)
 
 
 def linear_gaussian(program: nn.Module, x: Any) -> np.ndarray | None:
-    r"""Returns log p(x) of each row, where the program is a VAE that is linear and Gaussian.
+    r"""Returns log p(x) of each row in closed form, if the program is a linear Gaussian VAE.
 
     .. math:: p(z) = N(m, S), \quad p(x \mid z) = N(W z + b, \mathrm{diag}(s^2))
         \;\Rightarrow\; p(x) = N(W m + b,\ W S W^\top + \mathrm{diag}(s^2))
 
-    Probabilistic PCA, factor analysis and what else comes to that: it is found out by running the
-    decoder, not by the names of its parts. Computed in float64, in evaluation mode.
+    Probabilistic PCA and factor analysis are such VAEs. Whether the decoder is linear is found by
+    running it at several points, not from the classes of its layers. The computation is in
+    float64, with the program in evaluation mode.
 
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event).
 
     Returns:
-        log p(x) of each row, shape (rows,), in nats; `None` where the program is another.
+        log p(x) of each row, shape (rows,), in nats; `None` if the program is of another kind.
 
     Raises:
-        ValueError: Where `program` is none, or the data do not fit it.
+        ValueError: If `program` is not a program, or the data do not fit it.
 
     Example:
         >>> import pyro_vae as pv
@@ -58,7 +59,7 @@ def linear_gaussian(program: nn.Module, x: Any) -> np.ndarray | None:
 
 
 def doubled(program: nn.Module) -> nn.Module | None:
-    """Returns a copy of a VAE in float64, its parameters in the same order; `None` of another.
+    """Returns a float64 copy of a VAE, with its parameters in the same order, else `None`.
 
     Arguments:
         program: The program.
@@ -69,14 +70,14 @@ def doubled(program: nn.Module) -> nn.Module | None:
 
 
 def marginal(program: nn.Module) -> Any:
-    r"""Returns p(x), a normal over rows that are flat, with the gradient of the parameters.
+    r"""Returns p(x), a normal distribution over flattened rows, differentiable in the parameters.
 
     Arguments:
-        program: What :func:`doubled` returns, in evaluation mode.
+        program: The result of :func:`doubled`, in evaluation mode.
 
     Returns:
-        A `LowRankMultivariateNormal` of event shape (D,), or `None` where p(x) is no normal, or
-        the decoder cannot be run in float64.
+        A `LowRankMultivariateNormal` of event shape (D,), or `None` if p(x) is not normal or the
+        decoder cannot run in float64.
     """
     vae: Any = program
     prior = _normal(vae.prior())
@@ -84,7 +85,7 @@ def marginal(program: nn.Module) -> Any:
         return None
     try:
         likelihood = _affine(vae, *prior)
-    except RuntimeError:  # a decoder that computes in a precision of its own
+    except RuntimeError:  # a decoder that sets its own precision
         return None
     if likelihood is None:
         return None
@@ -96,7 +97,7 @@ def marginal(program: nn.Module) -> Any:
 
 
 def _normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
-    """The mean (D,) of a normal over z, and the Cholesky factor (D, D) of its covariance."""
+    """Returns the mean (D,) and the Cholesky factor (D, D) of the covariance of a normal."""
     if isinstance(distribution, dist.MultivariateNormal):
         return distribution.loc, distribution.scale_tril
     if isinstance(distribution, dist.LowRankMultivariateNormal):
@@ -116,7 +117,7 @@ def _independent_normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _affine(vae: Any, mean: Tensor, scale_tril: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """W (L, D), b (D,) and s (D,) of a likelihood that is normal and affine in z, if it is."""
+    """Returns W (L, D), b (D,) and s (D,) of a normal likelihood whose mean is affine in z."""
     size = len(mean)
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(len(PROBES), size, generator=generator, dtype=mean.dtype)

@@ -1,7 +1,9 @@
 """log p(x) by importance sampling from the guide."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -9,18 +11,25 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from .. import plots
 from ..data.checks import checked_count
 from ..data.rows import Data, floating_like
 from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows, give_memory_back, point_masses
 from ..elbos.log_densities import log_densities
+from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from .pareto_k import good_k, pareto_k
 
-__all__ = ["estimates", "labelled", "log_evidence", "standard_error", "summary"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-IN_CACHE = 2**20  # larger blocks are given back to the system and zeroed anew at each call
+    from ..plots.canvas import Canvas
+
+__all__ = ["Evidence", "estimates", "labelled", "log_evidence", "standard_error"]
+
+IN_CACHE = 2**20  # larger blocks are returned to the system, and zeroed again at each call
 PIECES_AT_ONCE = 32
-MAX_WEIGHTS = 2**17  # of whose numbers a processor's cache holds all
+MAX_WEIGHTS = 2**17  # the weights and intermediate results fit into a processor's cache
 
 ATTRIBUTES = {
     "log_evidence": {
@@ -31,17 +40,17 @@ ATTRIBUTES = {
     "mcse": {
         "long_name": "Monte Carlo standard error of log_evidence (delta method)",
         "units": "nats",
-        "direction": "understates where pareto_k is high",
+        "direction": "too small if pareto_k is high",
     },
     "ess": {
         "long_name": "effective sample size of the importance weights",
         "units": "draws",
-        "direction": "larger is better, num_samples at most",
+        "direction": "larger is better, at most num_samples",
     },
     "pareto_k": {
         "long_name": "shape of the generalised Pareto tail of the importance weights",
         "units": "1",
-        "direction": "smaller is better, reliable below good_k",
+        "direction": "smaller is better, reliable up to good_k",
     },
     "elbo": {
         "long_name": "evidence lower bound",
@@ -61,9 +70,64 @@ ATTRIBUTES = {
     "log_evidence_quarter_mcse": {
         "long_name": "Monte Carlo standard error of log_evidence_quarter (sd of the four / 2)",
         "units": "nats",
-        "direction": "of four values, so itself uncertain by some 40%",
+        "direction": "estimated from four values, so uncertain by about 40%",
     },
 }
+
+
+class Evidence(xr.Dataset):
+    """The evidence of each row, as :func:`log_evidence` returns it: a data set over `datum`.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> evidence = log_evidence(vae, torch.ones(3, 64), 100, seed=0)
+        >>> evidence.summary().index.to_list()[:2]
+        ['log_evidence', 'elbo']
+    """
+
+    __slots__ = ()
+
+    def summary(self) -> pd.DataFrame:
+        """Averages the evidence over the rows.
+
+        Returns:
+            Indexed by quantity: `log_evidence`, `elbo`, `log_evidence_quarter` and `gap`
+            (log_evidence - elbo), in nats per row, and `pareto_k_over`, the share of rows whose
+            Pareto k is over `good_k` or is not a number. The columns are the `mean`, its standard
+            error `se` over the rows (which includes the Monte Carlo error), and the Monte Carlo
+            error alone, `mcse` (NaN if it is not estimated).
+        """
+        error_of = {
+            "log_evidence": "mcse",
+            "elbo": "elbo_mcse",
+            "log_evidence_quarter": "log_evidence_quarter_mcse",
+        }
+        means = {name: self[name].to_numpy() for name in error_of}
+        errors = {name: _combined(self[error].to_numpy()) for name, error in error_of.items()}
+        means["gap"] = means["log_evidence"] - means["elbo"]
+        means["pareto_k_over"] = self.is_over().astype(np.float64)
+        table = {
+            name: (values.mean(), standard_error(values), errors.get(name, math.nan))
+            for name, values in means.items()
+        }
+        return pd.DataFrame.from_dict(table, orient="index", columns=["mean", "se", "mcse"])
+
+    def is_over(self) -> np.ndarray:
+        """Returns for each row whether its Pareto k is over `good_k` or is not a number."""
+        is_over: np.ndarray = ~(self["pareto_k"].to_numpy() <= self.attrs["good_k"])
+        return is_over
+
+    def plot(self, *, ax: Axes | None = None) -> Canvas:  # type: ignore[override]
+        """Draws the Pareto k of each row: :func:`pyro_vae.plots.pareto_k`.
+
+        Arguments:
+            ax: The axes of matplotlib to draw into; a new figure by default.
+
+        Returns:
+            The figure.
+        """
+        return plots.pareto_k(self, ax=ax)
 
 
 def log_evidence(
@@ -73,24 +137,27 @@ def log_evidence(
     *,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
-    progress: bool = False,
-) -> xr.Dataset:
+    progress: bool = True,
+) -> Evidence:
     r"""Estimates log p(x) of each row by importance sampling from the guide.
 
     .. math::
         \log \hat p(x) = \log \frac{1}{S} \sum_{s=1}^S w_s, \qquad
         w_s = \frac{p(x, z_s)}{q(z_s \mid x)}, \quad z_s \sim q(z \mid x)
 
-    In expectation it is a lower bound of log p(x) that rises with S, by more for a guide
-    further from the posterior; its value at S / 4 beside it shows how much is still missing.
-    Its standard error, sd(w) / (sqrt(S) mean(w)), is the delta method's: it knows
-    the draws that came, not the rare large weights that did not, and understates the error,
-    the more so the larger `pareto_k`. The weights are not Pareto-smoothed: smoothing takes away
-    the largest of them, and makes the estimate more biased than the plain mean. Regions that
-    the guide never visits are seen by neither `log_evidence` nor `pareto_k`.
+    The weights of the program are held fixed; only z is integrated out. In expectation the
+    estimate is a lower bound of log p(x). The bound rises with S, and is further below log p(x)
+    for a guide that is further from the posterior. Its value at S / 4 shows how much may still be
+    missing.
 
-    The program runs in evaluation mode, with a fixed amount of memory: rows and draws are cut
-    into pieces.
+    The standard error, sd(w) / (sqrt(S) mean(w)), comes from the delta method. It depends on the
+    draws that were made, not on rare large weights that were not drawn, so it is too small if
+    `pareto_k` is large. The weights are not Pareto-smoothed, because smoothing reduces the largest
+    weights and so increases the bias. Neither `log_evidence` nor `pareto_k` can show regions that
+    the guide never visits.
+
+    The program runs in evaluation mode. Rows and draws are processed in chunks, so the memory
+    does not grow with their number.
 
     References:
         Importance weighted autoencoders (Burda et al., 2015), arXiv 1509.00519.
@@ -100,22 +167,23 @@ def log_evidence(
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such.
-        num_samples: The number of draws S a row, 4 or more.
+        num_samples: The number of draws S of each row, 4 or more.
         max_elements: About how many elements one tensor may have.
-        seed: Starts the draws; with `None` torch's generators run on.
-        progress: Whether to show a bar.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+        progress: Whether to show a progress bar.
 
     Returns:
-        Over `datum`, labelled by the names of the rows: `log_evidence`, its `mcse`, the effective
-        sample size `ess`, `pareto_k` (compare attribute `good_k`), `elbo`, its `elbo_mcse`, and
+        Over `datum`, labelled by the rows: `log_evidence`, its `mcse`, the effective sample size
+        `ess`, `pareto_k` (reliable up to the attribute `good_k`), `elbo`, its `elbo_mcse`, and
         `log_evidence_quarter`: the mean of the estimates from the four quarters of the draws
-        (S // 4 each), with `log_evidence_quarter_mcse`, their standard deviation / sqrt(4). In
-        nats, but for `ess` and `pareto_k`.
+        (S // 4 each), with `log_evidence_quarter_mcse`, their standard deviation / sqrt(4). All
+        are in nats, except `ess` and `pareto_k`. It has the methods :meth:`Evidence.summary` and
+        :meth:`Evidence.plot`.
 
     Raises:
-        ValueError: Where `program` is none, has latent sites that rows share, or a guide of
-            point masses (`Delta`), which has no importance weights; where data or sizes do not
-            fit.
+        ValueError: If `program` is not a program, has latent sites that all rows share, or has a
+            guide of point masses (`Delta`), which has no importance weights; if data or sizes do
+            not fit.
 
     Example:
         >>> import pyro_vae as pv
@@ -131,15 +199,16 @@ def log_evidence(
         points = point_masses(program, rows)
         if points:
             raise ValueError(
-                "Expected a guide with a density, for importance weights; got a point mass "
-                f"(Delta) at {', '.join(points)}."
+                "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
+                f"estimated; the guide has them at {', '.join(points)}."
             )
         plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
         drawing = plan.drawing(program, _log_weights(program, plan), num_samples)
         values = {name: np.empty(len(rows)) for name in ATTRIBUTES}
         waiting: list[np.ndarray] = []
         done = 0
-        with _bar(len(rows) * num_samples, shown=progress) as bar:
+        total = len(rows) * num_samples
+        with progress_bar(total, "evidence", " draws", progress=progress) as bar:
             for piece in plan.pieces():
                 x = rows[piece].to_like(program).x
                 parts = [drawing(x, n)["log_weights"] for n in plan.parts(num_samples)]
@@ -151,43 +220,8 @@ def log_evidence(
                     waiting.clear()
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
-    return labelled(values, rows.names, num_samples, seed)
-
-
-def summary(evidence: xr.Dataset) -> pd.DataFrame:
-    """Averages the evidence over the rows.
-
-    Arguments:
-        evidence: What `log_evidence` returns.
-
-    Returns:
-        Indexed by quantity: `log_evidence`, `elbo`, `log_evidence_quarter` and `gap`
-        (log_evidence - elbo), in nats per row, and `pareto_k_over`, the share of rows whose
-        Pareto k is over `good_k` or not known; columns `mean`, its standard error `se` over the
-        rows (Monte Carlo error included), and the Monte Carlo error alone, `mcse` (NaN where not
-        estimated).
-
-    Example:
-        >>> import pyro_vae as pv
-        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
-        >>> evidence = log_evidence(vae, torch.ones(3, 64), 100, seed=0)
-        >>> summary(evidence).index.to_list()[:2]
-        ['log_evidence', 'elbo']
-    """
-    known = {
-        "log_evidence": "mcse",
-        "elbo": "elbo_mcse",
-        "log_evidence_quarter": "log_evidence_quarter_mcse",
-    }
-    means = {name: evidence[name].to_numpy() for name in known}
-    errors = {name: _combined(evidence[error].to_numpy()) for name, error in known.items()}
-    means["gap"] = means["log_evidence"] - means["elbo"]
-    means["pareto_k_over"] = _over(evidence).astype(np.float64)
-    table = {
-        name: (values.mean(), standard_error(values), errors.get(name, math.nan))
-        for name, values in means.items()
-    }
-    return pd.DataFrame.from_dict(table, orient="index", columns=["mean", "se", "mcse"])
+    found = labelled(values, rows.names, num_samples, seed)
+    return Evidence(found.data_vars, found.coords, found.attrs)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -206,13 +240,8 @@ def _combined(errors: np.ndarray) -> float:
     return float(np.sqrt(np.square(errors).sum()) / len(errors))
 
 
-def _over(evidence: xr.Dataset) -> np.ndarray:
-    over: np.ndarray = ~(evidence["pareto_k"].to_numpy() <= evidence.attrs["good_k"])
-    return over
-
-
 def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Computes every per-row number of the evidence.
+    """Computes the evidence and its diagnostics for each row.
 
     Arguments:
         log_weights: log p(x, z) - log q(z | x), shape (S, rows).
@@ -255,7 +284,7 @@ def _quarters(log_weights: np.ndarray) -> np.ndarray:
 
 
 def _log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the logarithm of the mean weight, and the weights over the largest of them."""
+    """Returns the logarithm of the mean weight, and the weights divided by the largest one."""
     top = log_weights.max(axis=0)
     top = np.where(np.isfinite(top), top, 0)
     weights = np.exp(log_weights - top)
@@ -265,13 +294,13 @@ def _log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def labelled(
     values: dict[str, np.ndarray], names: np.ndarray, num_samples: int, seed: int | None
 ) -> xr.Dataset:
-    """Labels the numbers of the evidence.
+    """Labels the evidence of each row with the names of the rows.
 
     Arguments:
-        values: What `estimates` returns.
+        values: The result of :func:`estimates`.
         names: The labels of the rows.
-        num_samples: The number of draws behind them.
-        seed: The seed of these, noted.
+        num_samples: The number of draws of each row.
+        seed: The seed of the draws, for the attributes.
     """
     variables = {name: ("datum", values[name], ATTRIBUTES[name]) for name in ATTRIBUTES}
     attributes = {
@@ -280,12 +309,6 @@ def labelled(
         "good_k": good_k(num_samples),
     }
     return xr.Dataset(variables, coords={"datum": names}, attrs=attributes)
-
-
-def _bar(total: int, *, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="evidence", unit=" draws", unit_scale=True, disable=not shown)
 
 
 def _log_weights(program: nn.Module, plan: Plan) -> Any:
@@ -297,6 +320,6 @@ def _log_weights(program: nn.Module, plan: Plan) -> Any:
 
 
 def _at_once(program: nn.Module, max_elements: int) -> int:
-    """How many elements a tensor has best: on a CPU as many as its caches hold."""
+    """Returns how many elements a tensor may have; on a CPU it should fit into the caches."""
     is_cpu = floating_like(program).device.type == "cpu"
     return min(max_elements, IN_CACHE) if is_cpu else max_elements

@@ -1,4 +1,4 @@
-"""The tail of importance weights: the shape k of the generalised Pareto distribution."""
+"""Pareto k: how heavy the tail of importance weights is."""
 
 import math
 
@@ -13,7 +13,7 @@ FLOAT32_NOISE = 1e-6
 
 
 def good_k(num_samples: int) -> float:
-    r"""Returns the largest Pareto k at which importance sampling can be relied on.
+    r"""Returns the largest Pareto k at which importance sampling is reliable.
 
     .. math:: \min(1 - 1 / \log_{10} S, \; 0.7)
 
@@ -33,12 +33,15 @@ def good_k(num_samples: int) -> float:
 def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     r"""Estimates, row by row, how heavy the tail of importance weights is.
 
-    A generalised Pareto distribution is fitted to the largest ceil(min(S / 5, 3 sqrt(S)))
-    weights with Zhang and Stephens' estimate, shrunk towards 0.5 by the worth of ten draws. The
-    weights have finite moments up to order 1 / k; over `good_k` the mean of them is not to be
-    trusted. No error and no warning is raised: weights that agree to float32 precision, or whose
-    tail is one value, give -inf; fewer than 5 weights in the tail, weights that are all 0 or a
-    NaN among them give NaN; a tail of fewer than 5 different weights, or an infinite weight, inf.
+    k is the shape of a generalised Pareto distribution, fitted to the largest
+    ceil(min(S / 5, 3 sqrt(S))) weights by Zhang and Stephens' estimator and shrunk towards 0.5
+    with the weight of ten draws. Moments of the weights are finite up to order 1 / k. If k is
+    over `good_k`, their mean is not reliable.
+
+    Degenerate weights raise no error and no warning. The result is -inf if the weights agree to
+    float32 precision or the tail is one value; NaN if the tail has fewer than 5 weights, all
+    weights are 0 or one is NaN; inf if the tail has fewer than 5 different weights or one is
+    infinite.
 
     References:
         A new and efficient estimation method for the generalized Pareto distribution (Zhang &
@@ -46,7 +49,7 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
         Pareto smoothed importance sampling (Vehtari et al., 2024), arXiv 1507.02646.
 
     Arguments:
-        log_weights: log w, up to a constant a row, shape (S, rows).
+        log_weights: log w, shape (S, rows). A constant may be added to each row.
 
     Returns:
         The estimates of k, shape (rows,).
@@ -94,7 +97,7 @@ def _pareto_k(log_weights: np.ndarray) -> np.ndarray:
 
 
 def _fit_tails(log_weights: np.ndarray, length: int) -> np.ndarray:
-    """Fits rows with the same number of different weights above the cutoff together."""
+    """Fits the tails of all rows that have equally many weights above the cutoff at once."""
     size, rows = log_weights.shape
     cut = size - length - 1
     weights = np.exp(np.sort(np.partition(log_weights, cut, axis=0)[cut:], axis=0))

@@ -1,12 +1,14 @@
 """Pictures of fits, draws and diagnostics, on matplotlib.
 
-Each returns its figure, to be saved by `figure.savefig(path)`. No state of pyplot and no style is
-touched.
+Each function returns its figure, which `figure.savefig(path)` saves. A picture of one panel takes
+`ax=`, the axes to draw into; a picture of several panels takes `figure=`, a figure or subfigure.
+Neither the state nor the style of pyplot is changed.
 """
 
-from .figures import estimators as estimators
-from .figures import latents as latents
-from .figures import pareto_k as pareto_k
-from .figures import prior_samples as prior_samples
-from .figures import reconstructions as reconstructions
-from .figures import training as training
+from .estimators import estimators as estimators
+from .history import history as history
+from .latents import latents as latents
+from .pareto_k import pareto_k as pareto_k
+from .prior_samples import prior_samples as prior_samples
+from .ranking import ranking as ranking
+from .reconstructions import reconstructions as reconstructions

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from ..data.files import PathLike, load_state, read_tensors, write_tensors
 from ..data.rows import PLATE, Data, Rows
 from ..elbos import Estimator, Trace_ELBO
 from ..elbos.log_densities import Structure, programs_of, row_terms_of, structure
+from ..engine.progress import is_watched
 from ..engine.running import (
     device_of,
     evaluating,
@@ -84,7 +84,7 @@ class History:
 
     def plot(self) -> Any:
         """Draws the training curve, and returns the matplotlib figure."""
-        return plots.training(self)
+        return plots.history(self)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -300,7 +300,7 @@ class _Run:
             total=self.settings.max_epochs,
             initial=len(self.records),
             unit="epoch",
-            disable=not (progress and _is_watched()),
+            disable=not (progress and is_watched()),
         )
         self.svi.before_compiling = functools.partial(bar.set_postfix_str, "compiling a step")
         with bar, kept_modes(self.program), _interrupts() as interrupted:
@@ -539,11 +539,6 @@ def _interrupts() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _is_watched() -> bool:
-    """Whether somebody sees a progress bar: on a terminal, or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def _identity(data: Any) -> Any:

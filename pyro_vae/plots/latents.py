@@ -1,0 +1,172 @@
+"""Rows in latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from ..prediction.embed import embed
+from .canvas import legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .canvas import Canvas
+
+__all__ = ["latents"]
+
+MOST_GROUPS = 20
+MOST_PAIRED = 4
+
+
+def latents(
+    program: Any,
+    x: Any = None,
+    labels: Sequence[Any] | None = None,
+    *,
+    num_samples: int = 200,
+    seed: int | None = None,
+    figure: Canvas | None = None,
+) -> Canvas:
+    """Draws where rows lie in latent space: the means of their posteriors, as `embed` gives them.
+
+    One dimension is drawn as a histogram, two as a scatter plot, three and four as all pairs; of
+    more dimensions the first principal components are drawn.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`, or an array of latents,
+            shape (rows, dims).
+        x: The data, if `program` is a program.
+        labels: A value for each row, which gives its colour: a group or a number.
+        num_samples: The number of draws of each row, if the mean has no closed form.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+        figure: The figure or subfigure to draw into; a new one by default.
+
+    Raises:
+        ValueError: If a program comes without data, the data do not fit it, or the labels are not
+            as many as the rows.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> figure = latents(vae, torch.ones(10, 64), labels=torch.arange(10) % 2)
+        >>> figure.savefig("latents.png")  # doctest: +SKIP
+    """
+    means, names = _means(program, x, num_samples, seed)
+    colors = None if labels is None else np.asarray(labels)
+    if colors is not None and colors.shape != (len(means),):
+        raise ValueError(f"Expected {len(means)} labels; got shape {colors.shape}.")
+    values, names = _coordinates(means, names)
+    dims = len(names)
+    side = 4.8 if dims <= 2 else 2.1 * (dims - 1) + 1.6
+    figure = new_figure(figure, (side + 1.2, side))
+    if dims == 1:
+        shown = [figure.subplots()]
+        _histogram(shown[0], values[:, 0], names[0], colors)
+    else:
+        shown = _pairs(figure, values, names, colors)
+    _color_key(figure, shown, colors)
+    figure.suptitle("Posterior means of the latents")
+    return figure
+
+
+def _means(
+    program: Any, x: Any, num_samples: int, seed: int | None
+) -> tuple[np.ndarray, list[str]]:
+    if isinstance(program, nn.Module):
+        if x is None:
+            raise ValueError("The latents of a program are those of rows: pass the data as x.")
+        found = embed(program, x, num_samples=num_samples, seed=seed, progress=False)
+        return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]
+    means = np.asarray(program, dtype=np.float64)
+    if means.ndim < 2:
+        raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
+    means = means.reshape(len(means), -1)
+    return means, [f"E[z[{i}] | x]" for i in range(means.shape[1])]
+
+
+def _coordinates(means: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    if len(names) <= MOST_PAIRED:
+        return means, names
+    left, scales, _ = np.linalg.svd(means - means.mean(0), full_matrices=False)
+    kept = min(MOST_PAIRED - 1, len(scales))
+    shares = scales**2 / max((scales**2).sum(), np.finfo(float).tiny)
+    names = [f"component {i + 1} ({shares[i]:.0%} of variance)" for i in range(kept)]
+    return (left * scales)[:, :kept], names
+
+
+def _groups(colors: np.ndarray | None) -> np.ndarray | None:
+    """Returns the distinct labels if they are groups, not numbers on a scale."""
+    if colors is None:
+        return None
+    distinct = np.unique(colors)
+    are_few = len(distinct) <= MOST_GROUPS and colors.dtype.kind != "f"
+    return distinct if are_few or colors.dtype.kind not in "iufb" else None
+
+
+def _palette(groups: np.ndarray) -> list[Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if len(groups) <= 10 else "tab20"]
+    return [palette(i % palette.N) for i in range(len(groups))]
+
+
+def _style(colors: np.ndarray | None) -> dict[str, Any]:
+    if colors is None:
+        return {"color": "C0"}
+    groups = _groups(colors)
+    if groups is None:
+        return {"c": colors, "cmap": "viridis"}
+    palette = _palette(groups)
+    return {"color": [palette[i] for i in np.searchsorted(groups, colors)]}
+
+
+def _histogram(axes: Axes, values: np.ndarray, name: str, colors: np.ndarray | None) -> None:
+    groups = _groups(colors)
+    if groups is None or colors is None:
+        axes.hist(values, bins=30)
+    else:
+        parts = [values[colors == group] for group in groups]
+        axes.hist(parts, bins=30, stacked=True, color=_palette(groups))
+    axes.set(xlabel=name, ylabel="rows")
+
+
+def _pairs(
+    figure: Canvas, values: np.ndarray, names: list[str], colors: np.ndarray | None
+) -> list[Axes]:
+    dims = len(names)
+    grid = figure.subplots(dims - 1, dims - 1, squeeze=False, sharex="col", sharey="row")
+    size, style = float(np.clip(3000 / len(values), 3, 20)), _style(colors)
+    for down in range(1, dims):
+        for across in range(dims - 1):
+            axes = grid[down - 1, across]
+            if across >= down:
+                axes.set_visible(False)
+                continue
+            axes.scatter(values[:, across], values[:, down], s=size, linewidths=0, **style)
+            axes.label_outer()
+    small = {"fontsize": "small"} if dims > 2 else {}
+    for i in range(dims - 1):
+        grid[-1, i].set_xlabel(names[i].replace(" (", "\n("), **small)
+        grid[i, 0].set_ylabel(names[i + 1].replace(" (", "\n("), **small)
+    return [axes for axes in grid.ravel() if axes.get_visible()]
+
+
+def _color_key(figure: Canvas, shown: list[Axes], colors: np.ndarray | None) -> None:
+    groups = _groups(colors)
+    if colors is None:
+        return
+    if groups is None:
+        if shown[0].collections:
+            figure.colorbar(shown[0].collections[0], ax=shown, label="label")
+        return
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=color, label=str(group))
+        for group, color in zip(groups, _palette(groups), strict=True)
+    ]
+    legend(figure, handles=handles, title="label")

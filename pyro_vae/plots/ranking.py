@@ -1,0 +1,45 @@
+"""Differences of models in log p(x)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .canvas import new_axes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from .canvas import Canvas
+
+__all__ = ["ranking"]
+
+
+def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
+    """Draws how far each model is from the best in mean log p(x), with error bars.
+
+    Arguments:
+        table: The result of `compare`.
+        ax: The axes to draw into; a new figure by default.
+
+    Raises:
+        ValueError: If the table has no columns `difference` and `difference_se`.
+    """
+    needed = {"difference", "difference_se"}
+    if not needed <= set(getattr(table, "columns", ())):
+        raise ValueError(f"Expected a table with the columns {sorted(needed)}; got {table!r}.")
+    names = [str(name) for name in table.index]
+    longest = max(map(len, names))
+    figure, ax = new_axes(ax, (5.5 + 0.08 * longest, 0.4 * len(names) + 1.4))
+    places = np.arange(len(names))
+    ax.axvline(0.0, color="0.6", linewidth=1.0, zorder=0)
+    bars = 2 * table["difference_se"].to_numpy()
+    label = "difference from the best ± 2 s.e."
+    ax.errorbar(table["difference"], places, xerr=bars, fmt="o", capsize=3, label=label)
+    ax.set_yticks(places, names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlabel("difference from the best ± 2 s.e., nats per row")
+    ax.set_title("Mean log p(x) of the same rows")
+    return figure

@@ -1,0 +1,146 @@
+"""Rows beside their posterior predictive distributions."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+from torch import nn
+
+from ..data.checks import checked_count
+from ..data.rows import Rows
+from ..elbos.chunks import checked_rows
+from ..engine.running import evaluating
+from ..prediction.reconstruct import reconstruct
+from ..prediction.traces import observed_values
+from .canvas import (
+    column_ticks,
+    image_of,
+    image_shape_of,
+    legend,
+    longest_name,
+    new_figure,
+    on_one_scale,
+)
+
+if TYPE_CHECKING:
+    from .canvas import Canvas
+
+__all__ = ["reconstructions"]
+
+TITLE = "Rows and their posterior predictive distributions"
+
+
+def reconstructions(
+    program: nn.Module,
+    x: Any,
+    *,
+    size: int = 8,
+    site: str | None = None,
+    image_shape: tuple[int, ...] | None = None,
+    num_samples: int = 200,
+    seed: int | None = None,
+    figure: Canvas | None = None,
+) -> Canvas:
+    """Draws rows beside their posterior predictive distributions: the mean, and an interval.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`.
+        x: The data, of which the first rows are drawn.
+        size: The number of rows that are drawn.
+        site: The name of the observed site, if the model has several.
+        image_shape: The shape of a row as an image; `()` draws lines. By default rows of 2 dims,
+            rows of 3 dims with 1 or 3 channels, and square vectors whose columns have no names
+            are drawn as images.
+        num_samples: The number of draws of each row.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+        figure: The figure or subfigure to draw into; a new one by default.
+
+    Raises:
+        ValueError: If `program` is not a program, the data do not fit it, or the image shape does
+            not fit a row.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> figure = reconstructions(vae, torch.ones(10, 64))
+        >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
+    """
+    checked_count("size", size)
+    rows = checked_rows(program, Rows.of(x, like=program, move=False)[slice(0, size)])
+    options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
+    found = reconstruct(program, rows, site=site, **options)
+    with evaluating(program):
+        data = observed_values(program, rows.to_like(program).x, found.attrs["site"])
+    found["data"] = found["mean"].copy(data=data.cpu().numpy())
+    shape = image_shape_of(tuple(data.shape[1:]), _names(found), image_shape)
+    return _lines(found, figure) if shape is None else _images(found, shape, figure)
+
+
+def _names(found: xr.Dataset) -> np.ndarray | None:
+    dims = found["mean"].dims[1:]
+    return found[dims[0]].to_numpy() if len(dims) == 1 else None
+
+
+def _images(found: xr.Dataset, shape: tuple[int, ...], figure: Canvas | None) -> Canvas:
+    found["width"] = found["upper"] - found["lower"]
+    count, site, prob = found.sizes["datum"], found.attrs["site"], found.attrs["prob"]
+    images = {
+        name: [image_of(row, shape) for row in found[name].to_numpy()]
+        for name in ("data", "mean", "width")
+    }
+    figure = new_figure(figure, (1.05 * count + 1.6, 4.0))
+    grid = figure.subplots(3, count, squeeze=False)
+    _show(figure, grid[:2], images["data"] + images["mean"], site, "gray")
+    _show(figure, grid[2:], images["width"], "width", "viridis")
+    for axes, label in zip(
+        grid[:, 0], ["data", "mean", f"width of\n{prob:.0%} interval"], strict=True
+    ):
+        axes.set_ylabel(label)
+    for axes, name in zip(grid[0], found["datum"].to_numpy(), strict=True):
+        axes.set_title(str(name), fontsize="small")
+    figure.suptitle("\n".join(textwrap.wrap(TITLE, width=12 * count + 10)))
+    return figure
+
+
+def _show(
+    figure: Canvas, grid: np.ndarray, images: list[np.ndarray], label: str, cmap: str
+) -> None:
+    images, limits = on_one_scale(images)
+    for axes, image in zip(grid.ravel(), images, strict=True):
+        shown = axes.imshow(image, cmap=cmap, **limits)
+        axes.set(xticks=[], yticks=[])
+    if images[0].ndim == 2:
+        bar = figure.colorbar(shown, ax=grid.ravel().tolist())
+        bar.ax.set_title(label, fontsize="small")
+
+
+def _lines(found: xr.Dataset, figure: Canvas | None) -> Canvas:
+    count, prob, names = found.sizes["datum"], found.attrs["prob"], _names(found)
+    across = min(count, 2)
+    down = math.ceil(count / across)
+    figure = new_figure(figure, (9.0, 1.4 * down + 1.0 + 0.07 * longest_name(names)))
+    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    flat = {name: found[name].to_numpy().reshape(count, -1) for name in found}
+    places = np.arange(flat["mean"].shape[1])
+    for i, axes in enumerate(grid.ravel()[:count]):
+        mean, low, high = (flat[name][i] for name in ("mean", "lower", "upper"))
+        bars = np.maximum((mean - low, high - mean), 0)
+        label = f"mean, {prob:.0%} interval"
+        axes.errorbar(places, mean, bars, fmt="_", color="C0", label=label)
+        axes.plot(places, flat["data"][i], "o", markersize=3.5, color="C1", label="data")
+        axes.set_title(f"datum {found['datum'].to_numpy()[i]}", fontsize="small")
+    for axes in grid.ravel()[count:]:
+        axes.set_axis_off()
+    for axes in grid[-1]:
+        column_ticks(axes, names)
+    if len(places) == 1:
+        grid[-1, 0].set_xticks(places)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(found.attrs["site"])
+    legend(figure, handles=grid[0, 0].get_legend_handles_labels()[0])
+    figure.suptitle(TITLE)
+    return figure

@@ -1,0 +1,164 @@
+"""Reconstructions: what the posteriors of rows predict for the same rows."""
+
+import math
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from ..data.rows import Data, Rows
+from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows, data_sites
+from ..elbos.log_densities import Structure
+from ..engine.progress import progress_bar
+from ..engine.running import evaluating, seeded
+from .labels import site_coordinates
+from .traces import predictive_trace, values_by_row
+
+__all__ = ["central_interval", "reconstruct"]
+
+ATTRIBUTES = {
+    "mean": "mean of the replicates of {site}",
+    "mcse": "Monte Carlo standard error of mean",
+    "lower": "lower bound of the central interval of the replicates of {site}",
+    "lower_mcse": "Monte Carlo standard error of lower (from order statistics)",
+    "upper": "upper bound of the central interval of the replicates of {site}",
+    "upper_mcse": "Monte Carlo standard error of upper (from order statistics)",
+}
+
+
+def reconstruct(
+    program: nn.Module,
+    x: Any,
+    *,
+    site: str | None = None,
+    num_samples: int = 200,
+    prob: float = 0.9,
+    max_elements: int = MAX_ELEMENTS,
+    seed: int | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    r"""Predicts replicates x' of rows from their posterior: the posterior predictive distribution.
+
+    .. math:: p(x' \mid x) = \int p(x' \mid z)\, q(z \mid x)\, dz
+
+    z is drawn from the guide and x' from the model at that z, with the program in evaluation mode.
+    Latent sites that all rows share are drawn as well. If the model has several observed sites,
+    all of them are drawn anew, so that one may depend on another.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`.
+        x: The data, shape (rows, \*event), or a dict of such.
+        site: The name of the observed site that is predicted. It is needed only if the model has
+            several.
+        num_samples: The number of draws S of x' for each row, 2 or more.
+        prob: The probability of the central interval.
+        max_elements: About how many elements one tensor may have.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If `program` is not a program, the data do not fit it, an argument is out of
+            range, or the model has several observed sites and none is named.
+
+    Returns:
+        Over `datum` and the dims of the site, `{site}_dim_0`, ..., labelled by the rows and
+        columns of x, in the units of x: the `mean` of x', the bounds `lower` and `upper` of the
+        interval, and their Monte Carlo standard errors `mcse`, `lower_mcse`, `upper_mcse`. The
+        error of a bound is half the distance between the order statistics one binomial standard
+        deviation, sqrt(S p (1 - p)), below and above its rank, where p is the probability outside
+        the interval on one side. If fewer draws lie outside, the distance to the outermost draw
+        is scaled up.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> found = reconstruct(vae, torch.ones(3, 64), seed=0)
+        >>> found["mean"].dims, bool((found["lower"] <= found["upper"]).all())
+        (('datum', 'x_dim_0'), True)
+    """
+    if not (isinstance(num_samples, int) and num_samples > 1 and 0.0 < prob < 1.0):
+        raise ValueError(
+            f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
+        )
+    rows = checked_rows(program, x)
+    with evaluating(program):
+        with seeded(0):
+            plan = Plan.of(program, rows, num_samples, max_elements, predictive_trace)
+        site = _data_site(plan.structure, site)
+        with (
+            seeded(seed),
+            progress_bar(len(rows), "reconstruct", " rows", progress=progress) as bar,
+        ):
+            pieces = []
+            for piece in plan.pieces():
+                draws = _replicates(
+                    program, rows[piece].to_like(program).x, site, plan, num_samples
+                )
+                moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
+                found = moments | central_interval(draws, prob)
+                pieces.append({name: value.cpu() for name, value in found.items()})
+                bar.update(piece.stop - piece.start)
+    arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in ATTRIBUTES}
+    return _labelled(arrays, rows, {"site": site, "num_samples": num_samples, "prob": prob})
+
+
+def _data_site(known: Structure, site: str | None) -> str:
+    sites = data_sites(known)
+    if site is None and len(sites) == 1:
+        return sites[0]
+    if site not in sites:
+        raise ValueError(
+            f"Expected site to be one of the observed sites of the model, {list(sites)}; got "
+            f"{site!r}."
+        )
+    return site
+
+
+def _replicates(program: nn.Module, x: Data, site: str, plan: Plan, num_samples: int) -> Tensor:
+    parts = [
+        predictive_trace(program, x, count, plan.structure).nodes[site]
+        for count in plan.parts(num_samples)
+    ]
+    return torch.cat([values_by_row(part).double() for part in parts])
+
+
+def central_interval(draws: Tensor, prob: float) -> dict[str, Tensor]:
+    """Returns the bounds of the central interval of draws, and their Monte Carlo errors.
+
+    As many draws lie below the interval as above it.
+
+    Arguments:
+        draws: The draws, shape (S, ...).
+        prob: The probability of the interval.
+
+    Returns:
+        `lower`, `lower_mcse`, `upper` and `upper_mcse`, each of the shape of one draw.
+    """
+    size, share = len(draws), (1.0 - prob) / 2.0
+    outside = min(max(round(share * (size + 1)) - 1, 0), (size - 1) // 2)
+    step = max(1, round(math.sqrt(size * share * (1.0 - share))))
+    inner, outer = min(outside + step, size - 1), max(outside - step, 0)
+    scale = step / (inner - outer)
+    from_below = draws.sort(0).values
+    from_above = from_below.flip(0)
+    return {
+        "lower": from_below[outside],
+        "lower_mcse": (from_below[inner] - from_below[outer]) * scale,
+        "upper": from_above[outside],
+        "upper_mcse": (from_above[outer] - from_above[inner]) * scale,
+    }
+
+
+def _labelled(arrays: dict[str, Tensor], rows: Rows, attrs: dict[str, Any]) -> xr.Dataset:
+    site = attrs["site"]
+    own = site_coordinates(site, tuple(arrays["mean"].shape[1:]), rows)
+    variables = {
+        name: (
+            ("datum", *own),
+            array.numpy(),
+            {"long_name": ATTRIBUTES[name].format(site=site), "units": f"those of {site}"},
+        )
+        for name, array in arrays.items()
+    }
+    return xr.Dataset(variables, {"datum": rows.names} | own, attrs)

@@ -1,0 +1,109 @@
+"""New rows from the model of a program."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from ..data.checks import checked_count
+from ..elbos.chunks import checked_rows
+from ..elbos.log_densities import Program, latent_sites, programs_of
+from ..engine.running import evaluating, seeded
+from .traces import holds_rows, trace_of, values_by_row
+
+__all__ = ["sample", "sample_sites"]
+
+
+def sample(
+    program: nn.Module, num_rows: int, *, x: Any = None, seed: int | None = None
+) -> Tensor | dict[str, Tensor]:
+    r"""Draws new rows from the model: the prior predictive distribution p(x).
+
+    z is drawn from the prior and x from the likelihood at that z, with the program in evaluation
+    mode. A model that can run without data takes the number of rows as `size=`, as the model of a
+    `VAE` does. Any other model, one with covariates for example, runs on the rows given as `x=`:
+    what it reads from them is kept, and what it observes is drawn anew. Latent sites that all rows
+    share are drawn once, for all new rows.
+
+    Arguments:
+        program: A module with the Pyro programs `model` and `guide`.
+        num_rows: The number of rows n.
+        x: Rows to run the model on. New row i is drawn under row i of x; if x has fewer than n
+            rows, it is started again from its first.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+
+    Raises:
+        ValueError: If `program` is not a program, `num_rows` is not a positive integer, the model
+            needs rows x and gets none, or it has no observed site.
+
+    Returns:
+        The new rows, shape (n, \*event), if the model has one observed site; otherwise a dict of
+        them by site.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
+        >>> sample(vae, 3, seed=0).shape
+        torch.Size([3, 64])
+    """
+    drawn = sample_sites(program, num_rows, x=x, seed=seed)
+    return next(iter(drawn.values())) if len(drawn) == 1 else drawn
+
+
+def sample_sites(
+    program: nn.Module, num_rows: int, *, x: Any, seed: int | None
+) -> dict[str, Tensor]:
+    """Does the work of :func:`sample`, and returns the new rows by observed site.
+
+    Arguments:
+        program: A module with the Pyro programs `model` and `guide`.
+        num_rows: The number of rows n.
+        x: Rows to run the model on, or `None`.
+        seed: The seed of the draws; with `None` torch's generator runs on.
+    """
+    num_rows = checked_count("num_rows", num_rows)
+    model, guide = programs_of(program)
+    model = poutine.uncondition(model)
+    with evaluating(program):
+        if x is None:
+            latents = _latents(guide, size=2)
+            with seeded(seed):
+                trace = trace_of(model, size=num_rows)
+        else:
+            rows = checked_rows(program, x)
+            latents = _latents(guide, rows[:2].to_like(program).x)
+            repeated = rows[torch.arange(num_rows, device=rows.device) % len(rows)]
+            with seeded(seed):
+                trace = trace_of(model, repeated.to_like(program).x)
+    return _drawn_data(trace, latents)
+
+
+def _latents(guide: Program, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """Returns the sites that the guide draws, from a run on two rows."""
+    try:
+        with seeded(0):
+            return dict(latent_sites(trace_of(guide, *args, **kwargs)))
+    except TypeError as error:
+        if not kwargs:
+            raise
+        raise ValueError(
+            f"The program cannot run without data ({error}). Pass rows as x=: new "
+            "rows are drawn under their covariates, and what the model observes is drawn anew."
+        ) from error
+
+
+def _drawn_data(trace: Trace, latents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the values of the sites that the guide does not draw, which hold data."""
+    drawn = {
+        name: values_by_row(site)
+        for name, site in trace.nodes.items()
+        if name not in latents and holds_rows(site)
+    }
+    if not drawn:
+        raise ValueError(
+            "The model has no observed site in the plate 'data', so there are no rows to draw."
+        )
+    return drawn
