@@ -24,6 +24,7 @@ from .evidence import log_evidence as log_evidence
 from .programs import VAE as VAE
 from .programs import load as load
 from .programs import save as save
+from .training import Callback as Callback
 from .training import History as History
 from .training import fit as fit
 from .training import svi as svi

@@ -477,7 +477,7 @@ def test_an_existing_run_is_kept(table: str, capsys: pytest.CaptureFixture[str])
     assert "--resume or --overwrite" in capsys.readouterr().err
     assert Path("r/spec.json").read_bytes() == before
     assert run(*NORMAL, "--out", "r", "--resume", "--seed", "1") == 2
-    assert "Expected the fit that the checkpoint is of" in capsys.readouterr().err
+    assert "This checkpoint belongs to another fit" in capsys.readouterr().err
     assert Path("r/spec.json").read_bytes() == before
     assert run(*NORMAL, "--out", "r", "--overwrite", "--seed", "1") == 0
     assert Path("r/spec.json").read_bytes() != before

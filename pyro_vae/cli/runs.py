@@ -23,7 +23,8 @@ from ..engine.running import seeded
 from ..networks.mlp import MLP
 from ..programs.saving import write_program
 from ..programs.vae import VAE
-from ..training.fit import History, fit
+from ..training.fit import fit
+from ..training.history import History
 from . import specs
 from .judgement import Judgement
 from .members import member

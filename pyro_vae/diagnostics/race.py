@@ -25,7 +25,8 @@ from ..elbos.log_densities import programs_of, structure
 from ..engine.running import seeded
 from ..evidence.log_evidence import log_evidence
 from ..evidence.pareto_k import good_k
-from ..training.fit import History, Transform, fit
+from ..training.fit import Transform, fit
+from ..training.history import History
 
 __all__ = ["Race", "race"]
 

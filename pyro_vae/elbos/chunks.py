@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..data.rows import Rows
 from .drawing import Drawing
-from .log_densities import Structure, log_densities, programs_of, structure
+from .log_densities import Structure, check_particles, log_densities, programs_of, structure
 
 __all__ = [
     "MAX_ELEMENTS",
@@ -110,6 +110,7 @@ class Plan:
             max_elements: The bound.
         """
         found = structure(program, rows[:2].to_like(program).x)
+        check_particles(program, rows[:3].to_like(program).x, found)
         elements = _elements_per_draw(program, rows, found)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))

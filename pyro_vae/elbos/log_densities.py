@@ -20,11 +20,13 @@ from ..data.rows import PLATE, Data, Rows
 from ..engine.running import evaluating, seeded
 
 __all__ = [
+    "PROGRAM_ERRORS",
     "Densities",
     "Particles",
     "Program",
     "RowTerms",
     "Structure",
+    "check_particles",
     "densities",
     "draw",
     "is_one_scale",
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 Program: TypeAlias = Callable[..., Any]
+
+PROGRAM_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 _PARTICLES = "_particles"
 
@@ -179,6 +183,55 @@ def structure(program: nn.Module, x: Data) -> Structure:
     with poutine.block(), evaluating(program), seeded(0):
         guide, model = _traces(*pair, (few,))
     return _structure_of(model, guide)
+
+
+def check_particles(program: nn.Module, x: Data, known: Structure) -> None:
+    """Runs a program with two draws of each of three rows, as what draws many of each row does.
+
+    A tensor of the rows, such as a covariate, has no dim for the draws. A program that joins it
+    to a latent, of shape (draws, rows, *event), runs with one draw of each row and fails with
+    several.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`.
+        x: A tensor of shape (rows, *event), or a dict of such tensors.
+        known: The sites and plates of the program.
+
+    Raises:
+        ValueError: If the program fails. The message says why, and which line to write.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
+        >>> check_particles(vae, torch.ones(3, 4), structure(vae, torch.ones(3, 4)))
+    """
+    model, guide = programs_of(program)
+    rows = Rows.of(x, like=program)
+    few = rows.select(torch.arange(3, device=rows.device) % len(rows))
+    particles = pyro.plate(_PARTICLES, 2, dim=-known.max_plate_nesting - 1)
+    try:
+        with poutine.block(), evaluating(program), seeded(0):
+            if known.global_latents or known.global_observed:
+                _traces(particles(model), particles(guide), (few,))
+            else:
+                densities(model, guide, (few,), 2, known)
+    except PROGRAM_ERRORS as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            "The program fails with several draws of each row, where a latent has shape (draws, "
+            f"rows, *event): {reason}. Expand each tensor of the rows to the draws before it is "
+            f"joined to a latent, for example {_expanded(few, known)}."
+        ) from error
+
+
+def _expanded(x: Data, known: Structure) -> str:
+    """The line that gives a tensor of the rows the dims of the draws, as Python code."""
+    named = {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, dict) else {"x": x}
+    name = next((name for name in named if name != "x['x']"), next(iter(named)))
+    latent = (*known.latents, *known.global_latents, "z")[0]
+    events = len(known.event_shapes.get(latent, (1,)))
+    dims = f"{latent}.shape[:-{events}]" if events else f"{latent}.shape"
+    return f"{name}.expand({', '.join(['*' + dims, *['-1'] * (named[name].ndim - 1)])})"
 
 
 def log_densities(
