@@ -239,7 +239,9 @@ def test_another_program_is_refused_and_keeps_its_weights(name: str, tmp_path: P
     fit(small(), tmp_path / "run", max_epochs=1)
     program = PROGRAMS[name]()
     before = weights(program)
-    with pytest.raises(ValueError, match="^(Expected the program|This checkpoint belongs)"):
+    with pytest.raises(
+        ValueError, match="Expected the program|checkpoint belongs|parameters to train"
+    ):
         fit(program, tmp_path / "run", resume=True)
     assert_same(weights(program), before)
 

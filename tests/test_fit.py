@@ -1300,12 +1300,7 @@ def test_an_error_in_a_callback_leaves_the_world_as_it_was(method: str) -> None:
     before = world(vae)
     with pytest.raises(BrokenError):
         fit(vae, X, callbacks=[failing])
-    after = world(vae)
-    if method == "on_end":  # called once the modes are those of before
-        vae.train()
-        vae.decoder.eval()
-        after["modes"] = world(vae)["modes"]
-    assert after == before
+    assert world(vae) == before
 
 
 @pytest.mark.parametrize(

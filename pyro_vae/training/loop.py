@@ -135,7 +135,8 @@ class Loop:
         else:
             state.program.load_state_dict(state.best)
         history = self._history(stopped)
-        self.callback.on_end(history)
+        with kept_modes(state.program):
+            self.callback.on_end(history)
         return history
 
     def _epochs(self, bar: "tqdm[Any]", interrupted: threading.Event) -> str:
@@ -266,7 +267,7 @@ class Loop:
             "elbo": repr(elbo) if is_ours else call_of(elbo, {k: getattr(elbo, k) for k in names}),
             "optimizer": call_of(state.optimizer, state.optimizer.defaults),
             "schedule": schedule and call_of(schedule, schedule.state_dict()),
-            "trained tensors": len(self.svi.parameters),
+            "number of trained tensors": len(self.svi.parameters),
         }
 
 
