@@ -165,7 +165,7 @@ DATA: dict[str, Case] = {
     "complex": (lambda w: w.fit(x=ones(9, 6).to(torch.complex64)), "real numbers"),
     "complex in numpy": (lambda w: w.fit(x=np.ones((9, 6), complex)), "numbers"),
     "ragged": (lambda w: w.fit(x=[[1.0, 0.0], [1.0]]), "array of numbers"),
-    "fields for a VAE": (lambda w: w.fit(x={"x": w.x}), "one tensor of data"),
+    "fields for a VAE": (lambda w: w.fit(x={"a": w.x}), "rows of x for a VAE"),
     "fields of two lengths": (
         lambda w: w.fit(Program(), {"a": ones(9, 2), "b": ones(8)}),
         "equally many rows",

@@ -257,7 +257,7 @@ def test_the_terms_are_those_of_log_densities() -> None:
 def test_rows_are_checked_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
-    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     fit(small(), X, validation=X[:9], max_epochs=1)
     assert max(moved) == 4
     bad = X.clone()

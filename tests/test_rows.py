@@ -9,7 +9,8 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pyro_vae.data.rows import Rows, floating_like
+from pyro_vae.data.read import read
+from pyro_vae.data.rows import floating_like
 
 VALUES = np.arange(12.0).reshape(4, 3)
 SOURCES: dict[str, Any] = {
@@ -30,10 +31,10 @@ SOURCES: dict[str, Any] = {
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_floats_take_the_dtype_of_the_weights(name: str, dtype: torch.dtype) -> None:
-    rows = Rows.of(SOURCES[name], like=nn.Linear(1, 1, dtype=dtype))
+    rows = read(SOURCES[name], nn.Linear(1, 1, dtype=dtype))
     assert rows.x.dtype == dtype
     assert rows.x.tolist() == VALUES.tolist()
-    assert (len(rows), rows.names.tolist()) == (4, [0, 1, 2, 3])
+    assert (len(rows), rows.labels.tolist()) == (4, [0, 1, 2, 3])
     assert [c.tolist() for c in rows.columns["x"]] == [[0, 1, 2]]
 
 
@@ -50,58 +51,58 @@ def test_floats_take_the_dtype_of_the_weights(name: str, dtype: torch.dtype) -> 
     ],
 )
 def test_integers_are_kept(dtype: Any, kept: torch.dtype) -> None:
-    rows = Rows.of((VALUES % 2).astype(dtype), like=nn.Linear(1, 1))
+    rows = read((VALUES % 2).astype(dtype), nn.Linear(1, 1))
     assert rows.x.dtype == kept
     assert rows.x.double().tolist() == (VALUES % 2).tolist()
 
 
 def test_names_of_rows_and_columns() -> None:
     frame = pd.DataFrame(VALUES, index=list("wxyz"), columns=["a", "b", "c"])
-    rows = Rows.of(frame)
-    assert rows.names.tolist() == list("wxyz")
+    rows = read(frame)
+    assert rows.labels.tolist() == list("wxyz")
     assert rows.columns["x"][0].tolist() == ["a", "b", "c"]
-    assert rows.dims("x") == ("x_dim_0",)
+    assert list(rows.coords("x")) == ["x_dim_0"]
     days = pd.date_range("2020-01-01", periods=4)
-    assert (Rows.of(frame.set_index(days)).names == days.to_numpy()).all()
+    assert (read(frame.set_index(days)).labels == days.to_numpy()).all()
     pairs = pd.MultiIndex.from_product([["a", "b"], [1, 2]])
-    assert Rows.of(frame.set_index(pairs)).names.tolist()[0] == "('a', 1)"
-    assert Rows.of(frame["a"]).columns["x"] == ()
+    assert read(frame.set_index(pairs)).labels.tolist()[0] == "('a', 1)"
+    assert read(frame["a"]).columns["x"] == ()
 
 
 def test_a_part_keeps_its_names() -> None:
-    rows = Rows.of(pd.DataFrame(VALUES, index=list("wxyz")))
-    assert rows[1:3].names.tolist() == ["x", "y"]
+    rows = read(pd.DataFrame(VALUES, index=list("wxyz")))
+    assert rows[1:3].labels.tolist() == ["x", "y"]
     part = rows[torch.tensor([3, 0])]
-    assert part.names.tolist() == ["z", "w"]
+    assert part.labels.tolist() == ["z", "w"]
     assert part.x.tolist() == VALUES[[3, 0]].tolist()
-    assert [chunk.names.tolist() for chunk in rows.chunks(3)] == [["w", "x", "y"], ["z"]]
-    assert Rows.of(rows).names.tolist() == list("wxyz")
+    assert [chunk.labels.tolist() for chunk in rows.chunks(3)] == [["w", "x", "y"], ["z"]]
+    assert read(rows).labels.tolist() == list("wxyz")
 
 
 def test_dicts_of_fields() -> None:
-    rows = Rows.of({"a": VALUES, "b": np.arange(4), "c": VALUES[:, :, None] > 3})
+    rows = read({"a": VALUES, "b": np.arange(4), "c": VALUES[:, :, None] > 3})
     assert (len(rows), set(rows.fields)) == (4, {"a", "b", "c"})
     assert [f.dtype for f in rows.fields.values()] == [torch.float32, torch.int64, torch.bool]
     assert rows.select(slice(2))["b"].tolist() == [0, 1]
     assert {k: len(v) for k, v in rows[torch.tensor([1])].x.items()} == {"a": 1, "b": 1, "c": 1}
-    assert rows.dims("c") == ("c_dim_0", "c_dim_1")
-    assert rows.digest() != Rows.of({"a": VALUES, "b": np.arange(4)}).digest()
+    assert list(rows.coords("c")) == ["c_dim_0", "c_dim_1"]
+    assert rows.digest() != read({"a": VALUES, "b": np.arange(4)}).digest()
 
 
 def test_what_is_given_is_not_changed_nor_tied() -> None:
     frozen = VALUES.copy()
     frozen.setflags(write=False)
-    Rows.of(frozen, like=nn.Linear(1, 1, dtype=torch.float64)).x.add_(1.0)
+    read(frozen, nn.Linear(1, 1, dtype=torch.float64)).x.add_(1.0)
     assert (frozen == VALUES).all()
     leaf = torch.ones(2, 2, requires_grad=True)
-    assert not Rows.of(leaf).x.requires_grad
+    assert not read(leaf).x.requires_grad
 
 
 def test_digests_tell_data_apart() -> None:
-    same = [Rows.of(VALUES), Rows.of(torch.from_numpy(VALUES)), Rows.of(pd.DataFrame(VALUES))]
+    same = [read(VALUES), read(torch.from_numpy(VALUES)), read(pd.DataFrame(VALUES))]
     assert len({rows.digest() for rows in same}) == 1
     others = [VALUES.T, VALUES + 1e-3, VALUES.reshape(4, 3, 1), VALUES.astype(int), VALUES[::-1]]
-    assert len({Rows.of(other).digest() for other in others} | {same[0].digest()}) == 6
+    assert len({read(other).digest() for other in others} | {same[0].digest()}) == 6
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -124,7 +125,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_holds_no_rows_is_refused(name: str) -> None:
     x, message = REFUSED[name]
     with pytest.raises(ValueError, match=f"^Expected .*({message})"):
-        Rows.of(x)
+        read(x)
 
 
 def test_the_dtype_of_a_module() -> None:
@@ -135,7 +136,7 @@ def test_the_dtype_of_a_module() -> None:
 
 
 def test_labelled_arrays() -> None:
-    rows = Rows.of(pd.DataFrame(VALUES, index=list("wxyz"), columns=list("abc")))
+    rows = read(pd.DataFrame(VALUES, index=list("wxyz"), columns=list("abc")))
     found = rows.labelled({"mean": torch.from_numpy(VALUES)}, note="n")
     assert found["mean"].sel(datum="x", x_dim_0="b") == VALUES[1, 1]
     assert found.attrs == {"note": "n"}

@@ -16,6 +16,7 @@ __all__ = [
     "checked_shape",
     "closest",
     "is_size",
+    "part_size",
     "perhaps",
     "short",
 ]
@@ -108,6 +109,37 @@ def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     if not shape or not all(map(is_size, shape)):
         raise ValueError(f"Expected an event shape of positive sizes; got {event_shape!r}.")
     return shape
+
+
+def part_size(name: str, part: Any, rows: int) -> int:
+    """Returns the number of rows of one part of a split, at least one row on either side.
+
+    Arguments:
+        name: The name of the argument.
+        part: The share of the rows in this part, in (0, 1), or their number.
+        rows: The number of rows to split.
+
+    Raises:
+        ValueError: If the share or the number is out of range, or there is only one row.
+
+    Example:
+        >>> part_size("test", 0.2, 12), part_size("test", 3, 12)
+        (2, 3)
+    """
+    is_count = isinstance(part, Integral) and not isinstance(part, bool)
+    is_share = isinstance(part, Real) and 0.0 < float(part) < 1.0
+    if not is_share and not (is_count and part > 0):
+        raise ValueError(
+            f"Expected {name} to be a share in (0, 1), or a number of rows; got {part!r}."
+        )
+    if rows < 2:
+        raise ValueError("Expected at least 2 rows to hold some out; got 1.")
+    if is_count and part >= rows:
+        raise ValueError(
+            f"Expected {name} to be a share in (0, 1), or fewer than the {rows} rows that there "
+            f"are; got {part!r}."
+        )
+    return int(part) if is_count else min(max(1, round(part * rows)), rows - 1)
 
 
 def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .checks import closest
+from .checks import closest, part_size
 
 __all__ = ["Dataset", "binarize", "load"]
 
@@ -99,7 +99,7 @@ class Dataset:
             ValueError: Where either set would have no row.
         """
         rows = len(self)
-        size = _test_size(test, rows)
+        size = part_size("test", test, rows)
         order = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
         return self._rows(np.sort(order[:-size])), self._rows(np.sort(order[-size:]))
 
@@ -191,17 +191,6 @@ def _described(values: Table | Labels) -> str:
     if isinstance(values, pd.DataFrame):
         return f"{values.shape} table"
     return f"{tuple(values.shape)} {values.dtype}".replace("torch.", "")
-
-
-def _test_size(test: float, rows: int) -> int:
-    share = isinstance(test, float) and 0 < test < 1
-    size = round(test * rows) if share else test
-    if isinstance(size, bool | float) or not 0 < size < rows:
-        raise ValueError(
-            f"Expected a share in (0, 1), or a number of rows, that leaves some of {rows} rows on "
-            f"both sides of the split; got {test}."
-        )
-    return int(size)
 
 
 class _Ask(NamedTuple):

@@ -16,7 +16,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from ..data.rows import PLATE, Data, Rows
+from ..data.read import read
+from ..data.rows import PLATE, Data
 from ..engine.running import evaluating, seeded
 
 __all__ = [
@@ -175,7 +176,7 @@ def structure(program: nn.Module, x: Data) -> Structure:
         ('z',)
     """
     pair = programs_of(program)
-    few = Rows.of(x, like=program).select(slice(0, 2))
+    few = read(x, program, check=False).head(2, program)
     with poutine.block(), evaluating(program), seeded(0):
         guide, model = _traces(*pair, (few,))
     return _structure_of(model, guide)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .. import plots
 from ..data.checks import checked_count, checked_positive
 from ..data.files import PathLike, load_state, read_tensors, write_tensors
+from ..data.read import read
 from ..data.rows import PLATE, Data, Rows
 from ..elbos import Estimator, Trace_ELBO
 from ..elbos.log_densities import Structure, programs_of, row_terms_of, structure
@@ -364,7 +365,7 @@ class _Run:
                 svi.total_steps = self.settings.max_epochs * (1 if is_last else self.steps)
                 svi.update(self._batch(self.rows, index))
         if (bad := int(svi.good)) < len(batches):
-            self._refuse(bad, self.rows.names[batches[bad].cpu().numpy()].tolist())
+            self._refuse(bad, self.rows.labels[batches[bad].cpu().numpy()].tolist())
         return svi.totals.summary(size, size)
 
     @contextlib.contextmanager
@@ -389,7 +390,7 @@ class _Run:
     def _batch(self, rows: Rows, index: slice | Tensor) -> Data:
         data = rows.select(index)
         if rows.device != self.device:
-            data = Rows(data, rows.names, rows.columns).to(self.device).x
+            data = Rows(data, rows.labels, rows.columns).to(self.device).x
         return self.transform(data)
 
     def _keep_best(self, record: dict[str, float]) -> None:
@@ -598,13 +599,13 @@ def _checked_rows(
 ) -> tuple[Rows, Rows | None, Structure]:
     if not callable(transform):
         raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
-    rows = Rows.of(x, like=program, move=False)
+    rows = read(x, program, check=False)
     if validation is None:
         train, held_out = rows, None
     elif isinstance(validation, float | int) and not isinstance(validation, bool):
         train, held_out = _split(rows, validation, split_seed)
     else:
-        train, held_out = rows, Rows.of(validation, like=program, move=False)
+        train, held_out = rows, read(validation, program, check=False)
     known = _check(program, train, transform, split_seed)
     if _is_shared(known) and known.is_scaled and not known.is_subsampled:
         shared = ", ".join(known.global_latents + known.global_observed)
@@ -646,7 +647,7 @@ def _check(program: nn.Module, rows: Rows, transform: Transform, seed: int) -> S
 
     def ask(piece: Rows) -> None:
         seen = transform(piece.x)
-        if (count := len(Rows.of(seen, like=program))) != len(piece):
+        if (count := len(read(seen, program, check=False))) != len(piece):
             raise ValueError(
                 f"Expected a transform that keeps the {len(piece)} rows; got {count} from it."
             )
