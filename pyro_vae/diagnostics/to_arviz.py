@@ -1,13 +1,16 @@
 """Draws of a program as ArviZ reads them."""
 
 import dataclasses
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch import Tensor, nn
+from torch.distributions import Independent
 
 from ..data.checks import checked_count
 from ..data.read import read
@@ -67,9 +70,10 @@ def to_arviz(
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
         (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior`
-        and `prior_predictive` (as many as these), `observed_data`, `sample_stats` (log_weight,
-        log_q, log_joint) and `vi_stats` (per row, as `log_evidence` returns it, from these
-        draws; of a guide of point masses, only its `elbo`).
+        and `prior_predictive` (as many as these), `observed_data` (NaN in cells that the program
+        masks), `sample_stats` (log_weight, log_q, log_joint) and `vi_stats` (per row, as
+        `log_evidence` returns it, from these draws; of a guide of point masses, only its
+        `elbo`).
 
     Raises:
         ValueError: Where `program` is none, has latent sites that rows share, or the data or
@@ -191,12 +195,38 @@ class _Run:
         value: Tensor = site["value"]
         events = len(site["fn"].event_shape)
         value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
+        if not (scored := _is_scored(site)).all():
+            value = (value if value.is_floating_point() else value.double()).where(
+                scored.to(value.device), math.nan
+            )
         plates = self.known.max_plate_nesting
         value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
         frames = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
         inner = [value.shape[dim - events] for dim in sorted(frames - {self.known.rows_dim})]
         value = value.movedim(self.known.rows_dim - events, 0)
         return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
+
+
+def _is_scored(site: Any) -> Tensor:
+    """Whether each cell of a site is in its density: not masked by a handler or a distribution.
+
+    Returns:
+        Booleans that broadcast to the site's value.
+    """
+    distribution = site["fn"]
+    scored = _of_cells(site["mask"], len(distribution.event_shape))
+    while isinstance(distribution, MaskedDistribution | Independent | ExpandedDistribution):
+        if isinstance(distribution, MaskedDistribution):
+            mask = distribution._mask
+            scored = scored & _of_cells(mask, len(distribution.event_shape)).to(scored.device)
+        distribution = distribution.base_dist
+    return scored
+
+
+def _of_cells(mask: Any, event_dims: int) -> Tensor:
+    """A mask of batches as one of cells."""
+    cells = torch.as_tensor(True if mask is None else mask)
+    return cells.reshape(cells.shape + (1,) * event_dims)
 
 
 def _values(parts: list[Densities], sites: tuple[str, ...]) -> dict[str, np.ndarray]:
