@@ -166,6 +166,18 @@ DATA: dict[str, Case] = {
     "complex in numpy": (lambda w: w.fit(x=np.ones((9, 6), complex)), "numbers"),
     "ragged": (lambda w: w.fit(x=[[1.0, 0.0], [1.0]]), "array of numbers"),
     "fields for a VAE": (lambda w: w.fit(x={"a": w.x}), "rows of x for a VAE"),
+    "context for a VAE": (
+        lambda w: pv.log_evidence(w.vae, w.x, 10, context=ones(40, 1)),
+        "VAE does not use context",
+    ),
+    "too few weights": (
+        lambda w: pv.compare({"a": w.vae}, w.x, 10, weights=ones(3)),
+        "equally many rows",
+    ),
+    "a negative weight": (
+        lambda w: pv.to_arviz(w.vae, w.x, 10, weights=-ones(40)),
+        "weights that are finite and 0 or more",
+    ),
     "fields of two lengths": (
         lambda w: w.fit(Program(), {"a": ones(9, 2), "b": ones(8)}),
         "equally many rows",
@@ -386,7 +398,7 @@ QUERIES: dict[str, Case] = {
 FILES: dict[str, Case] = {
     "a program saved over another": (
         lambda w: pv.save(w.vae, w.folder / "vae"),
-        "a folder that is not there yet",
+        "exists: choose another path",
     ),
     "a program saved over data": (
         lambda w: pv.save(w.vae, w.folder / "data", overwrite=True),
@@ -496,9 +508,10 @@ def test_bad_input_is_refused(name: str, prepared: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call(world)
     message = str(caught.value)
-    assert message.startswith("Expected ")
+    assert message[0].isupper()
+    assert message.endswith((".", ")")), message
     assert re.search(said, message), message
-    assert message.count("Expected ") == 1, message
+    assert message.count("Expected ") == message.startswith("Expected "), message
     assert [k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])] == []
     assert all(parameter.grad is None for parameter in vae.parameters())
     assert [m.training for m in vae.modules()] == modes

@@ -1,4 +1,4 @@
-"""What arguments must be: each kind is asked for in one place, and refused in the same words."""
+"""Argument validation with uniform error messages."""
 
 import difflib
 import math
@@ -32,15 +32,15 @@ def is_size(value: Any) -> bool:
 
 
 def checked_count(name: str, value: Any, *, least: int = 1) -> int:
-    """Returns an integer argument if it is large enough, and fits into 64 bits.
+    """Checks an integer argument, which must fit into 64 bits, and returns it.
 
     Arguments:
-        name: What the argument is called.
-        value: Its value.
-        least: The smallest allowed.
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+        least: The smallest value allowed.
 
     Raises:
-        ValueError: Where it is no integer, too small or too large.
+        ValueError: If the value is not an integer, or is too small or too large.
 
     Example:
         >>> checked_count("patience", 3)
@@ -54,14 +54,14 @@ def checked_count(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def checked_positive(name: str, value: Any) -> float:
-    """Returns an argument that is a positive finite number.
+    """Checks an argument that must be a positive finite number, and returns it as a float.
 
     Arguments:
-        name: What the argument is called.
-        value: Its value.
+        name: The name of the argument, for messages.
+        value: The value of the argument.
 
     Raises:
-        ValueError: Where it is no number, not finite, or 0 or less.
+        ValueError: If the value is not a number, not finite, or not positive.
 
     Example:
         >>> checked_positive("lr", 1)
@@ -74,14 +74,14 @@ def checked_positive(name: str, value: Any) -> float:
 
 
 def checked_number_of(what: str, value: Any) -> int:
-    """Returns how many there shall be of something.
+    """Checks a number of parts, which must be a positive integer, and returns it.
 
     Arguments:
-        what: Of what, in the plural.
-        value: How many.
+        what: The name of the parts in the plural, for messages.
+        value: The number.
 
     Raises:
-        ValueError: Where it is not a positive integer.
+        ValueError: If the number is not a positive integer.
 
     Example:
         >>> checked_number_of("components", 10)
@@ -93,13 +93,13 @@ def checked_number_of(what: str, value: Any) -> int:
 
 
 def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Returns an event shape as a tuple.
+    """Checks an event shape, and returns it as a tuple.
 
     Arguments:
         event_shape: An int or a tuple of ints.
 
     Raises:
-        ValueError: Where it is empty, or a size is not a positive integer.
+        ValueError: If the shape is empty, or a size is not a positive integer.
 
     Example:
         >>> checked_shape(8)
@@ -143,12 +143,12 @@ def part_size(name: str, part: Any, rows: int) -> int:
 
 
 def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Returns the names that a wrong one is near to, the nearest first; capitals do not count.
+    """Returns the names that are most similar to a misspelt one, ignoring case.
 
     Arguments:
-        name: The wrong name.
-        names: The right ones.
-        n: How many at most.
+        name: The misspelt name.
+        names: The correct names.
+        n: The largest number of names to return.
 
     Example:
         >>> closest("binomail", ["Binomial", "Normal", "Gamma"])
@@ -159,11 +159,11 @@ def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
 
 
 def perhaps(name: str, names: Iterable[str]) -> str:
-    """Says, at the end of a list of names, which one a wrong name is near to, if any.
+    """Returns the end of a message that suggests the name most similar to a misspelt one.
 
     Arguments:
-        name: The wrong name.
-        names: The right ones.
+        name: The misspelt name.
+        names: The correct names.
 
     Example:
         >>> perhaps("scal", ["loc", "scale"])
@@ -174,7 +174,7 @@ def perhaps(name: str, names: Iterable[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """Returns how a value is written; of a tensor only the shape.
+    """Returns the `repr` of a value, or the shape of a tensor.
 
     Arguments:
         value: Any value.
@@ -188,15 +188,15 @@ def short(value: Any) -> str:
 
 
 def checked_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
-    """Returns an argument that is a finite number, if it is large enough.
+    """Checks an argument that must be a finite number, and returns it as a float.
 
     Arguments:
-        name: What the argument is called.
-        value: Its value.
-        least: The smallest allowed.
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+        least: The smallest value allowed.
 
     Raises:
-        ValueError: Where it is no number, not finite, or too small.
+        ValueError: If the value is not a number, not finite, or too small.
 
     Example:
         >>> checked_finite("beta", 4, least=0.0)
