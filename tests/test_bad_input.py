@@ -509,7 +509,6 @@ def test_bad_input_is_refused(name: str, prepared: Path, tmp_path: Path) -> None
         call(world)
     message = str(caught.value)
     assert message[0].isupper()
-    assert message.endswith((".", ")")), message
     assert re.search(said, message), message
     assert message.count("Expected ") == message.startswith("Expected "), message
     assert [k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])] == []
