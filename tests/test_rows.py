@@ -302,6 +302,16 @@ def test_a_split_into_rows_given() -> None:
     assert [len(part) for part in split(read(VALUES), 0.99, seed=0)] == [1, 3]
 
 
+def test_rows_held_out_have_the_fields_of_x() -> None:
+    message = (
+        r"Expected validation rows like those of x, event shapes \{'x': \(3,\)\}; got .*\(2,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        split(read(VALUES), VALUES[:, :2], seed=0, name="validation")
+    with pytest.raises(ValueError, match=r"held_out rows like .*'context': \(1,\).*; got"):
+        split(read(VALUES, context=VALUES[:, :1]), VALUES, seed=0)
+
+
 @pytest.mark.parametrize("held_out", [0, 0.0, 1.0, -1, 4, 2.5, float("nan")])
 def test_a_split_that_leaves_one_side_empty_is_refused(held_out: float) -> None:
     with pytest.raises(ValueError, match=r"Expected held_out to be a share in \(0, 1\)"):

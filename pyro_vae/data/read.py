@@ -1,5 +1,6 @@
 """Reads rows from any container: one list of readers, one check by the program."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ class Field(NamedTuple):
 
     Arguments:
         values: A tensor or an array of numbers, shape (rows, *event).
-        labels: The labels along each dim, rows first; `None` for a dim without labels.
+        labels: The labels along each dim, rows first; `None` for a dim without labels. Dims at
+            the end may be left out.
         name: The label of the only row, if the array is one row, shape (*event).
     """
 
@@ -117,13 +119,13 @@ def check_rows(program: nn.Module | None, rows: Rows, transform: Transform | Non
     """
     check = getattr(program, "check", None)
 
-    def ask(piece: Rows) -> None:
+    def check_piece(piece: Rows) -> None:
         seen = piece.x if transform is None else transformed(piece, transform, program).x
         if callable(check):
             check(seen)
 
     if callable(check) or transform is not None:
-        rows.ask(ask, program)
+        rows.ask(check_piece, program)
 
 
 def transformed(rows: Rows, transform: Transform, program: nn.Module | None = None) -> Rows:
@@ -327,11 +329,10 @@ def _common_labels(fields: Mapping[str, Field], count: int) -> np.ndarray:
 
 
 def _columns(field: Field) -> tuple[np.ndarray, ...]:
-    sizes = field.values.shape[1:]
-    labels = field.labels[1:] or (None,) * len(sizes)
+    labels = itertools.chain(field.labels[1:], itertools.repeat(None))
     return tuple(
         np.arange(size) if label is None else label
-        for label, size in zip(labels, sizes, strict=True)
+        for size, label in zip(field.values.shape[1:], labels, strict=False)
     )
 
 

@@ -32,7 +32,8 @@ def split(
         name: What the caller calls the argument `held_out`, for messages.
 
     Raises:
-        ValueError: If the share or the number is out of range, or there is only one row.
+        ValueError: If the share or the number is out of range, if there is only one row, or if
+            the rows held out have other fields or event shapes.
 
     Returns:
         The rows to train on, and the rows held out.
@@ -43,7 +44,13 @@ def split(
         ([1, 2, 3], [0, 4])
     """
     if isinstance(held_out, bool) or not isinstance(held_out, Real):
-        return rows, read(held_out, program, check=False)
+        other = read(held_out, program, check=False)
+        if other.event_shapes() != rows.event_shapes():
+            raise ValueError(
+                f"Expected {name} rows like those of x, event shapes {rows.event_shapes()}; got "
+                f"{other.event_shapes()}."
+            )
+        return rows, other
     size = part_size(name, held_out, len(rows))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     order = order.to(rows.device)
