@@ -165,7 +165,19 @@ DATA: dict[str, Case] = {
     "complex": (lambda w: w.fit(x=ones(9, 6).to(torch.complex64)), "real numbers"),
     "complex in numpy": (lambda w: w.fit(x=np.ones((9, 6), complex)), "numbers"),
     "ragged": (lambda w: w.fit(x=[[1.0, 0.0], [1.0]]), "array of numbers"),
-    "fields for a VAE": (lambda w: w.fit(x={"x": w.x}), "one tensor of data"),
+    "fields for a VAE": (lambda w: w.fit(x={"a": w.x}), "rows of x for a VAE"),
+    "context for a VAE": (
+        lambda w: pv.log_evidence(w.vae, w.x, 10, context=ones(40, 1)),
+        "VAE does not use context",
+    ),
+    "too few weights": (
+        lambda w: pv.compare({"a": w.vae}, w.x, 10, weights=ones(3)),
+        "equally many rows",
+    ),
+    "a negative weight": (
+        lambda w: pv.to_arviz(w.vae, w.x, 10, weights=-ones(40)),
+        "weights that are finite and 0 or more",
+    ),
     "fields of two lengths": (
         lambda w: w.fit(Program(), {"a": ones(9, 2), "b": ones(8)}),
         "equally many rows",
@@ -184,14 +196,14 @@ DATA: dict[str, Case] = {
     ),
     "one row with validation": (
         lambda w: w.fit(x=w.x[:1], validation=0.5),
-        "At least 2 rows",
+        "at least 2 rows",
     ),
     "a share held out of 0": (lambda w: w.fit(validation=0.0), r"share in \(0, 1\).* 0.0"),
     "a share held out of 1": (lambda w: w.fit(validation=1.0), r"share in \(0, 1\).* 1.0"),
-    "no rows held out": (lambda w: w.fit(validation=0), "a number of rows from 1 to 39.*; got 0"),
-    "all rows held out": (lambda w: w.fit(validation=40), "from 1 to 39.*; got 40"),
+    "no rows held out": (lambda w: w.fit(validation=0), "or a number of rows; got 0"),
+    "all rows held out": (lambda w: w.fit(validation=40), "fewer than the 40 rows.* got 40"),
     "a share held out of NaN": (lambda w: w.fit(validation=float("nan")), "share"),
-    "validation=True": (lambda w: w.fit(validation=True), "share in .* got True"),
+    "validation=True": (lambda w: w.fit(validation=True), "scalar"),
     "no validation rows": (lambda w: w.fit(validation=ones(0, 6)), "at least one row"),
 }
 
@@ -391,7 +403,7 @@ QUERIES: dict[str, Case] = {
 FILES: dict[str, Case] = {
     "a program saved over another": (
         lambda w: pv.save(w.vae, w.folder / "vae"),
-        "a folder that is not there yet",
+        "exists: choose another path",
     ),
     "a program saved over data": (
         lambda w: pv.save(w.vae, w.folder / "data", overwrite=True),

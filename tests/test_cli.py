@@ -438,7 +438,7 @@ ERRORS = {
     "transform": ([*NORMAL, "--transform", "binarise"], "--transform binarize"),
     "schedule": ([*NORMAL, "--schedule", "cosinus"], "--schedule"),
     "lr": ([*NORMAL, "--lr", "0"], "lr"),
-    "all rows for the test": ([*NORMAL, "--test", "80"], "leaves some"),
+    "all rows for the test": ([*NORMAL, "--test", "80"], "fewer than the 80 rows"),
     "validation": ([*NORMAL, "--validation", "1.5"], "validation"),
     "device": ([*NORMAL, "--device", "tpu"], "device"),
     "both": ([*NORMAL, "--resume", "--overwrite"], "got both"),

@@ -258,7 +258,7 @@ def test_the_terms_are_those_of_log_densities() -> None:
 def test_rows_are_checked_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
-    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     fit(small(), X, validation=X[:9], max_epochs=1)
     assert max(moved) == 4
     bad = X.clone()
@@ -1121,7 +1121,7 @@ def test_context_and_weights_stand_beside_x(weights_of_rows: Tensor | None) -> N
 
 
 def test_context_is_given_once_and_for_all_rows() -> None:
-    with pytest.raises(ValueError, match="The field 'context' is in x already"):
+    with pytest.raises(ValueError, match="x already has a field 'context'"):
         fit(Covariates(), {"x": X, "context": CONTEXT}, context=CONTEXT)
     with pytest.raises(ValueError, match="equally many rows"):
         fit(Covariates(), X, context=CONTEXT[:9])

@@ -173,7 +173,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: plots.prior_samples(vae(5), size=0),
         "size to be an integer of at least 1; got 0",
     ),
-    "fields": (lambda: plots.prior_samples({"a": rows(5)}), "fields .'a'."),
+    "fields": (lambda: plots.prior_samples({"a": rows(5)}), "field 'x'; got .'a'."),
     "another image": (
         lambda: plots.reconstructions(vae(5), rows(5), image_shape=(2, 2)),
         "image shape of 5 elements",

@@ -10,8 +10,9 @@ import pandas as pd
 import xarray as xr
 from torch import nn
 
-from ..elbos.chunks import MAX_ELEMENTS, checked_rows, data_sites
-from ..elbos.log_densities import structure
+from ..data.read import read
+from ..elbos.chunks import MAX_ELEMENTS, data_sites
+from ..elbos.log_densities import programs_of, structure
 from ..engine.running import evaluating
 from ..evidence.log_evidence import log_evidence, standard_error
 
@@ -28,6 +29,8 @@ def compare(
     x: Any,
     num_samples: int = 1000,
     *,
+    context: Any = None,
+    weights: Any = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = 0,
     progress: bool = False,
@@ -42,6 +45,8 @@ def compare(
         programs: By name, modules with methods `model(x)` and `guide(x)`.
         x: The data, the same for all.
         num_samples: The number of draws S a row.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of a program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of a program.
         max_elements: About how many elements one tensor may have.
         seed: Starts the draws of each program.
         progress: Whether to show bars.
@@ -72,16 +77,17 @@ def compare(
     """
     if not isinstance(programs, Mapping) or not programs:
         raise ValueError(f"Expected a dict of programs by name; got {programs!r}.")
+    parts = {"context": context, "weights": weights}
     measures = {}
     for name, program in programs.items():
         with _naming(name):
-            measures[name] = _measures(program, x)
+            measures[name] = _measures(program, x, parts)
     _check_measures(measures)
     options: dict[str, Any] = {"max_elements": max_elements, "seed": seed, "progress": progress}
     evidence = {}
     for name, program in programs.items():
         with _naming(name):
-            evidence[name] = log_evidence(program, x, num_samples, **options)
+            evidence[name] = log_evidence(program, x, num_samples, **parts, **options)
     table = _table(evidence)
     first = next(iter(evidence.values()))
     table.attrs = {**first.attrs, "num_rows": first.sizes["datum"], "remark": REMARK}
@@ -97,10 +103,11 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{error} (program {name!r})") from error
 
 
-def _measures(program: nn.Module, x: Any) -> dict[str, str]:
-    rows = checked_rows(program, x)
+def _measures(program: nn.Module, x: Any, parts: dict[str, Any]) -> dict[str, str]:
+    programs_of(program)
+    rows = read(x, program, **parts)
     with evaluating(program):
-        found = structure(program, rows[:2].to_like(program).x)
+        found = structure(program, rows.head(2, program))
     return {site: "mass" if found.discrete[site] else "density" for site in data_sites(found)}
 
 

@@ -15,38 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 from ..data.rows import Rows
 from .drawing import Drawing
-from .log_densities import Structure, check_particles, log_densities, programs_of, structure
+from .log_densities import Structure, check_particles, log_densities, structure
 
 __all__ = [
     "MAX_ELEMENTS",
     "Plan",
-    "checked_rows",
     "data_sites",
     "give_memory_back",
     "point_masses",
 ]
 
 MAX_ELEMENTS = 2**24
-
-
-def checked_rows(program: Any, x: Any) -> Rows:
-    """Reads data as a program's rows, and lets the program's own `check` refuse them.
-
-    They take its dtype and stay on their own device, to be moved piece by piece.
-
-    Arguments:
-        program: A module with methods `model(x)` and `guide(x)`.
-        x: The data.
-
-    Raises:
-        ValueError: Where `program` is something else, or the data do not fit it.
-    """
-    programs_of(program)
-    rows = Rows.of(x, like=program, move=False)
-    check = getattr(program, "check", None)
-    if callable(check):
-        rows.ask(lambda piece: check(piece.x), program)
-    return rows
 
 
 def point_masses(program: Any, rows: Rows) -> list[str]:
@@ -56,7 +35,7 @@ def point_masses(program: Any, rows: Rows) -> list[str]:
         program: The program.
         rows: Its data, of which two rows are read.
     """
-    trace = poutine.trace(program.guide).get_trace(rows[:2].to_like(program).x)
+    trace = poutine.trace(program.guide).get_trace(rows.head(2, program))
     return [
         name
         for name, site in trace.nodes.items()
@@ -109,8 +88,8 @@ class Plan:
             num_samples: The number of draws of each row.
             max_elements: The bound.
         """
-        found = structure(program, rows[:2].to_like(program).x)
-        check_particles(program, rows[:3].to_like(program).x, found)
+        found = structure(program, rows.head(2, program))
+        check_particles(program, rows.head(3, program), found)
         elements = _elements_per_draw(program, rows, found)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))
@@ -176,7 +155,7 @@ def _stored_elements(tensor: Tensor) -> int:
 
 
 def _tensor_sizes(program: nn.Module, rows: Rows, shape: Structure, side: int) -> list[int]:
-    few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
+    few = rows.select(torch.arange(side, device=rows.device) % len(rows), program)
     noted = _TensorSizes()
     with noted:
         log_densities(program, few, side, known=shape)

@@ -15,7 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ..data.checks import checked_count, checked_finite
-from ..data.rows import Rows, floating_like
+from ..data.read import read
+from ..data.rows import floating_like
 from ..engine.replay import Outputs, Replayed, UntraceableError
 from ..engine.running import evaluating, kept_buffers, kept_generators, local_parameters
 from .log_densities import Program, RowTerms, Structure, plate_nesting, row_terms_of
@@ -529,11 +530,8 @@ def _checked_data(programs: nn.ModuleList, args: tuple[Any, ...]) -> tuple[Any, 
     """The rows that one program is asked for, checked and placed as it needs them."""
     if len(programs) != 1 or len(args) != 1:
         return args
-    x = Rows.of(args[0], like=programs[0]).x
-    check = getattr(programs[0], "check", None)
-    if callable(check):
-        check(x)
-    return (x,)
+    rows = read(args[0], programs[0], move=True)
+    return (rows.head(len(rows)),)
 
 
 def owners(*programs: Program) -> nn.ModuleList:

@@ -16,7 +16,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from ..data.rows import PLATE, Data, Rows
+from ..data.read import read
+from ..data.rows import PLATE, Data
 from ..engine.running import evaluating, seeded
 
 __all__ = [
@@ -179,7 +180,7 @@ def structure(program: nn.Module, x: Data) -> Structure:
         ('z',)
     """
     pair = programs_of(program)
-    few = Rows.of(x, like=program).select(slice(0, 2))
+    few = read(x, program, check=False).head(2, program)
     with poutine.block(), evaluating(program), seeded(0):
         guide, model = _traces(*pair, (few,))
     return _structure_of(model, guide)
@@ -206,8 +207,8 @@ def check_particles(program: nn.Module, x: Data, known: Structure) -> None:
         >>> check_particles(vae, torch.ones(3, 4), structure(vae, torch.ones(3, 4)))
     """
     model, guide = programs_of(program)
-    rows = Rows.of(x, like=program)
-    few = rows.select(torch.arange(3, device=rows.device) % len(rows))
+    rows = read(x, program, check=False)
+    few = rows.select(torch.arange(3, device=rows.device) % len(rows), program)
     particles = pyro.plate(_PARTICLES, 2, dim=-known.max_plate_nesting - 1)
     try:
         with poutine.block(), evaluating(program), seeded(0):

@@ -10,9 +10,11 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..data.checks import checked_count
-from ..data.rows import Data, floating_like
-from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows, give_memory_back, point_masses
-from ..elbos.log_densities import log_densities
+from ..data.read import read
+from ..data.rows import floating_like
+from ..data.source import Row
+from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
+from ..elbos.log_densities import log_densities, programs_of
 from ..engine.running import evaluating, seeded
 from .pareto_k import good_k, pareto_k
 
@@ -71,6 +73,8 @@ def log_evidence(
     x: Any,
     num_samples: int = 1000,
     *,
+    context: Any = None,
+    weights: Any = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
     progress: bool = False,
@@ -101,6 +105,8 @@ def log_evidence(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such.
         num_samples: The number of draws S a row, 4 or more.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         max_elements: About how many elements one tensor may have.
         seed: Starts the draws; with `None` torch's generators run on.
         progress: Whether to show a bar.
@@ -126,7 +132,8 @@ def log_evidence(
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
     checked_count("max_elements", max_elements)
-    rows = checked_rows(program, x)
+    programs_of(program)
+    rows = read(x, program, context=context, weights=weights)
     with seeded(seed), evaluating(program):
         points = point_masses(program, rows)
         if points:
@@ -141,8 +148,8 @@ def log_evidence(
         done = 0
         with _bar(len(rows) * num_samples, shown=progress) as bar:
             for piece in plan.pieces():
-                x = rows[piece].to_like(program).x
-                parts = [drawing(x, n)["log_weights"] for n in plan.parts(num_samples)]
+                row = rows.select(piece, program)
+                parts = [drawing(row, n)["log_weights"] for n in plan.parts(num_samples)]
                 waiting.append(torch.cat(parts).cpu().numpy())
                 if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
                     for name, numbers in estimates(np.concatenate(waiting, axis=1)).items():
@@ -151,7 +158,7 @@ def log_evidence(
                     waiting.clear()
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
-    return labelled(values, rows.names, num_samples, seed)
+    return labelled(values, rows.labels, num_samples, seed)
 
 
 def summary(evidence: xr.Dataset) -> pd.DataFrame:
@@ -289,7 +296,7 @@ def _bar(total: int, *, shown: bool) -> Any:
 
 
 def _log_weights(program: nn.Module, plan: Plan) -> Any:
-    def log_weights(x: Data, count: int) -> dict[str, Tensor]:
+    def log_weights(x: Row, count: int) -> dict[str, Tensor]:
         found = log_densities(program, x, count, known=plan.structure)
         return {"log_weights": found.log_weights}
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..data.checks import checked_count
+from ..data.read import read
 from ..data.rows import Rows
 from ..engine.running import evaluating, seeded
 
@@ -142,9 +143,9 @@ def reconstructions(
     """
     checked_count("size", size)
     reconstruct = _method(program, "reconstruct")
-    rows = Rows.of(x, like=program, move=False)[slice(0, size)]
+    rows = read(x, program, check=False)[:size]
     replicates = reconstruct(rows, seed=seed)
-    data = _only_field(rows)
+    data = rows.field("x").cpu().numpy()
     shape = _image_shape(data.shape[1:], rows, image_shape)
     if shape is None:
         return _line_panels(data, replicates, rows, figure)
@@ -171,7 +172,7 @@ def _image_panels(
         _color_bar(figure, spread, grid[2:], "width")
     for axes, label in zip(grid[:, 0], ["data", "mean", f"width of\n{interval}"], strict=True):
         axes.set_ylabel(label)
-    for axes, name in zip(grid[0], rows.names, strict=True):
+    for axes, name in zip(grid[0], rows.labels, strict=True):
         axes.set_title(str(name), fontsize="small")
     gap = "\n" if count < 4 else " "
     figure.suptitle(f"Rows and their{gap}posterior predictive{gap}distributions")
@@ -217,7 +218,7 @@ def _line_panels(
             places, middle[i], np.maximum(bars, 0), fmt="_", color="C0", label=f"mean, {interval}"
         )
         axes.plot(places, data[i].ravel(), "o", markersize=3.5, color="C1", label="data")
-        axes.set_title(f"datum {rows.names[i]}", fontsize="small")
+        axes.set_title(f"datum {rows.labels[i]}", fontsize="small")
     for axes in grid.ravel()[count:]:
         axes.set_axis_off()
     for axes in grid[-1]:
@@ -230,14 +231,13 @@ def _line_panels(
 
 
 def _longest_name(rows: Rows) -> int:
-    labels = rows.columns.get("x", ())
-    is_named = len(labels) == 1 and labels[0].dtype.kind == "U" and len(labels[0]) <= MOST_TICKS
-    return max(map(len, labels[0])) if is_named else 0
+    names = rows.column_names() or []
+    return max(map(len, names), default=0) if len(names) <= MOST_TICKS else 0
 
 
 def _column_ticks(axes: Axes, rows: Rows) -> None:
-    if _longest_name(rows):
-        names = rows.columns["x"][0].tolist()
+    names = rows.column_names()
+    if names is not None and _longest_name(rows):
         axes.set_xticks(np.arange(len(names)), names, rotation=90)
     else:
         axes.set_xlabel("column")
@@ -273,8 +273,8 @@ def prior_samples(
     drawn = program
     if isinstance(program, torch.nn.Module):
         drawn = _method(program, "sample")(size, seed=seed)
-    rows = Rows.of(drawn)[slice(0, size)]
-    data = _only_field(rows)
+    rows = read(drawn)[:size]
+    data = rows.field("x").cpu().numpy()
     shape = _image_shape(data.shape[1:], rows, image_shape)
     if shape is None:
         figure = _figure(figure, (7.0, 4.0))
@@ -352,10 +352,10 @@ def _latent_means(program: Any, x: Any, num_samples: int, seed: int | None) -> n
         encode = _method(program, "encode")
         if x is None:
             raise ValueError("Expected rows x to encode; got None.")
-        rows = Rows.of(x, like=program, move=False)
+        rows = read(x, program)
         with seeded(seed), evaluating(program):
             chunks = [
-                _posterior_mean(encode(chunk.to_like(program).x), num_samples).cpu()
+                _posterior_mean(encode(chunk.head(256, program)), num_samples).cpu()
                 for chunk in rows.chunks(256)
             ]
         means = torch.cat(chunks).double().numpy()
@@ -577,12 +577,6 @@ def _figure(figure: Canvas | None, size: tuple[float, float]) -> Canvas:
     return Figure(figsize=size, layout="constrained")
 
 
-def _only_field(rows: Rows) -> np.ndarray:
-    if isinstance(rows.x, dict):
-        raise ValueError(f"Expected one array of rows; got fields {sorted(rows.x)}.")
-    return rows.x.cpu().numpy()
-
-
 def _method(program: Any, name: str) -> Any:
     method = getattr(program, name, None)
     if not callable(method):
@@ -603,9 +597,8 @@ def _image_shape(
         return asked or None
     if len(event_shape) == 1:
         side = math.isqrt(size)
-        named = rows.columns["x"][0].dtype.kind == "U"
         square = side**2 == size and side >= SMALLEST_SQUARE
-        return (side, side) if square and not named else None
+        return (side, side) if square and rows.column_names() is None else None
     return event_shape if len(event_shape) == 2 or _has_channels(event_shape) else None
 
 

@@ -20,7 +20,9 @@ from torch.nn.parameter import UninitializedBuffer
 
 from .. import priors
 from ..data.checks import checked_shape, is_size
+from ..data.read import read
 from ..data.rows import PLATE, Rows, floating_like
+from ..data.source import Row
 from ..distributions.family import Family
 from ..distributions.links import base_of
 from ..engine.running import (
@@ -176,7 +178,7 @@ class VAE(nn.Module):
             )
         _check_placed(likelihood, "likelihood")
 
-    def model(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
+    def model(self, x: Row | None = None, *, size: int | None = None) -> Tensor:
         r"""Draws z from the prior and x from the likelihood, or observes x.
 
         Arguments:
@@ -186,6 +188,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: Where neither of them is given.
         """
+        x = None if x is None else _x_of(x)
         self._state(self.prior, self.likelihood, self.decoder)
         if self._takes_encode:
             self._state(self.posterior, self.encoder)
@@ -193,7 +196,7 @@ class VAE(nn.Module):
             z = pyro.sample("z", self._prior())
             return pyro.sample("x", self.decode(z), obs=None if x is None else self._cast(x))
 
-    def guide(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
+    def guide(self, x: Row | None = None, *, size: int | None = None) -> Tensor:
         r"""Draws z from the posterior given x.
 
         Arguments:
@@ -203,6 +206,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: Where neither of them is given.
         """
+        x = None if x is None else _x_of(x)
         self._state(self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             return pyro.sample("z", self._prior() if x is None else self.encode(x))
@@ -223,13 +227,15 @@ class VAE(nn.Module):
         with unmoved_statistics(self.encoder, self.posterior):
             return self.prior(self.encode)
 
-    def encode(self, x: Tensor) -> Any:
+    def encode(self, x: Row) -> Any:
         r"""Returns q(z | x).
 
         Arguments:
             x: Rows (..., \*event_shape).
         """
-        features = _folded(self.encoder, self._cast(x), self.event_shape, self._feature_shapes[0])
+        features = _folded(
+            self.encoder, self._cast(_x_of(x)), self.event_shape, self._feature_shapes[0]
+        )
         posterior = self.posterior(features)
         if self._is_carried:
             transform = biject_to(self._prior().support).with_cache()
@@ -256,16 +262,15 @@ class VAE(nn.Module):
             ValueError: Where the shape is another, or a value is NaN, infinite or outside the
                 likelihood's support.
         """
-        rows = Rows.of(x, like=self, move=False)
-        if isinstance(rows.x, dict):
-            raise ValueError(f"Expected one tensor of data; got fields {sorted(rows.x)}.")
-        if rows.x.shape[1:] != self.event_shape:
+        rows = read(x, self, check=False)
+        shape = _x_of(rows.head(len(rows))).shape
+        if shape[1:] != self.event_shape:
             raise ValueError(
                 f"Expected rows of event shape {tuple(self.event_shape)}; got data of shape "
-                f"{tuple(rows.x.shape)}."
+                f"{tuple(shape)}."
             )
         if hasattr(self.likelihood, "check"):
-            rows.ask(lambda piece: self.likelihood.check(self._cast(piece.fields["x"])), self)
+            rows.ask(lambda piece: self.likelihood.check(self._cast(piece.field("x"))), self)
 
     def sample(self, size: int, *, seed: int | None = None) -> Tensor:
         r"""Draws new rows from the prior predictive p(x).
@@ -311,7 +316,7 @@ class VAE(nn.Module):
             raise ValueError(
                 f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
             )
-        rows = Rows.of(x, like=self, move=False)
+        rows = read(x, self, check=False)
         self.check(rows)
         shapes = (self.event_shape, self.latent_shape, *self._feature_shapes)
         size = max(1, _MAX_ELEMENTS // (num_samples * max(s.numel() for s in shapes)))
@@ -324,7 +329,7 @@ class VAE(nn.Module):
         return rows.labelled(arrays, _ATTRIBUTES, num_samples=num_samples, prob=prob)
 
     def _replicates(self, rows: Rows, num_samples: int, prob: float) -> dict[str, Tensor]:
-        z = self.encode(rows.fields["x"]).expand((num_samples, len(rows))).sample()
+        z = self.encode(rows.field("x")).expand((num_samples, len(rows))).sample()
         draws = self.decode(z).sample().double()
         moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
         return {name: v.cpu() for name, v in (moments | _central(draws, prob)).items()}
@@ -355,6 +360,20 @@ _ATTRIBUTES = {
         "upper_mcse": "Monte Carlo standard error of upper (from order statistics)",
     }.items()
 }
+
+
+def _x_of(row: Row) -> Tensor:
+    """Takes x out of a row, which must hold nothing else."""
+    if not isinstance(row, dict):
+        return row
+    if "x" not in row:
+        raise ValueError(f"Expected rows of x for a VAE; got fields {sorted(row)}.")
+    if unused := sorted(row.keys() - {"x"}):
+        raise ValueError(
+            f"A VAE does not use {' and '.join(unused)} of a row yet: pass x alone, or write a "
+            "program of your own, whose model(row) and guide(row) can use them."
+        )
+    return row["x"]
 
 
 def _own(parameter: nn.Parameter) -> Tensor:

@@ -1,8 +1,7 @@
 """fit: trains a program by stochastic variational inference."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from numbers import Integral, Real
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pyro.infer
@@ -12,7 +11,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..data.files import PathLike
-from ..data.rows import Data, Rows
+from ..data.read import check_rows, read
+from ..data.rows import Rows
+from ..data.source import Row
+from ..data.split import split
 from ..elbos import Objective, Trace_ELBO
 from ..elbos.log_densities import (
     PROGRAM_ERRORS,
@@ -143,8 +145,8 @@ def fit(
     path = checkpoint_path(checkpoint, resume=resume)
     saved = read_checkpoint(path)
     split_seed = _split_seed(seed) if saved is None else int(saved.header["split_seed"])
-    rows = _read(program, x, context, weights)
-    split = _split(program, rows, validation, transform, split_seed)
+    rows = read(x, program, context=context, weights=weights, check=False)
+    parts = _split(program, rows, validation, transform, split_seed)
     svi = SVI(
         model,
         guide,
@@ -156,10 +158,10 @@ def fit(
         precision=precision,
         max_seconds=settings.max_seconds,
     )
-    svi.objective.check(split.structure)
-    _check_particles(program, split, svi.objective, split_seed)
+    svi.objective.check(parts.structure)
+    _check_particles(program, parts, svi.objective, split_seed)
     state = State(program, svi.optimizer, _schedule_of(schedule, svi.optimizer), split_seed)
-    loop = Loop(state, svi, split, settings, target, callback, path)
+    loop = Loop(state, svi, parts, settings, target, callback, path)
     with seeded(seed):
         return loop.run(saved, progress=progress)
 
@@ -167,21 +169,6 @@ def fit(
 def _split_seed(seed: int | None) -> int:
     with kept_generators():
         return int(torch.randint(2**31, ())) if seed is None else seed
-
-
-def _read(program: nn.Module, x: Any, context: Any, weights: Any) -> Rows:
-    """Reads the rows, with their context and weights as fields beside x."""
-    parts = {"context": context, "weight": weights}
-    given = {name: value for name, value in parts.items() if value is not None}
-    if not given:
-        return Rows.of(x, like=program, move=False)
-    fields = dict(x) if isinstance(x, Mapping) else {"x": x}
-    twice = sorted(fields.keys() & given.keys())
-    if twice:
-        raise ValueError(
-            f"The field {twice[0]!r} is in x already: give it there or as an argument, not both."
-        )
-    return Rows.of(fields | given, like=program, move=False)
 
 
 def _split(
@@ -192,64 +179,34 @@ def _split(
     if not callable(change):
         raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
     train, held_out = rows, None
-    if isinstance(validation, Real):
-        train, held_out = _hold_out(rows, _count_of(validation, len(rows)), seed)
-    elif validation is not None:
-        held_out = Rows.of(validation, like=program, move=False)
-    split = Split(train, held_out, change, _checked(program, train, change, seed))
-    _check_scale(split)
+    if validation is not None:
+        train, held_out = split(rows, validation, program, seed=seed, name="validation")
+    parts = Split(train, held_out, change, _checked(program, train, change, seed))
+    _check_scale(parts)
     if held_out is not None:
-        _check_alike(train, held_out)
+        shapes, others = train.event_shapes(), held_out.event_shapes()
+        if shapes != others:
+            raise ValueError(
+                f"Expected validation rows like those of x, event shapes {shapes}; got {others}."
+            )
         _checked(program, held_out, change, seed)
-    return split
+    return parts
 
 
-def _unchanged(data: Data) -> Data:
-    return data
-
-
-def _count_of(validation: Any, num_rows: int) -> int:
-    """The number of rows to hold out, of a share or a count."""
-    if num_rows < 2:
-        raise ValueError("At least 2 rows are needed to hold some out; got 1.")
-    is_count = isinstance(validation, Integral) and not isinstance(validation, bool)
-    if is_count and 0 < validation < num_rows:
-        return int(validation)
-    if isinstance(validation, Integral) or not 0.0 < validation < 1.0:
-        raise ValueError(
-            "Expected validation to be a share in (0, 1), a number of rows from 1 to "
-            f"{num_rows - 1}, or rows; got {validation!r}."
-        )
-    return min(max(1, round(validation * num_rows)), num_rows - 1)
-
-
-def _hold_out(rows: Rows, count: int, seed: int) -> tuple[Rows, Rows]:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    order = order.to(rows.device)
-    return rows[order[count:].sort().values], rows[order[:count].sort().values]
+def _unchanged(row: Row) -> Row:
+    return row
 
 
 def _checked(program: nn.Module, rows: Rows, transform: Transform, seed: int) -> Structure:
-    """Lets the program's `check`, if it has one, refuse the rows; returns the structure."""
-    check = getattr(program, "check", None)
-
-    def check_piece(piece: Rows) -> None:
-        seen = transform(piece.x)
-        if (count := len(Rows.of(seen, like=program))) != len(piece):
-            raise ValueError(
-                f"Expected a transform that keeps the {len(piece)} rows; got {count} from it."
-            )
-        if callable(check):
-            check(seen)
-
+    """Lets the program refuse the rows, and returns its structure."""
     with seeded(seed):
-        rows.ask(check_piece, program)
-        return structure(program, transform(rows[slice(0, 2)].to_like(program).x))
+        check_rows(program, rows, transform)
+        return structure(program, transform(rows.head(2, program)))
 
 
-def _check_scale(split: Split) -> None:
-    known = split.structure
-    if split.are_rows_scaled and known.is_scaled:
+def _check_scale(parts: Split) -> None:
+    known = parts.structure
+    if parts.are_rows_scaled and known.is_scaled:
         shared = ", ".join(known.global_latents + known.global_observed)
         raise ValueError(
             "The program scales its rows (poutine.scale) and has sites outside the plate "
@@ -259,21 +216,11 @@ def _check_scale(split: Split) -> None:
         )
 
 
-def _check_alike(train: Rows, held_out: Rows) -> None:
-    shapes, others = (
-        {k: tuple(t.shape[1:]) for k, t in r.fields.items()} for r in (train, held_out)
-    )
-    if shapes != others:
-        raise ValueError(
-            f"Expected validation rows like those of x, event shapes {shapes}; got {others}."
-        )
-
-
-def _check_particles(program: nn.Module, split: Split, objective: Objective, seed: int) -> None:
+def _check_particles(program: nn.Module, parts: Split, objective: Objective, seed: int) -> None:
     """Finds programs that fail with several draws of each row: refuses them, or warns."""
-    known = split.structure
+    known = parts.structure
     with seeded(seed):
-        few = split.transform(split.train[slice(0, 3)].to_like(program).x)
+        few = parts.transform(parts.train.head(3, program))
         try:
             check_particles(program, few, known)
         except ValueError as error:
@@ -288,10 +235,10 @@ def _check_particles(program: nn.Module, split: Split, objective: Objective, see
                 )
 
 
-def _runs(objective: Objective, data: Data) -> bool:
+def _runs(objective: Objective, row: Row) -> bool:
     try:
         with objective.evaluating():
-            objective(data)
+            objective(row)
     except PROGRAM_ERRORS:
         return False
     return True

@@ -206,7 +206,7 @@ class Loop:
                 svi.total_steps = self.settings.max_epochs * (1 if is_last else self.steps)
                 svi.update(self._batch(rows, index))
         if (bad := int(svi.good)) < len(batches):
-            names = rows.names[batches[bad].cpu().numpy()].tolist()
+            names = rows.labels[batches[bad].cpu().numpy()].tolist()
             shown = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
             raise NonFiniteError(
                 "The loss or its gradient became NaN or infinite in epoch "
@@ -232,7 +232,7 @@ class Loop:
     def _batch(self, rows: Rows, index: slice | Tensor) -> Data:
         data = rows.select(index)
         if rows.device != self.device:
-            data = Rows(data, rows.names, rows.columns).to(self.device).x
+            data = Rows(data, rows.labels, rows.columns).to(self.device).x
         return self.split.transform(data)
 
     def _keep_best(self, record: Record) -> None:
