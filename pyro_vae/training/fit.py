@@ -162,7 +162,7 @@ def fit(
     _check_particles(program, parts, svi.objective, split_seed)
     state = State(program, svi.optimizer, _schedule_of(schedule, svi.optimizer), split_seed)
     loop = Loop(state, svi, parts, settings, target, callback, path)
-    with seeded(seed):
+    with seeded(settings.seed):
         return loop.run(saved, progress=progress)
 
 
