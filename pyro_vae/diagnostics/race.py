@@ -27,7 +27,7 @@ from ..engine.running import seeded
 from ..evidence.log_evidence import log_evidence
 from ..evidence.pareto_k import good_k
 from ..training.fit import Transform, fit
-from ..training.history import History
+from ..training.history import History, NonFiniteError
 
 __all__ = ["Race", "race"]
 
@@ -247,8 +247,8 @@ class _Entrants:
         options = self.options | self.limits
         try:
             history = fit(program, train, elbo=elbo, seed=seed, progress=False, **options)
-        except FloatingPointError as error:
-            return _Run(error.history, None)  # type: ignore[attr-defined]
+        except NonFiniteError as error:
+            return _Run(error.history, None)
         if history.stopped == "interrupted":
             raise KeyboardInterrupt
         return _Run(history, log_evidence(program, rows, self.num_samples, seed=self.seed))

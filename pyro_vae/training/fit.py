@@ -184,11 +184,6 @@ def _split(
     parts = Split(train, held_out, change, _checked(program, train, change, seed))
     _check_scale(parts)
     if held_out is not None:
-        shapes, others = train.event_shapes(), held_out.event_shapes()
-        if shapes != others:
-            raise ValueError(
-                f"Expected validation rows like those of x, event shapes {shapes}; got {others}."
-            )
         _checked(program, held_out, change, seed)
     return parts
 
