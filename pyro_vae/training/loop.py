@@ -99,7 +99,7 @@ class Loop:
         self.scaled = _ScaledRows(active=split.are_rows_scaled)
         self.kl_weight = torch.ones((), device=device)
         elbo = svi.objective.elbo
-        if math.isinf(elbo.max_plate_nesting):  # else Pyro spends random numbers to find out
+        if math.isinf(elbo.max_plate_nesting):  # or Pyro finds it by a run that draws
             has_particles = elbo.vectorize_particles and elbo.num_particles > 1
             elbo.max_plate_nesting = split.structure.max_plate_nesting + int(has_particles)
         if settings.warmup:
@@ -272,7 +272,10 @@ class Loop:
 
 
 def _batches(order: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Cuts the rows; a last one alone, which batch normalisation refuses, joins those before."""
+    """Cuts the rows into batches.
+
+    A last batch of one row, which batch normalisation refuses, is joined to the batch before it.
+    """
     batches = order.split(size)
     if len(batches) > 1 and len(batches[-1]) == 1:
         return (*batches[:-2], torch.cat(batches[-2:]))
