@@ -32,6 +32,7 @@ from .programs import VAE as VAE
 from .programs import Program as Program
 from .programs import load as load
 from .programs import save as save
+from .training import Callback as Callback
 from .training import History as History
 from .training import fit as fit
 from .training import svi as svi

@@ -1,6 +1,6 @@
 """Measures how the package is written: `python tests/measure.py [folder]` prints a table.
 
-Functions, their lengths, private helpers, type checks at run time and `Any`, by Python's own `ast`.
+Functions, their lengths, private helpers, type checks at run time, `Any`: by Python's own `ast`.
 """
 
 import ast

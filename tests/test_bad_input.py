@@ -165,7 +165,19 @@ DATA: dict[str, Case] = {
     "complex": (lambda w: w.fit(x=ones(9, 6).to(torch.complex64)), "real numbers"),
     "complex in numpy": (lambda w: w.fit(x=np.ones((9, 6), complex)), "numbers"),
     "ragged": (lambda w: w.fit(x=[[1.0, 0.0], [1.0]]), "array of numbers"),
-    "fields for a VAE": (lambda w: w.fit(x={"x": w.x}), "one tensor of data"),
+    "fields for a VAE": (lambda w: w.fit(x={"a": w.x}), "rows of x for a VAE"),
+    "context for a VAE": (
+        lambda w: pv.log_evidence(w.vae, w.x, 10, context=ones(40, 1)),
+        "VAE does not use context",
+    ),
+    "too few weights": (
+        lambda w: pv.compare({"a": w.vae}, w.x, 10, weights=ones(3)),
+        "equally many rows",
+    ),
+    "a negative weight": (
+        lambda w: pv.to_arviz(w.vae, w.x, 10, weights=-ones(40)),
+        "weights that are finite and 0 or more",
+    ),
     "fields of two lengths": (
         lambda w: w.fit(Program(), {"a": ones(9, 2), "b": ones(8)}),
         "equally many rows",
@@ -187,7 +199,9 @@ DATA: dict[str, Case] = {
         "at least 2 rows",
     ),
     "a share held out of 0": (lambda w: w.fit(validation=0.0), r"share in \(0, 1\).* 0.0"),
-    "a share held out of 1": (lambda w: w.fit(validation=1), r"share in \(0, 1\).* 1"),
+    "a share held out of 1": (lambda w: w.fit(validation=1.0), r"share in \(0, 1\).* 1.0"),
+    "no rows held out": (lambda w: w.fit(validation=0), "or a number of rows; got 0"),
+    "all rows held out": (lambda w: w.fit(validation=40), "fewer than the 40 rows.* got 40"),
     "a share held out of NaN": (lambda w: w.fit(validation=float("nan")), "share"),
     "validation=True": (lambda w: w.fit(validation=True), "scalar"),
     "no validation rows": (lambda w: w.fit(validation=ones(0, 6)), "at least one row"),
@@ -204,7 +218,10 @@ OPTIONS: dict[str, Case] = {
     "no epochs": (lambda w: w.fit(max_epochs=0), "max_epochs"),
     "patience of 0": (lambda w: w.fit(patience=0), "patience"),
     "warm-up below 0": (lambda w: w.fit(warmup=-1), "warmup"),
-    "warm-up too long": (lambda w: w.fit(warmup=2), "warm-up of at most max_epochs=1; got 2"),
+    "warm-up too long": (
+        lambda w: w.fit(warmup=2),
+        "warm-up of 2 epochs is longer",
+    ),
     "a norm of 0": (lambda w: w.fit(max_grad_norm=0), "max_grad_norm"),
     "a negative seed": (lambda w: w.fit(seed=-1), "seed .*at least 0; got -1"),
     "a huge seed": (lambda w: w.fit(seed=2**70), "seed"),
@@ -386,7 +403,7 @@ QUERIES: dict[str, Case] = {
 FILES: dict[str, Case] = {
     "a program saved over another": (
         lambda w: pv.save(w.vae, w.folder / "vae"),
-        "a folder that is not there yet",
+        "exists: choose another path",
     ),
     "a program saved over data": (
         lambda w: pv.save(w.vae, w.folder / "data", overwrite=True),
@@ -411,16 +428,19 @@ FILES: dict[str, Case] = {
     "a program with a pickle in it": (lambda w: pv.load(w.folder / "pickled"), "an altered file"),
     "a checkpoint that is there": (
         lambda w: w.fit(checkpoint=w.folder / "run"),
-        "a checkpoint that is not there yet, or resume=True",
+        "run exists already. Go on from it with resume=True",
     ),
     "a checkpoint that is a folder": (
         lambda w: w.fit(checkpoint=w.folder / "vae", resume=True),
         "checkpoint to be a file; got the folder",
     ),
-    "no checkpoint to resume": (lambda w: w.fit(resume=True), "the checkpoint to resume from"),
+    "no checkpoint to resume": (
+        lambda w: w.fit(resume=True),
+        "To resume a fit, give the file",
+    ),
     "a checkpoint of another fit": (
         lambda w: w.fit(checkpoint=w.folder / "run", resume=True, seed=3),
-        "the fit that the checkpoint is of.* seed was 0, is 3",
+        "checkpoint belongs to another fit: seed was 0, now 3",
     ),
     "a checkpoint with a pickle in it": (
         lambda w: w.fit(checkpoint=w.folder / "torch", resume=True),
@@ -496,9 +516,9 @@ def test_bad_input_is_refused(name: str, prepared: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call(world)
     message = str(caught.value)
-    assert message.startswith("Expected ")
+    assert message[0].isupper(), message
     assert re.search(said, message), message
-    assert message.count("Expected ") == 1, message
+    assert message.count("Expected ") == message.startswith("Expected "), message
     assert [k for k, v in vae.state_dict().items() if not torch.equal(v, before[k])] == []
     assert all(parameter.grad is None for parameter in vae.parameters())
     assert [m.training for m in vae.modules()] == modes

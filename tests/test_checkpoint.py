@@ -218,7 +218,9 @@ def test_another_fit_is_refused_by_name(name: str, tmp_path: Path) -> None:
     vae, before = small(seed=4), (tmp_path / "run").read_bytes()
     start = weights(vae)
     options = {"schedule": lambda o: lr_scheduler.StepLR(o, 2), **CHANGES[name]}
-    with pytest.raises(ValueError, match=rf"^Expected the fit .* got another: .*{name} was "):
+    with pytest.raises(
+        ValueError, match=rf"^This checkpoint belongs to another fit: .*{name} was .*, now "
+    ):
         fit(vae, tmp_path / "run", resume=True, **options)
     assert_same(weights(vae), start)
     assert (tmp_path / "run").read_bytes() == before
@@ -237,7 +239,9 @@ def test_another_program_is_refused_and_keeps_its_weights(name: str, tmp_path: P
     fit(small(), tmp_path / "run", max_epochs=1)
     program = PROGRAMS[name]()
     before = weights(program)
-    with pytest.raises(ValueError, match="^Expected "):
+    with pytest.raises(
+        ValueError, match="Expected the program|checkpoint belongs|parameters to train"
+    ):
         fit(program, tmp_path / "run", resume=True)
     assert_same(weights(program), before)
 
@@ -587,13 +591,29 @@ def test_a_program_is_no_checkpoint(tmp_path: Path) -> None:
         fit(small(), folder / "weights.safetensors", resume=True)
 
 
+@pytest.mark.parametrize("number", [None, 0, 2, "1"])
+def test_a_checkpoint_of_another_format_is_refused(number: Any, tmp_path: Path) -> None:
+    vae = small()
+    fit(vae, tmp_path / "run", max_epochs=1)
+    tensors, header = read_tensors(tmp_path / "run")
+    assert header["format"] == 1
+    del header["format"]
+    write_tensors(
+        tmp_path / "run", tensors, header | ({} if number is None else {"format": number})
+    )
+    before = weights(vae)
+    with pytest.raises(ValueError, match=rf"has format {number or 0}, and .* reads format 1 only"):
+        fit(vae, tmp_path / "run", resume=True)
+    assert_same(weights(vae), before)
+
+
 # What is there already
 
 
 def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     one, other = small(0), small(1)
     path = pv.save(one, tmp_path / "vae")
-    with pytest.raises(ValueError, match="^Expected a folder that is not there yet"):
+    with pytest.raises(ValueError, match="^The folder .* exists: choose another path"):
         pv.save(other, path)
     assert_same_program(pv.load(path), one)
     pv.save(other, path, overwrite=True)

@@ -438,7 +438,7 @@ ERRORS = {
     "transform": ([*NORMAL, "--transform", "binarise"], "--transform binarize"),
     "schedule": ([*NORMAL, "--schedule", "cosinus"], "--schedule"),
     "lr": ([*NORMAL, "--lr", "0"], "lr"),
-    "all rows for the test": ([*NORMAL, "--test", "80"], "leaves some"),
+    "all rows for the test": ([*NORMAL, "--test", "80"], "fewer than the 80 rows"),
     "validation": ([*NORMAL, "--validation", "1.5"], "validation"),
     "device": ([*NORMAL, "--device", "tpu"], "device"),
     "both": ([*NORMAL, "--resume", "--overwrite"], "got both"),
@@ -477,7 +477,7 @@ def test_an_existing_run_is_kept(table: str, capsys: pytest.CaptureFixture[str])
     assert "--resume or --overwrite" in capsys.readouterr().err
     assert Path("r/spec.json").read_bytes() == before
     assert run(*NORMAL, "--out", "r", "--resume", "--seed", "1") == 2
-    assert "Expected the fit that the checkpoint is of" in capsys.readouterr().err
+    assert "This checkpoint belongs to another fit" in capsys.readouterr().err
     assert Path("r/spec.json").read_bytes() == before
     assert run(*NORMAL, "--out", "r", "--overwrite", "--seed", "1") == 0
     assert Path("r/spec.json").read_bytes() != before

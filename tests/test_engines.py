@@ -611,7 +611,7 @@ def test_auto_compiles_what_repays_it(
     assert (few.engine, many.engine) == ("traced", "compiled")
     assert len(compiled) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["pyro_vae.training.fit"], "is_watched", lambda: True)
+        patched.setattr(sys.modules["pyro_vae.training.loop"], "is_watched", lambda: True)
         pv.fit(small(), X, max_epochs=2, engine="compiled", device="cpu")
     assert "compiling a step" in capsys.readouterr().err
     assert "in 1000 steps" in few.why

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyro_vae as pv
-from pyro_vae.data.rows import Rows
-from pyro_vae.elbos.chunks import checked_rows, point_masses
+from pyro_vae.data.read import read
+from pyro_vae.elbos.chunks import point_masses
 from pyro_vae.evidence import Evidence, good_k, log_evidence, pareto_k
 from pyro_vae.evidence.log_evidence import estimates
 
@@ -361,11 +361,11 @@ def test_bad_input_is_refused(case: str) -> None:
 def test_data_are_checked_in_pieces_and_moved_in_pieces(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
-    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     vae, x = wide_vae(), torch.zeros(10, 4, dtype=torch.float64)
     sizes: list[int] = []
     monkeypatch.setattr(vae, "check", lambda rows: sizes.append(len(rows)))
-    rows = checked_rows(vae, x)
+    rows = read(x, vae)
     assert sizes == [4, 4, 2]
     assert rows.fields["x"].dtype == torch.float32
     assert max(moved) == 4
@@ -374,11 +374,11 @@ def test_data_are_checked_in_pieces_and_moved_in_pieces(
 
 
 def test_a_refused_row_is_counted_from_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     x = torch.zeros(10, 4)
     x[9] = torch.nan
     with pytest.raises(ValueError, match="row 1. Rows are counted from row 8 here"):
-        checked_rows(wide_vae(), x)
+        read(x, wide_vae())
 
 
 class Noted(LinearGaussian):
@@ -392,4 +392,4 @@ class Noted(LinearGaussian):
 
 
 def test_an_observed_point_is_no_point_mass() -> None:
-    assert point_masses(Noted(PROGRAM.weight), Rows.of(X)) == []
+    assert point_masses(Noted(PROGRAM.weight), read(X)) == []

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 import pyro_vae as pv
+from pyro_vae.data.files import read_tensors
 from pyro_vae.elbos.log_densities import log_densities
 from pyro_vae.engine.running import evaluating, seeded
 
@@ -257,7 +258,7 @@ def test_the_terms_are_those_of_log_densities() -> None:
 def test_rows_are_checked_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
-    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     fit(small(), X, validation=X[:9], max_epochs=1)
     assert max(moved) == 4
     bad = X.clone()
@@ -462,7 +463,7 @@ def test_a_warmup_as_long_as_the_run_keeps_the_last_weights() -> None:
     history = fit(vae, X[:40], validation=X[40:], warmup=3, max_epochs=3, lr=0.1)
     assert history.best_epoch == 3
     assert validation_elbo(vae, X[40:]) == pytest.approx(history.table.validation_elbo[3])
-    with pytest.raises(ValueError, match=r"^Expected a warm-up of at most max_epochs=3; got 4"):
+    with pytest.raises(ValueError, match=r"^The warm-up of 4 epochs is longer than max_epochs=3"):
         fit(vae, X, warmup=4, max_epochs=3)
 
 
@@ -917,7 +918,9 @@ def test_a_bad_batch_changes_nothing(name: str) -> None:
     vae = small(encoder=nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)))
     spoiling = Spoiling(vae, at=5)
     make = spoiling.making(OPTIMIZERS[name])
-    with pytest.raises(FloatingPointError, match="epoch 2, batch 2 of 4, rows ") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"NaN or infinite in epoch 2, batch 2 of 4 \(rows "
+    ) as caught:
         fit(vae, as_frame(X.numpy()), transform=spoiling, optimizer=make, lr=None)
     assert "row 1" in str(caught.value)
     assert len(caught.value.history) == 1
@@ -1017,7 +1020,9 @@ class Tempered(Shared):
 
 
 def test_a_scale_beside_shared_latents_is_refused() -> None:
-    with pytest.raises(ValueError, match="Expected rows without a scale of their own beside"):
+    with pytest.raises(
+        ValueError, match=r"^The program scales its rows .* \(mean\), beside which fit"
+    ):
         fit(Tempered(), torch.randn(20))
 
 
@@ -1059,6 +1064,257 @@ def test_a_bad_step_takes_back_a_buffer_assigned_anew() -> None:
         svi.update(X / 0.0)
     assert svi.is_bad == 1.0
     assert_same(weights(vae), before)
+
+
+# Context, weights, and rows to validate on
+
+
+class Covariates(nn.Module):
+    """A decoder of z and a covariate; `expanded` says whether it allows for several draws."""
+
+    def __init__(self, *, expanded: bool = True) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(2 + 3, 6)
+        self.encoder = nn.Linear(6 + 3, 2)
+        self.expanded = expanded
+        self.seen: set[tuple[str, ...]] = set()
+
+    def model(self, x: dict[str, Tensor]) -> None:
+        self.seen.add(tuple(x))
+        context = x["context"]
+        with pyro.plate("data", len(context)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if self.expanded:
+                context = context.expand(*z.shape[:-1], -1)
+            logits = self.decoder(torch.cat([z, context], -1))
+            weights = x.get("weight", 1.0)
+            with pyro.poutine.scale(scale=weights):
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x["x"])
+
+    def guide(self, x: dict[str, Tensor]) -> None:
+        with pyro.plate("data", len(x["x"])):
+            loc = self.encoder(torch.cat([x["x"], x["context"]], -1))
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+CONTEXT = torch.randn(50, 3, generator=torch.Generator().manual_seed(4))
+LINE = r"for example x\['context'\]\.expand\(\*z\.shape\[:-1\], -1\)\."
+
+
+@pytest.mark.parametrize("weights_of_rows", [None, torch.linspace(0.5, 2.0, 50)])
+def test_context_and_weights_stand_beside_x(weights_of_rows: Tensor | None) -> None:
+    one, other = Covariates(), Covariates()
+    other.load_state_dict(one.state_dict())
+    row = {"x": X, "context": CONTEXT}
+    row |= {} if weights_of_rows is None else {"weight": weights_of_rows}
+    held_out = {name: value[:9] for name, value in row.items()}
+    fit(one, row, validation=held_out)
+    fit(
+        other,
+        X.numpy(),
+        context=pd.DataFrame(CONTEXT.numpy()),
+        weights=weights_of_rows,
+        validation=held_out,
+    )
+    assert_same(weights(one), weights(other))
+    assert one.seen == other.seen == {tuple(row)}
+
+
+def test_context_is_given_once_and_for_all_rows() -> None:
+    with pytest.raises(ValueError, match="x already has a field 'context'"):
+        fit(Covariates(), {"x": X, "context": CONTEXT}, context=CONTEXT)
+    with pytest.raises(ValueError, match="equally many rows"):
+        fit(Covariates(), X, context=CONTEXT[:9])
+    with pytest.raises(ValueError, match="Expected validation rows like those of x"):
+        fit(Covariates(), X, context=CONTEXT, validation=X[:9])
+
+
+def test_a_number_of_rows_is_held_out_as_a_share_is() -> None:
+    one, other, single = small(), small(), small()
+    fit(one, X, validation=0.2)
+    fit(other, X, validation=10)
+    assert_same(weights(one), weights(other))
+    assert fit(single, X, validation=np.int64(1)).table.validation_elbo_se.isna().all()
+
+
+# Programs that fail with several draws of each row
+
+
+def several_draws(**options: Any) -> None:
+    fit(Covariates(expanded=False), X, context=CONTEXT, **options)
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        pv.elbos.Trace_ELBO(2),
+        pv.elbos.IWAE(3),
+        pyro.infer.Trace_ELBO(num_particles=2, vectorize_particles=True),
+    ],
+)
+def test_a_covariate_without_draws_is_refused_before_the_first_step(elbo: Any) -> None:
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match=f"^The program fails with several draws .*{LINE}"):
+        several_draws(elbo=elbo, callbacks=[seen.append])
+    assert seen == []
+    fit(Covariates(), X, context=CONTEXT, elbo=elbo)
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        None,
+        pyro.infer.Trace_ELBO(),
+        pyro.infer.Trace_ELBO(num_particles=2, vectorize_particles=False),
+    ],
+)
+def test_a_fit_of_one_draw_warns_of_it(elbo: Any) -> None:
+    with pytest.warns(UserWarning, match=f"{LINE} This fit .* log_evidence and to_arviz") as said:
+        several_draws(elbo=elbo)
+    assert said[0].filename == __file__
+
+
+def test_a_fit_that_warns_is_the_same_fit() -> None:
+    one, other = Covariates(), Covariates(expanded=False)
+    other.load_state_dict(one.state_dict())
+    fit(one, X, context=CONTEXT)
+    with pytest.warns(UserWarning, match="several draws"):
+        fit(other, X, context=CONTEXT)
+    assert_same(weights(one), weights(other))
+
+
+def test_evidence_explains_it_too() -> None:
+    row = {"x": X, "context": CONTEXT}
+    with pytest.raises(ValueError, match=f"^The program fails with several draws .*{LINE}"):
+        pv.log_evidence(Covariates(expanded=False), row, 10)
+    assert pv.log_evidence(Covariates(), row, 10, seed=0).sizes == {"datum": 50}
+
+
+# Callbacks
+
+
+class Noting(pv.Callback):
+    """Notes what it is called with, draws, and stops at an epoch."""
+
+    def __init__(self, stop: int = 0, path: Path | None = None) -> None:
+        self.calls: list[Any] = []
+        self.stop, self.path = stop, path
+
+    def on_start(self, program: nn.Module, settings: Any) -> None:
+        torch.randn(3)
+        self.calls.append(("start", program, settings))
+
+    def on_epoch(self, record: dict[str, float]) -> bool:
+        torch.randn(3)
+        if self.path is not None:
+            assert len(read_tensors(self.path)[1]["records"]) == record["epoch"]
+        self.calls.append(("epoch", dict(record)))
+        record.clear()
+        return record == {} and self.calls[-1][1]["epoch"] == self.stop
+
+    def on_end(self, history: pv.History) -> None:
+        torch.randn(3)
+        self.calls.append(("end", history))
+
+
+def test_callbacks_see_the_start_each_epoch_and_the_end() -> None:
+    noting, records = Noting(), []
+    one, other = small(), small()
+    history = fit(one, X, validation=0.2, warmup=1, callbacks=[noting, records.append])
+    assert [call[0] for call in noting.calls] == ["start", "epoch", "epoch", "end"]
+    _, program, settings = noting.calls[0]
+    assert program is one
+    assert (settings.batch_size, settings.max_epochs, settings.lr) == (16, 2, 1e-3)
+    with pytest.raises(AttributeError):
+        settings.lr = 1.0
+    table = history.table.reset_index().to_dict("records")
+    assert [call[1] for call in noting.calls[1:-1]] == records == table
+    assert noting.calls[-1][1] is history
+    fit(other, X, validation=0.2, warmup=1)
+    assert_same(weights(one), weights(other))
+
+
+def test_a_callback_that_only_overrides_one_method() -> None:
+    class Ending(pv.Callback):
+        def on_end(self, history: pv.History) -> None:
+            ended.append(history.stopped)
+
+    ended: list[str] = []
+    fit(small(), X, callbacks=[Ending()])
+    assert ended == ["max_epochs"]
+
+
+@pytest.mark.parametrize("answer", [True, np.True_])
+def test_true_stops_the_fit_after_all_callbacks_were_called(answer: Any) -> None:
+    seen: list[float] = []
+    callbacks = [lambda record: answer, lambda record: seen.append(record["epoch"])]
+    history = fit(small(), X, max_epochs=9, callbacks=callbacks)
+    assert (history.stopped, len(history), history.best_epoch, seen) == ("callback", 1, 1, [1])
+
+
+@pytest.mark.parametrize("answer", [None, 1, "go on", np.float64(2.0), np.False_])
+def test_another_answer_does_not_stop_it(answer: Any) -> None:
+    assert fit(small(), X, callbacks=[lambda record: answer]).stopped == "max_epochs"
+
+
+def test_a_fit_stopped_by_a_callback_keeps_the_best_weights() -> None:
+    vae = small()
+    history = fit(
+        vae,
+        X[:40],
+        validation=X[40:],
+        lr=0.5,
+        max_epochs=20,
+        patience=None,
+        callbacks=[Noting(12)],
+    )
+    elbos = history.table.validation_elbo
+    assert (history.stopped, len(history)) == ("callback", 12)
+    assert history.best_epoch == elbos.idxmax() < 12
+    assert validation_elbo(vae, X[40:]) == pytest.approx(elbos.max(), rel=1e-6)
+
+
+def test_a_resumed_fit_starts_its_callbacks_again(tmp_path: Path) -> None:
+    whole, vae = small(), small()
+    path = tmp_path / "run"
+    options: dict[str, Any] = {"max_epochs": 5, "checkpoint": path}
+    first, second = Noting(stop=2, path=path), Noting(path=path)
+    assert fit(vae, X, callbacks=[first], **options).stopped == "callback"
+    fit(vae, X, callbacks=[second], resume=True, **options)
+    assert [call[0] for call in second.calls] == ["start", *["epoch"] * 3, "end"]
+    assert [call[1]["epoch"] for call in second.calls[1:-1]] == [3, 4, 5]
+    fit(whole, X, max_epochs=5)
+    assert_same(weights(vae), weights(whole))
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_epoch", "on_end"])
+def test_an_error_in_a_callback_leaves_the_world_as_it_was(method: str) -> None:
+    def fail(self: Any, *args: Any) -> None:
+        vae.eval()
+        torch.manual_seed(7)
+        raise BrokenError
+
+    failing = type("Failing", (pv.Callback,), {method: fail})()
+    vae = small()
+    vae.decoder.eval()
+    before = world(vae)
+    with pytest.raises(BrokenError):
+        fit(vae, X, callbacks=[failing])
+    assert world(vae) == before
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "said"),
+    [
+        ([3], "an instance of a subclass of pyro_vae.Callback, or a function .*; got 3"),
+        ([Noting], "an instance of a subclass of pyro_vae.Callback.* got <class"),
+        (print, "callbacks to be a list; got <built-in function print>"),
+        (Noting(), "callbacks to be a list; got <"),
+    ],
+)
+def test_what_is_no_callback_is_refused(callbacks: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        fit(small(), X, callbacks=callbacks)
 
 
 def test_history_in_one_line() -> None:

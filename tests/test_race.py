@@ -198,7 +198,7 @@ def test_the_standard_error_of_one_seed_is_that_over_rows() -> None:
 def test_equal_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
-    monkeypatch.setattr(importlib.import_module("pyro_vae.training.fit"), "time", clock)
+    monkeypatch.setattr(importlib.import_module("pyro_vae.training.loop"), "time", clock)
     found = race(budget=datetime.timedelta(seconds=3), seeds=[0])
     assert (found.table.epochs == 3).all()
     assert (found.table.seconds == 3).all()

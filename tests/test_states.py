@@ -9,7 +9,7 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from pyro_vae.training.states import (
+from pyro_vae.training.checkpoint import (
     generator_states,
     joined_state,
     plain,

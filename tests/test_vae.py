@@ -491,7 +491,7 @@ def test_rows_are_checked_and_encoded_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, moved: list[int]
 ) -> None:
     vae, x = small(), bits(10, 4).double()
-    monkeypatch.setattr("pyro_vae.data.rows.ASKED_AT_ONCE", 4)
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     monkeypatch.setattr("pyro_vae.programs.vae._MAX_ELEMENTS", 3 * 8 * 2)
     vae.check(x)
     assert moved == [4, 4, 2]
@@ -539,8 +539,8 @@ def test_reconstruct_refuses_what_check_refuses() -> None:
         vae.reconstruct(0.5 * torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"event shape \(4,\)"):
         vae.reconstruct(torch.ones(3, 5))
-    with pytest.raises(ValueError, match="one tensor of data"):
-        vae.reconstruct({"x": torch.ones(3, 4)})
+    with pytest.raises(ValueError, match="rows of x for a VAE; got fields"):
+        vae.reconstruct({"a": torch.ones(3, 4)})
 
 
 COUNTS = ["BetaBinomial", "Binomial", "Categorical", "NegativeBinomial", "Poisson", "Geometric"]

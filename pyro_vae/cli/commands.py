@@ -18,6 +18,7 @@ from rich.console import Console
 from .. import plots
 from ..data import datasets
 from ..data.files import new_file
+from ..data.read import read
 from ..data.rows import Rows
 from ..diagnostics import compare_elbos
 from ..engine.running import device_of
@@ -30,7 +31,6 @@ from .runs import (
     PICTURES,
     SETTINGS,
     Settings,
-    column_names,
     run,
     save_picture,
     seen,
@@ -256,8 +256,8 @@ def _rows_of_run(
     settings: dict[str, Any], data: str, label: str | None, key: str | None, seed: int
 ) -> Rows:
     """The rows of a file, as the program of a run sees them."""
-    rows = Rows.of(datasets.load(data, label=label, key=key).x)
-    expected, found = settings.get("columns"), column_names(rows)
+    rows = read(datasets.load(data, label=label, key=key))
+    expected, found = settings.get("columns"), rows.column_names()
     if expected is not None and found != expected:
         raise ValueError(f"Expected the columns of the fit, {expected}; got {found}.")
     return seen(rows, settings.get("settings", {}).get("transform"), seed)
@@ -294,7 +294,7 @@ def _compare_elbos(
     taken = _rows_of_run(settings, data, label, key, seed)
     title = f"rows of {data}"
     if _is_of_the_fit(data, key, settings.get("settings", {})):
-        held_out = np.isin(taken.names, settings["held_out_rows"])
+        held_out = np.isin(taken.labels, settings["held_out_rows"])
         taken, title = taken[torch.from_numpy(held_out)], f"rows held out from {data}"
     taken, shown = taken[slice(0, rows)], Console().is_terminal
     is_exact = linear_gaussian(program, taken) is not None

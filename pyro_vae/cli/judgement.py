@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ..data.read import read
 from ..data.rows import Rows
 from ..diagnostics import Comparison, active_units
 from ..elbos.chunks import point_masses
@@ -44,7 +45,7 @@ class Judgement:
             seed: Starts the draws.
         """
         shown = Console().is_terminal
-        rows = Rows.of(rows, like=program)
+        rows = read(rows, program, check=False, move=True)
         with evaluating(program):
             has_density = not point_masses(program, rows)
         evidence = (

@@ -17,18 +17,20 @@ from torch import nn
 from .. import plots
 from ..data import datasets
 from ..data.files import new_folder, read_json, write_json
+from ..data.read import read, transformed
 from ..data.rows import Rows
 from ..diagnostics import to_arviz
 from ..engine.running import seeded
 from ..networks.mlp import MLP
 from ..programs.saving import write_program
 from ..programs.vae import VAE
-from ..training.fit import History, fit
+from ..training.fit import fit
+from ..training.history import History
 from . import specs
 from .judgement import Judgement
 from .members import member
 
-__all__ = ["Settings", "column_names", "is_rising", "run", "save_picture", "seen", "settings_of"]
+__all__ = ["Settings", "is_rising", "run", "save_picture", "seen", "settings_of"]
 
 CHECKPOINT, EVIDENCE, HISTORY = "checkpoint.safetensors", "evidence.csv", "history.csv"
 SETTINGS, POSTERIOR, PICTURES = "fit.json", "posterior.nc", "pictures"
@@ -85,7 +87,7 @@ class Data:
         numbered = replace(data, y=torch.arange(len(data)))
         share = int(ask.test) if ask.test >= 1 else ask.test
         train, test = (part.y for part in numbered.split(share, seed=ask.seed))
-        rows = Rows.of(data.x)
+        rows = read(data)
         labels = None if data.y is None else np.asarray(data.y)[np.asarray(test)]
         return cls(rows[torch.as_tensor(train)], rows[torch.as_tensor(test)], labels)
 
@@ -99,7 +101,7 @@ def _program(ask: Settings, rows: Rows) -> VAE:
         if ask.latent is not None and shape and shape != (size,):
             raise ValueError(f"Expected --latent to be the prior's size {shape}; got {size}.")
         return VAE(
-            tuple(shown.fields["x"].shape[1:]),
+            shown.event_shapes()["x"],
             prior,
             member(ask.likelihood, "likelihood"),
             member(ask.posterior, "posterior"),
@@ -145,7 +147,7 @@ def seen(rows: Rows, transform: str | None, seed: int) -> Rows:
     if change is None:
         return rows
     with seeded(seed):
-        return Rows(change(rows.x), rows.names, rows.columns)
+        return transformed(rows, change)
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,8 @@ class Run:
         return {
             "command": self.command,
             "settings": asdict(self.ask),
-            "columns": column_names(self.rows),
-            "held_out_rows": self.rows.names.tolist(),
+            "columns": self.rows.column_names(),
+            "held_out_rows": self.rows.labels.tolist(),
             "epochs": len(self.history),
             "best_epoch": self.history.best_epoch,
             "stopped": self.history.stopped,
@@ -346,16 +348,6 @@ def _check_free(out: Path, working: Path, *, replaced: bool) -> None:
             raise ValueError(
                 f"Expected a run folder, to be replaced; got {path}, which holds {foreign[0]!r}."
             )
-
-
-def column_names(rows: Rows) -> list[str] | None:
-    """Returns the names of the columns of a table, `None` where they have none.
-
-    Arguments:
-        rows: The rows.
-    """
-    labels = rows.columns["x"]
-    return labels[0].tolist() if len(labels) == 1 and labels[0].dtype.kind == "U" else None
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

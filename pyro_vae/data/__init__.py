@@ -1,1 +1,1 @@
-"""What comes in: rows of any container, named data sets, files, and the checks of arguments."""
+"""Data: rows read from any container, named data sets, files, and argument validation."""

@@ -1,4 +1,4 @@
-"""What arguments must be: each kind is asked for in one place, and refused in the same words."""
+"""Argument validation with uniform error messages."""
 
 import difflib
 import math
@@ -16,6 +16,7 @@ __all__ = [
     "checked_shape",
     "closest",
     "is_size",
+    "part_size",
     "perhaps",
     "short",
     "size_of",
@@ -32,15 +33,15 @@ def is_size(value: Any) -> bool:
 
 
 def checked_count(name: str, value: Any, *, least: int = 1) -> int:
-    """Returns an integer argument if it is large enough, and fits into 64 bits.
+    """Checks an integer argument, which must fit into 64 bits, and returns it.
 
     Arguments:
-        name: What the argument is called.
-        value: Its value.
-        least: The smallest allowed.
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+        least: The smallest value allowed.
 
     Raises:
-        ValueError: Where it is no integer, too small or too large.
+        ValueError: If the value is not an integer, or is too small or too large.
 
     Example:
         >>> checked_count("patience", 3)
@@ -54,14 +55,14 @@ def checked_count(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def checked_positive(name: str, value: Any) -> float:
-    """Returns an argument that is a positive finite number.
+    """Checks an argument that must be a positive finite number, and returns it as a float.
 
     Arguments:
-        name: What the argument is called.
-        value: Its value.
+        name: The name of the argument, for messages.
+        value: The value of the argument.
 
     Raises:
-        ValueError: Where it is no number, not finite, or 0 or less.
+        ValueError: If the value is not a number, not finite, or not positive.
 
     Example:
         >>> checked_positive("lr", 1)
@@ -74,14 +75,14 @@ def checked_positive(name: str, value: Any) -> float:
 
 
 def checked_number_of(what: str, value: Any) -> int:
-    """Returns how many there shall be of something.
+    """Checks a number of parts, which must be a positive integer, and returns it.
 
     Arguments:
-        what: Of what, in the plural.
-        value: How many.
+        what: The name of the parts in the plural, for messages.
+        value: The number.
 
     Raises:
-        ValueError: Where it is not a positive integer.
+        ValueError: If the number is not a positive integer.
 
     Example:
         >>> checked_number_of("components", 10)
@@ -93,13 +94,13 @@ def checked_number_of(what: str, value: Any) -> int:
 
 
 def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Returns an event shape as a tuple.
+    """Checks an event shape, and returns it as a tuple.
 
     Arguments:
         event_shape: An int or a tuple of ints.
 
     Raises:
-        ValueError: Where it is empty, or a size is not a positive integer.
+        ValueError: If the shape is empty, or a size is not a positive integer.
 
     Example:
         >>> checked_shape(8)
@@ -124,13 +125,44 @@ def size_of(shape: tuple[int, ...]) -> int | tuple[int, ...]:
     return shape[0] if len(shape) == 1 else tuple(shape)
 
 
-def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Returns the names that a wrong one is near to, the nearest first; capitals do not count.
+def part_size(name: str, part: Any, rows: int) -> int:
+    """Returns the number of rows of one part of a split, at least one row on either side.
 
     Arguments:
-        name: The wrong name.
-        names: The right ones.
-        n: How many at most.
+        name: The name of the argument.
+        part: The share of the rows in this part, in (0, 1), or their number.
+        rows: The number of rows to split.
+
+    Raises:
+        ValueError: If the share or the number is out of range, or there is only one row.
+
+    Example:
+        >>> part_size("test", 0.2, 12), part_size("test", 3, 12)
+        (2, 3)
+    """
+    is_count = isinstance(part, Integral) and not isinstance(part, bool)
+    is_share = isinstance(part, Real) and 0.0 < float(part) < 1.0
+    if not is_share and not (is_count and part > 0):
+        raise ValueError(
+            f"Expected {name} to be a share in (0, 1), or a number of rows; got {part!r}."
+        )
+    if rows < 2:
+        raise ValueError("Expected at least 2 rows to hold some out; got 1.")
+    if is_count and part >= rows:
+        raise ValueError(
+            f"Expected {name} to be a share in (0, 1), or fewer than the {rows} rows that there "
+            f"are; got {part!r}."
+        )
+    return int(part) if is_count else min(max(1, round(part * rows)), rows - 1)
+
+
+def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Returns the names that are most similar to a misspelt one, ignoring case.
+
+    Arguments:
+        name: The misspelt name.
+        names: The correct names.
+        n: The largest number of names to return.
 
     Example:
         >>> closest("binomail", ["Binomial", "Normal", "Gamma"])
@@ -141,11 +173,11 @@ def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
 
 
 def perhaps(name: str, names: Iterable[str]) -> str:
-    """Says, at the end of a list of names, which one a wrong name is near to, if any.
+    """Returns the end of a message that suggests the name most similar to a misspelt one.
 
     Arguments:
-        name: The wrong name.
-        names: The right ones.
+        name: The misspelt name.
+        names: The correct names.
 
     Example:
         >>> perhaps("scal", ["loc", "scale"])
@@ -156,7 +188,7 @@ def perhaps(name: str, names: Iterable[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """Returns how a value is written: a tensor by its shape, a class by its name.
+    """Returns the `repr` of a value, the shape of a tensor, or the name of a class.
 
     Arguments:
         value: Any value.
@@ -172,15 +204,15 @@ def short(value: Any) -> str:
 
 
 def checked_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
-    """Returns an argument that is a finite number, if it is large enough.
+    """Checks an argument that must be a finite number, and returns it as a float.
 
     Arguments:
-        name: What the argument is called.
-        value: Its value.
-        least: The smallest allowed.
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+        least: The smallest value allowed.
 
     Raises:
-        ValueError: Where it is no number, not finite, or too small.
+        ValueError: If the value is not a number, not finite, or too small.
 
     Example:
         >>> checked_finite("beta", 4, least=0.0)

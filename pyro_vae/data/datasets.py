@@ -1,4 +1,4 @@
-"""Data to fit: a few named sets, and files of numbers."""
+"""Named data sets, and files of numbers."""
 
 import errno
 import gzip
@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .checks import closest
+from .checks import closest, part_size
 
 __all__ = ["Dataset", "binarize", "load"]
 
@@ -52,13 +52,13 @@ _BROKEN = (
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Rows to fit, with labels to look at them by.
+    """A data set: rows, and a class label for each row if there is one.
 
     Arguments:
-        name: What the data are called.
-        x: The rows, shape (rows, *event): a tensor in the dtype of its source, or a pandas frame
-            where rows and columns have names, which come back as coordinates of every result.
-        y: A label per row, shape (rows,): a tensor, or an array of strings.
+        name: The name of the data set.
+        x: The rows, shape (rows, *event): a tensor in the dtype of its source; or a pandas frame,
+            if rows or columns have names, which become the coordinates of every result.
+        y: The class label of each row, shape (rows,): a tensor, or an array of strings.
 
     Example:
         >>> data = load("digits")
@@ -88,18 +88,20 @@ class Dataset:
         return f"Dataset({self.name!r}, x={x}, y={y})"
 
     def split(self, test: float = 0.2, *, seed: int | None = 0) -> tuple["Dataset", "Dataset"]:
-        """Splits the rows at random into two sets, each in the order of the rows.
+        """Splits the rows at random into a training set and a test set.
+
+        Both sets keep the order of the rows.
 
         Arguments:
-            test: The share of the second set, or its number of rows.
-            seed: The seed of the split; `None` takes the last rows for the second set, as in the
+            test: The share of the rows in the test set, or their number.
+            seed: The seed of the split. With `None` the last rows are the test set, as in the
                 published split of MNIST, `load("mnist").split(test=10_000, seed=None)`.
 
         Raises:
-            ValueError: Where either set would have no row.
+            ValueError: If the share or the number is out of range, or there is only one row.
         """
         rows = len(self)
-        size = _test_size(test, rows)
+        size = part_size("test", test, rows)
         order = np.arange(rows) if seed is None else np.random.default_rng(seed).permutation(rows)
         return self._rows(np.sort(order[:-size])), self._rows(np.sort(order[-size:]))
 
@@ -118,30 +120,30 @@ def load(
     """Loads a named data set or a file of numbers.
 
     The names are `digits` and `wine`, which scikit-learn ships, and `mnist` and `fashion-mnist`,
-    which it downloads from OpenML when they are first asked for and caches.
+    which it downloads from OpenML at their first use and caches.
 
     The files are
 
     - `.npz` and `.npy`, never with pickled objects in them;
-    - `.csv` and `.parquet`, numeric tables that keep the names of their columns and, where the
-      file has them, of their rows (in a `.csv`, a first column that has no name);
-    - idx as MNIST is published, `train-images-idx3-ubyte`, with its labels where
-      `train-labels-idx1-ubyte` lies beside it.
+    - `.csv` and `.parquet`, numeric tables that keep the names of their columns and, if the
+      file has them, of their rows (in a `.csv`, a first column without a name);
+    - idx, the format of MNIST, `train-images-idx3-ubyte`, with its labels if
+      `train-labels-idx1-ubyte` is in the same folder.
 
     `.csv` and idx may be compressed (`.gz`). Missing values are left as NaN.
 
     Arguments:
         name: The name, or the path of the file.
-        key: The array of an `.npz` to take; by default `x`, or `images`, or the only one, or the
-            only one of two dims or more.
+        key: The array of an `.npz` that holds the rows; by default `x`, or `images`, or the only
+            array, or the only one with two dims or more.
         label: The array of an `.npz`, or the column of a table, that holds the labels; by default
             `y` or `labels` of an `.npz`, and no column.
         header: Whether the first line of a `.csv` names its columns.
 
     Raises:
-        ValueError: Where there is no such name, or the file does not hold what its ending says,
-            or what it holds are not numbers in at least one row.
-        OSError: Where the file or the network cannot be read.
+        ValueError: If no data set has this name, if the content of the file does not match its
+            ending, or if it is not numbers in at least one row.
+        OSError: If the file or the network cannot be read.
 
     Example:
         >>> load("wine").x.columns[:2].tolist()
@@ -151,17 +153,17 @@ def load(
         _refuse("a file", key=key, label=label)
         return Dataset(name, *_NAMED[name]())
     path = Path(name).expanduser()
-    return Dataset(path.name, *_reader(path)(path, _Ask(key, label, header)))
+    return Dataset(path.name, *_reader(path)(path, _Options(key, label, header)))
 
 
 def binarize(x: Tensor) -> Tensor:
-    r"""Draws black or white pixels with the probabilities that grey levels give.
+    r"""Draws binary pixels with the grey levels as probabilities.
 
     .. math:: b_i \sim \mathrm{Bernoulli}(x_i)
 
-    As the `transform` of a fit it draws anew at each visit of a row: dynamic binarisation. The
-    draws come from torch's generator of x's device. On a GPU the host waits for nothing: levels
-    outside [0, 1] become NaN there, which the fit finds and names.
+    As the `transform` of a fit it draws new pixels for every minibatch (dynamic binarisation),
+    from torch's generator of the device of x. On a GPU, levels outside [0, 1] become NaN instead
+    of an error, so that no step waits for the device; the fit then reports the rows.
 
     References:
         On the quantitative analysis of deep belief networks (Salakhutdinov and Murray, 2008).
@@ -171,7 +173,7 @@ def binarize(x: Tensor) -> Tensor:
         x: Grey levels of any shape: uint8 from 0 to 255, or floats from 0 to 1.
 
     Raises:
-        ValueError: Where x is of another dtype, or, on the CPU, has levels outside [0, 1].
+        ValueError: If x has another dtype or, on the CPU, levels outside [0, 1].
 
     Example:
         >>> binarize(torch.tensor([[0, 255, 0, 255]], dtype=torch.uint8))
@@ -193,24 +195,13 @@ def _described(values: Table | Labels) -> str:
     return f"{tuple(values.shape)} {values.dtype}".replace("torch.", "")
 
 
-def _test_size(test: float, rows: int) -> int:
-    share = isinstance(test, float) and 0 < test < 1
-    size = round(test * rows) if share else test
-    if isinstance(size, bool | float) or not 0 < size < rows:
-        raise ValueError(
-            f"Expected a share in (0, 1), or a number of rows, that leaves some of {rows} rows on "
-            f"both sides of the split; got {test}."
-        )
-    return int(size)
-
-
-class _Ask(NamedTuple):
+class _Options(NamedTuple):
     key: str | None
     label: str | None
     header: bool
 
 
-def _reader(path: Path) -> Callable[[Path, _Ask], _Read]:
+def _reader(path: Path) -> Callable[[Path, _Options], _Read]:
     name = path.name.lower()
     for ending, read in _FILES.items():
         if name.endswith(ending):
@@ -233,7 +224,7 @@ def _refuse(what: str, **given: str | None) -> None:
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Gives a reader's words on a broken file one form; the operating system's errors pass."""
+    """Turns any error of parsing a file into a ValueError; errors of the system pass."""
     try:
         yield
     except _BROKEN as error:
@@ -269,34 +260,36 @@ def _labels_of(array: np.ndarray, where: str) -> Labels:
     return array.astype(np.str_) if array.dtype.kind in "USO" else _numbers(array, where)
 
 
-def _npy(path: Path, ask: _Ask) -> _Read:
-    _refuse("an .npz or a table", key=ask.key, label=ask.label)
+def _npy(path: Path, options: _Options) -> _Read:
+    _refuse("an .npz or a table", key=options.key, label=options.label)
     with path.open("rb") as file, _reading(path, "a NumPy array without pickled objects"):
         array = np.lib.format.read_array(file, allow_pickle=False)
     return _rows_of(array, str(path)), None
 
 
-def _npz(path: Path, ask: _Ask) -> _Read:
+def _npz(path: Path, options: _Options) -> _Read:
     what = "an archive of NumPy arrays without pickled objects"
     with path.open("rb") as file:
         with _reading(path, what):
             archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
-        x, y = _members(archive, path, ask)
+        x, y = _members(archive, path, options)
         with _reading(path, what):
             arrays = {name: np.asarray(archive[name]) for name in (x, y) if name is not None}
     labels = None if y is None else _labels_of(arrays[y], f"{y} of {path}")
     return _rows_of(arrays[x], f"{x} of {path}"), labels
 
 
-def _members(archive: np.lib.npyio.NpzFile, path: Path, ask: _Ask) -> tuple[str, str | None]:
+def _members(
+    archive: np.lib.npyio.NpzFile, path: Path, options: _Options
+) -> tuple[str, str | None]:
     names = archive.files
-    for asked in (ask.key, ask.label):
-        if asked is not None and asked not in names:
-            raise ValueError(f"Expected one of {names} of {path}; got {asked!r}.")
-    left = [name for name in names if name != ask.key]
-    y = ask.label or next((name for name in ("y", "labels") if name in left), None)
+    for member in (options.key, options.label):
+        if member is not None and member not in names:
+            raise ValueError(f"Expected one of {names} of {path}; got {member!r}.")
+    left = [name for name in names if name != options.key]
+    y = options.label or next((name for name in ("y", "labels") if name in left), None)
     others = [name for name in names if name != y]
-    x = ask.key or next((name for name in ("x", "images") if name in others), None)
+    x = options.key or next((name for name in ("x", "images") if name in others), None)
     if x is None and len(others) != 1:
         with _reading(path, "an archive of NumPy arrays"):
             others = [name for name in others if _is_wide(archive, name)] or others
@@ -306,7 +299,7 @@ def _members(archive: np.lib.npyio.NpzFile, path: Path, ask: _Ask) -> tuple[str,
 
 
 def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
-    """Whether an array has two dims or more, by its header."""
+    """Reads from its header whether an array has two dims or more."""
     if archive.zip is None or f"{name}.npy" not in archive.zip.namelist():
         return False
     with archive.zip.open(f"{name}.npy") as file:
@@ -319,16 +312,16 @@ def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
         return len(read(file)[0]) >= 2
 
 
-def _csv(path: Path, ask: _Ask) -> _Read:
-    _refuse("an .npz", key=ask.key)
+def _csv(path: Path, options: _Options) -> _Read:
+    _refuse("an .npz", key=options.key)
     with _open(path) as file, _reading(path, "a table"), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         frame = pd.read_csv(
-            file, header=0 if ask.header else None, index_col=False, low_memory=False
+            file, header=0 if options.header else None, index_col=False, low_memory=False
         )
-    if ask.header:
+    if options.header:
         frame = _named_by_header(frame, path)
-    return _of_frame(frame, path, ask.label)
+    return _of_frame(frame, path, options.label)
 
 
 def _named_by_header(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -351,11 +344,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _parquet(path: Path, ask: _Ask) -> _Read:
-    _refuse("an .npz", key=ask.key)
+def _parquet(path: Path, options: _Options) -> _Read:
+    _refuse("an .npz", key=options.key)
     with path.open("rb") as file, _reading(path, "a Parquet table"):
         frame = pd.read_parquet(file, engine="pyarrow")
-    return _of_frame(frame, path, ask.label)
+    return _of_frame(frame, path, options.label)
 
 
 def _of_frame(frame: pd.DataFrame, path: Path, label: str | None) -> _Read:
@@ -391,8 +384,8 @@ def _numeric(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     )
 
 
-def _idx(path: Path, ask: _Ask) -> _Read:
-    _refuse("an .npz or a table", key=ask.key, label=ask.label)
+def _idx(path: Path, options: _Options) -> _Read:
+    _refuse("an .npz or a table", key=options.key, label=options.label)
     beside = path.with_name(re.sub(r"images([.-])idx3", r"labels\1idx1", path.name))
     found = beside != path and beside.is_file()
     labels = _labels_of(_idx_array(beside), str(beside)) if found else None
@@ -445,7 +438,7 @@ _NAMED: dict[str, Callable[[], _Read]] = {
     "mnist": partial(_openml, "mnist_784"),
     "fashion-mnist": partial(_openml, "Fashion-MNIST"),
 }
-_FILES: dict[str, Callable[[Path, _Ask], _Read]] = {
+_FILES: dict[str, Callable[[Path, _Options], _Read]] = {
     ".npz": _npz,
     ".npy": _npy,
     ".csv": _csv,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, then renamed; read without running code."""
+"""Files that are replaced in one step when complete, and read without running code."""
 
 import hashlib
 import json
@@ -40,16 +40,16 @@ def write_tensors(
     """Writes tensors and a header, readable as JSON, to one safetensors file.
 
     Arguments:
-        path: The file, replaced in one instant once all is written.
-        tensors: What to write, by name; each is copied to the CPU.
+        path: The file; an old one is replaced in one step when the new one is complete.
+        tensors: The tensors by name; each is copied to the CPU.
         header: Numbers, strings, lists and dicts of them.
 
     Raises:
-        OSError: Where the system refuses.
+        OSError: If the operating system cannot do it.
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    said = json.dumps(dict(header))
-    metadata = {_HEADER: said, _DIGEST: _digest(own, said)}
+    text = json.dumps(dict(header))
+    metadata = {_HEADER: text, _DIGEST: _digest(own, text)}
     with new_file(path, overwrite=True) as beside:
         beside.write_bytes(save(own, metadata))
 
@@ -57,15 +57,15 @@ def write_tensors(
 def read_tensors(
     path: PathLike, *, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what :func:`write_tensors` wrote.
+    """Reads a file of :func:`write_tensors`.
 
     Arguments:
         path: The file.
-        device: Where to put the tensors.
+        device: The device of the tensors.
 
     Raises:
-        ValueError: Where the file is not one of ours, or was altered or cut.
-        OSError: Where the system refuses.
+        ValueError: If the file was not written by :func:`write_tensors`, or was changed since.
+        OSError: If the operating system cannot do it.
     """
     content = Path(path).read_bytes()  # once: a second opening could meet a file replaced since
     try:
@@ -86,15 +86,15 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 
 def load_state(program: nn.Module, state: Mapping[str, Tensor], source: Any) -> None:
-    """Gives a program the weights of a file; of another program's it takes none.
+    """Loads weights into a program, all of them or, if any does not fit, none.
 
     Arguments:
         program: The program.
         state: The weights, by name.
-        source: Where they are from, for the message.
+        source: The file of the weights, for the message.
 
     Raises:
-        ValueError: Where names, shapes or dtypes are others than the program's.
+        ValueError: If names, shapes or dtypes differ from those of the program.
     """
     own = program.state_dict()
     differing = sorted(own.keys() ^ state.keys()) or [
@@ -113,7 +113,7 @@ def load_state(program: nn.Module, state: Mapping[str, Tensor], source: Any) -> 
 
 
 def write_json(path: PathLike, content: Mapping[str, Any]) -> None:
-    """Writes a readable JSON file, replaced in one instant once all is written.
+    """Writes a readable JSON file; an old one is replaced in one step.
 
     Arguments:
         path: The file.
@@ -130,8 +130,8 @@ def read_json(path: PathLike) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ValueError: Where it holds something else.
-        OSError: Where the system refuses.
+        ValueError: If the file holds anything else.
+        OSError: If the operating system cannot do it.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -154,19 +154,21 @@ def sha256(path: PathLike) -> str:
 
 @contextmanager
 def new_file(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a file beside a path to write to, which takes its name once all is written.
+    """Yields a temporary file to write, which is renamed to the path at the end.
 
     Arguments:
-        path: The file to make.
-        overwrite: Whether a file of that name may be replaced.
+        path: The file to write.
+        overwrite: Whether an existing file is replaced.
 
     Raises:
-        ValueError: Where it is there already and may not be replaced.
-        OSError: Where the system refuses.
+        ValueError: If the file exists and is not to be replaced.
+        OSError: If the operating system cannot do it.
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise ValueError(f"Expected a file that is not there yet; got {path}, which exists.")
+        raise ValueError(
+            f"The file {path} exists: choose another path, or allow it to be overwritten."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -181,21 +183,23 @@ def new_file(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside a path to write to, which takes its name once all is written.
+    """Yields an empty temporary folder to fill, which is renamed to the path at the end.
 
-    A folder that is replaced is moved aside first and removed last.
+    An old folder is moved aside first, and removed when the new one is in its place.
 
     Arguments:
-        path: The folder to make.
-        overwrite: Whether a folder of that name may be replaced.
+        path: The folder to write.
+        overwrite: Whether an existing folder is replaced.
 
     Raises:
-        ValueError: Where it is there already and may not be replaced, or is a file.
-        OSError: Where the system refuses.
+        ValueError: If the folder exists and is not to be replaced, or the path is a file.
+        OSError: If the operating system cannot do it.
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise ValueError(f"Expected a folder that is not there yet; got {path}, which exists.")
+        raise ValueError(
+            f"The folder {path} exists: choose another path, or allow it to be overwritten."
+        )
     if path.exists() and not path.is_dir():
         raise ValueError(f"Expected a folder to replace; got the file {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,8 +236,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _digest(tensors: Mapping[str, Tensor], said: str) -> str:
-    digest = hashlib.sha256(said.encode())
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

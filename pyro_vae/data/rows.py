@@ -1,4 +1,4 @@
-"""What a row is: counting, naming, indexing, chunks and device of a tensor or a dict of them."""
+"""Rows in memory: a tensor or a dict of tensors, with labels."""
 
 import hashlib
 import itertools
@@ -6,28 +6,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
-__all__ = ["Data", "PLATE", "Rows", "floating_like"]
+from .source import Row
 
-Data: TypeAlias = Tensor | dict[str, Tensor]
+__all__ = ["PLATE", "Rows", "floating_like"]
+
 
 PLATE = "data"
 
-ASKED_AT_ONCE = 2**14
+CHECKED_AT_ONCE = 2**14
 
 
 def floating_like(module: nn.Module | None) -> Tensor:
     """Returns an empty tensor of the floating dtype and the device of a module's weights.
 
     Arguments:
-        module: The module; one without weights, like `None`, gives torch's defaults.
+        module: The module; `None` and modules without weights give torch's defaults.
     """
     if module is not None:
         for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -38,50 +38,26 @@ def floating_like(module: nn.Module | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A table of rows: tensors that share their first dim, and what its dims are called.
+    """Rows in memory: tensors that share their first dim, with labels of rows and columns.
+
+    It is a :class:`~pyro_vae.data.source.Source`. Use :func:`~pyro_vae.data.read.read` to make
+    one from an array, a frame or a dict.
 
     Arguments:
         x: A tensor of shape (rows, *event), or a dict of tensors of as many rows.
-        names: The labels of the rows.
+        labels: The labels of the rows, shape (rows,).
         columns: For each field (`"x"` for a bare tensor) the labels along each event dim.
 
     Example:
-        >>> import numpy as np
-        >>> rows = Rows.of(np.eye(3))
-        >>> len(rows), rows.x.dtype, [len(chunk) for chunk in rows.chunks(2)]
+        >>> from pyro_vae.data.read import read
+        >>> rows = read(np.eye(3))
+        >>> len(rows), rows.field("x").dtype, [len(chunk) for chunk in rows.chunks(2)]
         (3, torch.float32, [2, 1])
     """
 
-    x: Data
-    names: np.ndarray
+    x: Row
+    labels: np.ndarray
     columns: dict[str, tuple[np.ndarray, ...]]
-
-    @classmethod
-    def of(cls, x: Any, *, like: nn.Module | None = None, move: bool = True) -> "Rows":
-        """Reads rows from a tensor, an array, a pandas frame, an xarray array or a dict of them.
-
-        Floating values take the dtype of the weights of `like`, integers and booleans stay; all
-        move to its device, if they are to move.
-
-        Arguments:
-            x: The data, shape (rows, *event), or a dict of such.
-            like: The module that will read them.
-            move: Whether they go to its device now, all at once.
-
-        Raises:
-            ValueError: Where there are no rows, no numbers, or fields of different lengths.
-        """
-        if isinstance(x, Rows):
-            return x.to_like(like, move=move)
-        fields = x if isinstance(x, Mapping) else {"x": x}
-        if not fields:
-            raise ValueError("Expected at least one field of data; got an empty dict.")
-        tensors = {name: _tensor(name, value) for name, value in fields.items()}
-        count = _common_length(tensors)
-        names = _common_names(fields, count)
-        columns = {name: _columns(value, tensors[name]) for name, value in fields.items()}
-        data = tensors if isinstance(x, Mapping) else tensors["x"]
-        return cls(data, names, columns).to_like(like, move=move)
 
     @property
     def fields(self) -> dict[str, Tensor]:
@@ -89,48 +65,97 @@ class Rows:
         return self.x if isinstance(self.x, dict) else {"x": self.x}
 
     @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return len(self)
+
+    @property
     def device(self) -> torch.device:
-        """Where the rows lie."""
+        """The device of the rows."""
         return next(iter(self.fields.values())).device
 
     def __len__(self) -> int:
         return len(next(iter(self.fields.values())))
 
     def __getitem__(self, index: slice | Tensor) -> "Rows":
-        names = self.names[index if isinstance(index, slice) else index.cpu().numpy()]
-        return Rows(self.select(index), names, self.columns)
+        labels = self.labels[index if isinstance(index, slice) else index.cpu().numpy()]
+        return Rows(self.select(index), labels, self.columns)
 
-    def select(self, index: slice | Tensor) -> Data:
-        """Returns the data alone of some rows, on their device.
+    def field(self, name: str = "x") -> Tensor:
+        """Returns one field.
+
+        Arguments:
+            name: The name of the field; `"x"` for a bare tensor.
+
+        Raises:
+            ValueError: If there is no such field.
+        """
+        if name not in self.fields:
+            raise ValueError(f"Expected rows with a field {name!r}; got {sorted(self.fields)}.")
+        return self.fields[name]
+
+    def event_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of one row of each field, by the name of the field."""
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self.fields.items()}
+
+    def select(self, index: slice | Tensor, program: nn.Module | None = None) -> Row:
+        """Returns some rows as a program takes them, without labels.
 
         Arguments:
             index: A slice, or row numbers of shape (n,).
+            program: The program to whose device and dtype the rows go; `None` leaves them as
+                they are.
         """
+        if program is not None:
+            return self[index].to_like(program).x
         if isinstance(self.x, dict):
             return {name: value[index] for name, value in self.x.items()}
         return self.x[index]
+
+    def head(self, n: int, program: nn.Module | None = None) -> Row:
+        """Returns the first rows as a program takes them, without labels.
+
+        Arguments:
+            n: The number of rows.
+            program: As in :meth:`select`.
+        """
+        return self.select(slice(n), program)
+
+    def batches(self, size: int, *, seed: int | None = None) -> Iterator[Row]:
+        """Yields every row once, in minibatches.
+
+        Arguments:
+            size: The number of rows of a minibatch; the last one may have fewer.
+            seed: The seed of a random order; `None` for the order in which the rows are stored.
+        """
+        order = torch.arange(len(self))
+        if seed is not None:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        for index in order.to(self.device).split(size):
+            yield self.select(index)
 
     def chunks(self, size: int) -> Iterator["Rows"]:
         """Cuts the rows into consecutive pieces.
 
         Arguments:
-            size: The most rows of a piece.
+            size: The largest number of rows of a piece.
         """
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
     def ask(self, check: Callable[["Rows"], Any], like: nn.Module | None) -> None:
-        """Lets a function refuse rows, which it is shown piece by piece, as a module reads them.
+        """Calls a check with all rows, piece by piece, on the device of a module.
 
         Arguments:
-            check: A function of rows that raises ValueError where it refuses them.
+            check: A function of rows that raises a ValueError if it refuses them.
             like: The module to whose device and dtype each piece goes.
 
         Raises:
-            ValueError: What the function raises, and from which row on it counts.
+            ValueError: If the check raises it; the message says from which row on the check
+                counts.
         """
-        for start in range(0, len(self), ASKED_AT_ONCE):
-            piece = self[start : start + ASKED_AT_ONCE].to_like(like)
+        for start in range(0, len(self), CHECKED_AT_ONCE):
+            piece = self[start : start + CHECKED_AT_ONCE].to_like(like)
             with _counted_from(start):
                 check(piece)
 
@@ -138,16 +163,16 @@ class Rows:
         """Moves the rows to a device.
 
         Arguments:
-            device: Where to.
+            device: The device.
         """
         return self._map(lambda tensor: tensor.to(device))
 
     def to_like(self, module: nn.Module | None, *, move: bool = True) -> "Rows":
-        """Moves the rows to a module's device, and floating values to the dtype of its weights.
+        """Casts floating values to the dtype of a module's weights, and moves to its device.
 
         Arguments:
-            module: The module; `None` gives torch's default dtype, and moves nothing.
-            move: Whether to move at all, or only cast.
+            module: The module; `None` casts to torch's default dtype and moves nothing.
+            move: Whether to move the rows; otherwise they are only cast.
         """
         like = floating_like(module)
         is_moved = move and module is not None
@@ -159,7 +184,7 @@ class Rows:
         return self._map(cast)
 
     def digest(self) -> str:
-        """A SHA-256 of the values, by which data can be told from other data."""
+        """Returns a SHA-256 of the values, which differs between different data."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.fields.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -167,38 +192,51 @@ class Rows:
                 digest.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def column_names(self) -> list[str] | None:
+        """Returns the names of the columns of x; `None` if x is no table with named columns."""
+        labels = self.columns.get("x", ())
+        return labels[0].tolist() if len(labels) == 1 and labels[0].dtype.kind == "U" else None
+
+    def coords(
+        self, site: str = "x", shape: tuple[int, ...] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Returns the labels along each event dim of a site, by the name of the dim.
+
+        The dims are called `{site}_dim_{i}`, as in ArviZ. The labels are those of the field of
+        the same name, else those of `x`, if the shapes agree; otherwise the dims are numbered.
+
+        Arguments:
+            site: The name of a field or of a site of a program.
+            shape: The event shape of the site; by default that of the field.
+        """
+        labels = self.columns.get(site, self.columns.get("x", ()))
+        if shape is not None and tuple(map(len, labels)) != shape:
+            labels = tuple(map(np.arange, shape))
+        return {f"{site}_dim_{i}": label for i, label in enumerate(labels)}
+
     def labelled(
         self,
         arrays: dict[str, Tensor],
         about: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
         **attrs: Any,
     ) -> xr.Dataset:
-        """Puts the names of rows and columns on arrays that have the shape of these rows' field.
+        """Labels arrays that have the shape of x with the labels of its rows and columns.
 
         Arguments:
             arrays: For each variable a tensor of shape (rows, *event).
-            about: For a variable what it says of itself: `long_name`, `units`.
-            attrs: What else the data set says of itself.
+            about: The attributes of each variable: `long_name`, `units`.
+            attrs: The attributes of the data set.
         """
-        dims = self.dims("x")
-        coords = {"datum": self.names} | dict(zip(dims, self.columns["x"], strict=True))
+        own = self.coords("x")
         variables = {
-            name: (("datum", *dims), array.cpu().numpy(), dict(about.get(name, {})))
+            name: (("datum", *own), array.cpu().numpy(), dict(about.get(name, {})))
             for name, array in arrays.items()
         }
-        return xr.Dataset(variables, coords, attrs)
+        return xr.Dataset(variables, {"datum": self.labels} | own, attrs)
 
-    def dims(self, field: str) -> tuple[str, ...]:
-        """The names of a field's event dims, as ArviZ writes them.
-
-        Arguments:
-            field: The name of the field, `"x"` for a bare tensor.
-        """
-        return tuple(f"{field}_dim_{i}" for i in range(len(self.columns[field])))
-
-    def _map(self, function: Any) -> "Rows":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
         fields = {name: function(tensor) for name, tensor in self.fields.items()}
-        return Rows(fields if isinstance(self.x, dict) else fields["x"], self.names, self.columns)
+        return Rows(fields if isinstance(self.x, dict) else fields["x"], self.labels, self.columns)
 
 
 @contextmanager
@@ -209,91 +247,3 @@ def _counted_from(start: int) -> Iterator[None]:
         if start == 0:
             raise
         raise ValueError(f"{error} Rows are counted from row {start} here.") from error
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    try:
-        array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected {name} to be an array of numbers; got {error}.") from error
-    if array.dtype == object:
-        array = _numbers_of_objects(name, array)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"Expected {name} to hold numbers; got dtype {array.dtype}.")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(_torch_readable(array))
-
-
-def _numbers_of_objects(name: str, array: np.ndarray) -> np.ndarray:
-    try:
-        return array.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected {name} to hold numbers; got {error}.") from error
-
-
-def _torch_readable(array: np.ndarray) -> np.ndarray:
-    unsigned = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}
-    if array.dtype in unsigned or array.dtype == np.uint64:
-        return array.astype(unsigned.get(array.dtype, np.int64))
-    if array.dtype == np.longdouble:
-        return array.astype(np.float64)
-    return np.array(array, order="C", copy=None if array.flags.writeable else True)
-
-
-def _common_length(tensors: dict[str, Tensor]) -> int:
-    for name, tensor in tensors.items():
-        if tensor.ndim == 0:
-            raise ValueError(f"Expected {name} to have rows along its first dim; got a scalar.")
-        if tensor.numel() == 0:
-            raise ValueError(
-                f"Expected at least one row of data; got {name} of shape {tuple(tensor.shape)}."
-            )
-        if tensor.is_complex():
-            raise ValueError(f"Expected {name} to hold real numbers; got dtype {tensor.dtype}.")
-    lengths = {name: len(tensor) for name, tensor in tensors.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"Expected fields of equally many rows; got {lengths}.")
-    return next(iter(lengths.values()))
-
-
-def _common_names(fields: Mapping[str, Any], count: int) -> np.ndarray:
-    """The labels of the rows, which every field that has some must agree on."""
-    labelled = {k: n for k, v in fields.items() if (n := _row_names(v)) is not None}
-    if not labelled:
-        return np.arange(count)
-    first = next(iter(labelled))
-    for name, labels in labelled.items():
-        if not np.array_equal(labels, labelled[first]):
-            raise ValueError(
-                "Expected fields whose rows have the same labels in the same order; got others in "
-                f"{name} than in {first}."
-            )
-    return labelled[first]
-
-
-def _row_names(value: Any) -> np.ndarray | None:
-    if isinstance(value, pd.DataFrame | pd.Series):
-        return _labels(value.index)
-    if isinstance(value, xr.DataArray) and value.dims[0] in value.coords:
-        return _labels(value.coords[value.dims[0]].to_index())
-    return None
-
-
-def _columns(value: Any, tensor: Tensor) -> tuple[np.ndarray, ...]:
-    if isinstance(value, pd.DataFrame):
-        return (_labels(value.columns),)
-    if isinstance(value, xr.DataArray):
-        return tuple(
-            _labels(value.coords[dim].to_index()) if dim in value.coords else np.arange(size)
-            for dim, size in zip(value.dims[1:], value.shape[1:], strict=True)
-        )
-    return tuple(np.arange(size) for size in tensor.shape[1:])
-
-
-def _labels(index: pd.Index) -> np.ndarray:
-    if isinstance(index, pd.MultiIndex) or index.dtype.kind not in "iufM":
-        return np.asarray([str(label) for label in index], dtype=np.str_)
-    return index.to_numpy()

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.checks import checked_count
-from ..data.rows import Data
-from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows
-from ..elbos.log_densities import log_densities
+from ..data.read import read
+from ..data.source import Row
+from ..elbos.chunks import MAX_ELEMENTS, Plan
+from ..elbos.log_densities import log_densities, programs_of
 from ..engine.running import evaluating, seeded
 from ..prediction.labels import unit_labels
 
@@ -22,6 +23,8 @@ def active_units(
     x: Any,
     num_samples: int = 100,
     *,
+    context: Any = None,
+    weights: Any = None,
     threshold: float = 0.01,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
@@ -39,6 +42,8 @@ def active_units(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, two rows or more.
         num_samples: The number of draws a row.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         threshold: The variance over which a unit is active.
         max_elements: About how many elements one tensor may have.
         seed: Starts the draws.
@@ -58,14 +63,15 @@ def active_units(
         ['z[0]', 'z[1]']
     """
     num_samples = checked_count("num_samples", num_samples, least=2)
-    rows = checked_rows(program, x)
+    programs_of(program)
+    rows = read(x, program, context=context, weights=weights)
     if len(rows) < 2:
         raise ValueError(f"Expected two rows or more; got {len(rows)}.")
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
         drawing = plan.drawing(program, _values(program, plan), num_samples)
         pieces = [
-            _moments(drawing, rows[piece].to_like(program).x, plan, num_samples)
+            _moments(drawing, rows.select(piece, program), plan, num_samples)
             for piece in plan.pieces()
         ]
     tables = []
@@ -78,14 +84,14 @@ def active_units(
 
 
 def _values(program: nn.Module, plan: Plan) -> Any:
-    def values(x: Data, count: int) -> dict[str, Tensor]:
+    def values(x: Row, count: int) -> dict[str, Tensor]:
         return log_densities(program, x, count, known=plan.structure).values
 
     return values
 
 
 def _moments(
-    drawing: Any, x: Data, plan: Plan, num_samples: int
+    drawing: Any, x: Row, plan: Plan, num_samples: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     parts = [drawing(x, count) for count in plan.parts(num_samples)]
     return {

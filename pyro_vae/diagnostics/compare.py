@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .. import plots
-from ..elbos.chunks import MAX_ELEMENTS, checked_rows, data_sites
-from ..elbos.log_densities import structure
+from ..data.read import read
+from ..elbos.chunks import MAX_ELEMENTS, data_sites
+from ..elbos.log_densities import programs_of, structure
 from ..engine.running import evaluating
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 
@@ -63,6 +64,8 @@ def compare(
     x: Any,
     num_samples: int = 1000,
     *,
+    context: Any = None,
+    weights: Any = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
     progress: bool = True,
@@ -78,6 +81,8 @@ def compare(
         programs: By name, modules with methods `model(x)` and `guide(x)`.
         x: The data, the same for all programs.
         num_samples: The number of draws S of each row.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of a program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of a program.
         max_elements: About how many elements one tensor may have.
         seed: The seed of the draws, the same for each program. With `None` one is drawn from
             torch's generator.
@@ -112,17 +117,18 @@ def compare(
     """
     if not isinstance(programs, Mapping) or not programs:
         raise ValueError(f"Expected a dict of programs by name; got {programs!r}.")
+    parts = {"context": context, "weights": weights}
     measures = {}
     for name, program in programs.items():
         with _naming(name):
-            measures[name] = _measures(program, x)
+            measures[name] = _measures(program, x, parts)
     _check_measures(measures)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     options: dict[str, Any] = {"max_elements": max_elements, "seed": seed, "progress": progress}
     evidence = {}
     for name, program in programs.items():
         with _naming(name):
-            evidence[name] = log_evidence(program, x, num_samples, **options)
+            evidence[name] = log_evidence(program, x, num_samples, **parts, **options)
     table = _table(evidence)
     first = next(iter(evidence.values()))
     table.attrs = {**first.attrs, "num_rows": first.sizes["datum"], "remark": REMARK}
@@ -138,10 +144,11 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{error} (program {name!r})") from error
 
 
-def _measures(program: nn.Module, x: Any) -> dict[str, str]:
-    rows = checked_rows(program, x)
+def _measures(program: nn.Module, x: Any, parts: dict[str, Any]) -> dict[str, str]:
+    programs_of(program)
+    rows = read(x, program, **parts)
     with evaluating(program):
-        found = structure(program, rows[:2].to_like(program).x)
+        found = structure(program, rows.head(2, program))
     return {site: "mass" if found.discrete[site] else "density" for site in data_sites(found)}
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from .. import plots
 from ..data.checks import checked_count
-from ..data.rows import Data, Rows
+from ..data.read import read
+from ..data.rows import Rows
+from ..data.source import Row
 from ..elbos import (
     IWAE,
     MIWAE,
@@ -28,7 +30,7 @@ from ..elbos import (
     Objective,
     Trace_ELBO,
 )
-from ..elbos.chunks import Plan, checked_rows, give_memory_back, point_masses
+from ..elbos.chunks import Plan, give_memory_back, point_masses
 from ..elbos.log_densities import Structure, draw, latent_sites, programs_of, structure
 from ..engine.running import evaluating, kept_buffers, kept_generators, seeded
 from ..evidence.linear_gaussian import doubled, marginal
@@ -63,6 +65,8 @@ def compare_elbos(
     x: Any,
     elbos: Mapping[str, Estimator],
     *,
+    context: Any = None,
+    weights: Any = None,
     num_repeats: int = 100,
     reference: Reference = None,
     seed: int | None = 0,
@@ -103,6 +107,8 @@ def compare_elbos(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such: a minibatch or more, held out.
         elbos: By name, estimators of `pyro_vae.elbos`.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         num_repeats: How often each is asked, R, 4 or more.
         reference: What bias is counted from. By default log p(x) is exact where the program is
             linear and Gaussian, else `IWAE(5000)`. An int is another number of samples (16 or
@@ -129,7 +135,8 @@ def compare_elbos(
         ['ELBO', 'IWAE']
     """
     checked_count("num_repeats", num_repeats, least=4)
-    rows = checked_rows(program, x)
+    programs_of(program)
+    rows = read(x, program, context=context, weights=weights)
     run = _Run(program, rows.to_like(program), _checked(elbos), num_repeats, seed)
     target = _checked_reference(reference, len(rows))
     run.check()
@@ -356,8 +363,8 @@ class _Run:
             )
 
     @property
-    def x(self) -> Data:
-        return self.rows.x
+    def x(self) -> Row:
+        return self.rows.head(len(self.rows))
 
     @property
     def known(self) -> Structure:
@@ -481,7 +488,7 @@ class _Run:
             if (double := doubled(self.program)) is not None:
                 with evaluating(double), torch.enable_grad():
                     if (found := marginal(double)) is not None:
-                        x = self.rows.to_like(double).fields["x"].flatten(1)
+                        x = self.rows.to_like(double).field("x").flatten(1)
                         self.notes["exact"] = found.log_prob(x).mean()
                         self.notes["double"] = double
         exact: Tensor | None = self.notes["exact"]
@@ -523,7 +530,7 @@ class _Run:
         return self.notes["sampled"]  # type: ignore[no-any-return]
 
     def _of_piece(
-        self, x: Data, count: int, wanted: list[nn.Parameter]
+        self, x: Row, count: int, wanted: list[nn.Parameter]
     ) -> tuple[Tensor, Tensor | float]:
         nesting = self.known.max_plate_nesting
         with torch.set_grad_enabled(bool(wanted)):
@@ -638,7 +645,7 @@ class _Run:
             return torch.cuda.max_memory_allocated(device) - before
 
 
-def _parameters(program: nn.Module, x: Data) -> tuple[Parameters, bool]:
+def _parameters(program: nn.Module, x: Row) -> tuple[Parameters, bool]:
     """The parameters of each group, and whether log p(x, z) depends on those of the guide."""
     parameters = [p for p in program.parameters() if p.requires_grad]
     runs: Any = programs_of(program)

@@ -18,14 +18,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.checks import checked_count
+from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
+from ..data.split import split
 from ..elbos import Objective
-from ..elbos.chunks import checked_rows
 from ..elbos.log_densities import programs_of, structure
 from ..engine.running import seeded
 from ..evidence.log_evidence import log_evidence
 from ..evidence.pareto_k import good_k
-from ..training.fit import History, Transform, fit
+from ..training.fit import Transform, fit
+from ..training.history import History, NonFiniteError
 
 __all__ = ["Race", "race"]
 
@@ -74,6 +76,8 @@ def race(
     seeds: Iterable[int],
     budget: Budget,
     *,
+    context: Any = None,
+    weights: Any = None,
     held_out: float | Any = 0.1,
     num_samples: int = 1000,
     transform: Transform | None = None,
@@ -114,7 +118,9 @@ def race(
         seeds: The seeds of the weights and of the trainings.
         budget: The number of epochs, the same steps for all; or a `datetime.timedelta`, the same
             time of training for all, which ends with the epoch in which it runs out.
-        held_out: The share of x to hold out, or the rows themselves.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
+        held_out: The share of x to hold out, or the number of rows, or the rows themselves.
         num_samples: The number of draws a row that log p(x) is estimated by.
         transform: Applied to each minibatch, as in :func:`pyro_vae.fit`, and once to the rows
             held out.
@@ -147,7 +153,8 @@ def race(
         seed=checked_count("seed", seed, least=0),
         options={"batch_size": batch_size, "lr": lr, "transform": transform, "device": device},
     )
-    train, rows = entrants.checked(x, held_out)
+    parts = {"context": context, "weights": weights}
+    train, rows = entrants.checked(x, parts, held_out)
     found = _Found(entrants, budget, len(rows))
     pairs = [(name, s) for s in entrants.seeds for name in entrants.elbos]
     stopped = "finished"
@@ -209,28 +216,29 @@ class _Entrants:
         with seeded(seed):
             return self.build(seed)
 
-    def checked(self, x: Any, held_out: Any) -> tuple[Rows, Rows]:
+    def checked(self, x: Any, parts: dict[str, Any], held_out: Any) -> tuple[Rows, Rows]:
         """The rows to train on and those held out, where nothing of the race is to be refused."""
         if not callable(self.build) or isinstance(self.build, nn.Module):
             raise ValueError(f"Expected a function of a seed as build; got {self.build!r}.")
         program, again = (self.program(self.seeds[0]) for _ in range(2))
         pair = programs_of(program)
         _check_same(program, again)
-        train, kept = _split(Rows.of(x, like=program, move=False), held_out, program, self.seed)
+        given = read(x, program, check=False, **parts)
+        train, kept = split(given, held_out, program, seed=self.seed)
         change = self.options["transform"] or (lambda data: data)
         if not callable(change):
             raise ValueError(f"Expected a function of rows as transform; got {change!r}.")
         with seeded(self.seed):
-            seen = Rows.of(change(kept.x), like=program, move=False)
-            rows = checked_rows(program, Rows(seen.x, kept.names, seen.columns))
-            few = change(train[:2].to_like(program).x)
+            rows = transformed(kept, change, program)
+            check_rows(program, rows)
+            few = change(train.head(2, program))
         known = structure(program, few)
         for name, elbo in self.elbos.items():
             try:
                 Objective(*pair, elbo).check(known)
             except ValueError as error:
                 raise ValueError(f"{error} (estimator {name!r})") from error
-        log_evidence(program, rows[:2].x, 4, seed=self.seed, progress=False)
+        log_evidence(program, rows[:2], 4, seed=self.seed, progress=False)
         return train, rows
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:
@@ -239,8 +247,8 @@ class _Entrants:
         options = self.options | self.limits
         try:
             history = fit(program, train, elbo=elbo, seed=seed, progress=False, **options)
-        except FloatingPointError as error:
-            return _Run(error.history, None)  # type: ignore[attr-defined]
+        except NonFiniteError as error:
+            return _Run(error.history, None)
         if history.stopped == "interrupted":
             raise KeyboardInterrupt
         size, seed = self.num_samples, self.seed
@@ -388,17 +396,3 @@ def _check_same(program: nn.Module, again: nn.Module) -> None:
     same = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     if not same:
         raise ValueError("Expected build to make the same weights for the same seed; got others.")
-
-
-def _split(rows: Rows, held_out: Any, program: nn.Module, seed: int) -> tuple[Rows, Rows]:
-    is_share = isinstance(held_out, float | int) and not isinstance(held_out, bool)
-    if not is_share:
-        return rows, Rows.of(held_out, like=program, move=False)
-    if not 0.0 < held_out < 1.0:
-        raise ValueError(f"Expected held_out to be a share in (0, 1), or rows; got {held_out!r}.")
-    if len(rows) < 2:
-        raise ValueError("Expected at least 2 rows to hold some out; got 1.")
-    count = min(max(1, round(held_out * len(rows))), len(rows) - 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    order = order.to(rows.device)
-    return rows[order[count:].sort().values], rows[order[:count].sort().values]

@@ -1,26 +1,30 @@
 """Draws of a program as ArviZ reads them."""
 
 import dataclasses
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch import Tensor, nn
+from torch.distributions import Independent
 
 from ..data.checks import checked_count
-from ..data.rows import Data, Rows
+from ..data.read import read
+from ..data.rows import Rows
+from ..data.source import Row
 from ..elbos.chunks import (
     MAX_ELEMENTS,
     Plan,
-    checked_rows,
     data_sites,
     give_memory_back,
     point_masses,
 )
 from ..elbos.drawing import densities_of, parts_of
-from ..elbos.log_densities import Densities, densities, log_densities
+from ..elbos.log_densities import Densities, densities, log_densities, programs_of
 from ..engine.running import evaluating, seeded
 from ..evidence.log_evidence import estimates, labelled
 
@@ -40,6 +44,8 @@ def to_arviz(
     x: Any,
     num_samples: int = 500,
     *,
+    context: Any = None,
+    weights: Any = None,
     num_predictive: int | None = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
@@ -54,6 +60,8 @@ def to_arviz(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such.
         num_samples: The number of draws from the guide, 4 or more.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         num_predictive: From how many of these, and of as many from the prior, data are drawn. By
             default as many as fit in `max_elements`, 100 at most.
         max_elements: About how many elements one tensor may have.
@@ -62,9 +70,10 @@ def to_arviz(
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
         (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior`
-        and `prior_predictive` (as many as these), `observed_data`, `sample_stats` (log_weight,
-        log_q, log_joint) and `vi_stats` (per row, as `log_evidence` returns it, from these
-        draws; of a guide of point masses, only its `elbo`).
+        and `prior_predictive` (as many as these), `observed_data` (NaN in cells that the program
+        masks), `sample_stats` (log_weight, log_q, log_joint) and `vi_stats` (per row, as
+        `log_evidence` returns it, from these draws; of a guide of point masses, only its
+        `elbo`).
 
     Raises:
         ValueError: Where `program` is none, has latent sites that rows share, or the data or
@@ -79,17 +88,18 @@ def to_arviz(
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
     checked_count("max_elements", max_elements)
-    rows = checked_rows(program, x)
+    programs_of(program)
+    rows = read(x, program, context=context, weights=weights)
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
         run = _Run(program, plan, num_samples)
         points = point_masses(program, rows)
-        pieces = [run.observed(rows[piece].to_like(program).x) for piece in plan.pieces()]
+        pieces = [run.observed(rows.select(piece, program)) for piece in plan.pieces()]
         observed = _joined(pieces, axis=0)
         num_predictive = _num_predictive(num_predictive, num_samples, observed, max_elements)
         draws = _joined(
             [
-                run.draws(rows[piece].to_like(program).x, plan, num_samples, num_predictive)
+                run.draws(rows.select(piece, program), plan, num_samples, num_predictive)
                 for piece in plan.pieces()
             ],
             axis=1,
@@ -135,7 +145,7 @@ class _Run:
         )
         return lambda x, count: densities_of(drawing(x, count))
 
-    def draws(self, x: Data, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
+    def draws(self, x: Row, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
         first, rest = plan.parts(num_predictive), plan.parts(num_samples - num_predictive)
         posterior = [self.predicted(x, n) for n in first]
         posterior += [self.drawn(x, n) for n in rest]
@@ -149,16 +159,16 @@ class _Run:
             "sample_stats": self._stats(posterior),
         }
 
-    def _drawn(self, x: Data, count: int) -> Densities:
+    def _drawn(self, x: Row, count: int) -> Densities:
         return log_densities(self.program, x, count, known=self.known)
 
-    def _prior(self, x: Data, count: int) -> Densities:
+    def _prior(self, x: Row, count: int) -> Densities:
         return densities(self.free, self.free, (x,), count, self.all_sites)
 
-    def _posterior_predictive(self, x: Data, count: int) -> Densities:
+    def _posterior_predictive(self, x: Row, count: int) -> Densities:
         return densities(self.program.model, self._guide_then_model, (x,), count, self.all_sites)
 
-    def _guide_then_model(self, x: Data) -> None:
+    def _guide_then_model(self, x: Row) -> None:
         """Samples the latent sites from the guide, then the observed ones given these."""
         with poutine.trace() as guided:
             self.program.guide(x)
@@ -176,7 +186,7 @@ class _Run:
     def _log_q(self, part: Densities) -> Tensor:
         return torch.stack([part.guide[name].double() for name in self.known.latents]).sum(0)
 
-    def observed(self, x: Data) -> Groups:
+    def observed(self, x: Row) -> Groups:
         trace = poutine.trace(self.program.model).get_trace(x)
         values = {name: self._by_rows(trace.nodes[name]) for name in self.data_sites}
         return {"observed_data": {name: v.cpu().numpy() for name, v in values.items()}}
@@ -185,12 +195,38 @@ class _Run:
         value: Tensor = site["value"]
         events = len(site["fn"].event_shape)
         value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
+        if not (scored := _is_scored(site)).all():
+            value = (value if value.is_floating_point() else value.double()).where(
+                scored.to(value.device), math.nan
+            )
         plates = self.known.max_plate_nesting
         value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
         frames = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
         inner = [value.shape[dim - events] for dim in sorted(frames - {self.known.rows_dim})]
         value = value.movedim(self.known.rows_dim - events, 0)
         return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
+
+
+def _is_scored(site: Any) -> Tensor:
+    """Whether each cell of a site is in its density: not masked by a handler or a distribution.
+
+    Returns:
+        Booleans that broadcast to the site's value.
+    """
+    distribution = site["fn"]
+    scored = _of_cells(site["mask"], len(distribution.event_shape))
+    while isinstance(distribution, MaskedDistribution | Independent | ExpandedDistribution):
+        if isinstance(distribution, MaskedDistribution):
+            mask = distribution._mask
+            scored = scored & _of_cells(mask, len(distribution.event_shape)).to(scored.device)
+        distribution = distribution.base_dist
+    return scored
+
+
+def _of_cells(mask: Any, event_dims: int) -> Tensor:
+    """A mask of batches as one of cells."""
+    cells = torch.as_tensor(True if mask is None else mask)
+    return cells.reshape(cells.shape + (1,) * event_dims)
 
 
 def _values(parts: list[Densities], sites: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -215,23 +251,15 @@ def _joined(pieces: list[Groups], axis: int) -> Groups:
 
 def _dataset(values: dict[str, np.ndarray], rows: Rows, *, sampled: bool) -> xr.Dataset:
     leading = ("chain", "draw", "datum") if sampled else ("datum",)
-    coords: dict[str, np.ndarray] = {"datum": rows.names}
+    coords: dict[str, np.ndarray] = {"datum": rows.labels}
     variables = {}
     for name, value in values.items():
         array = value[None] if sampled else value
-        own = _own_coords(name, array.shape[len(leading) :], rows)
+        own = rows.coords(name, array.shape[len(leading) :])
         variables[name] = ((*leading, *own), array)
         coords |= own
         coords |= {dim: np.arange(n) for dim, n in zip(leading[:-1], array.shape, strict=False)}
     return xr.Dataset(variables, coords)
-
-
-def _own_coords(site: str, shape: tuple[int, ...], rows: Rows) -> dict[str, np.ndarray]:
-    field = site if site in rows.columns else "x"
-    labels = rows.columns.get(field, ())
-    if tuple(map(len, labels)) != shape or (isinstance(rows.x, dict) and field != site):
-        labels = tuple(map(np.arange, shape))
-    return {f"{site}_dim_{i}": label for i, label in enumerate(labels)}
 
 
 def _vi_stats(
@@ -241,7 +269,7 @@ def _vi_stats(
     if points:
         unknown = np.full(len(rows), np.nan)
         values = {name: v if name == "elbo" else unknown for name, v in values.items()}
-    return labelled(values, rows.names, len(log_weights), seed)
+    return labelled(values, rows.labels, len(log_weights), seed)
 
 
 def _wrapped(groups: dict[str, xr.Dataset]) -> Any:

@@ -7,7 +7,7 @@ import pyro.infer
 from torch import Tensor
 
 from ..data.checks import checked_finite
-from ..data.rows import Data
+from ..data.source import Row
 from .estimator import Estimate, Estimator, Objective, Schedule
 from .log_densities import Args, Kwargs, Program, Structure
 from .trace_elbo import Trace_ELBO
@@ -144,7 +144,7 @@ class BetaELBO(Estimator):
         self.inner.kl_weight = beta * self.kl_weight  # type: ignore[operator]
         self.inner.max_plate_nesting = self.max_plate_nesting
 
-    def _row_values(self, objective: Objective, x: Data) -> Tensor:
+    def _row_values(self, objective: Objective, x: Row) -> Tensor:
         self._set_inner_weight()
         return self.inner._row_values(Objective(*objective.pair, self.inner), x)
 

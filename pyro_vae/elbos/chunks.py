@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..data.rows import PLATE, Data, Rows
+from ..data.rows import PLATE, Rows
+from ..data.source import Row
 from .drawing import Drawing, Function
 from .log_densities import (
     Densities,
     Structure,
+    check_particles,
     is_point_mass,
     log_densities,
     programs_of,
@@ -28,34 +30,12 @@ from .log_densities import (
 __all__ = [
     "MAX_ELEMENTS",
     "Plan",
-    "checked_rows",
     "data_sites",
     "give_memory_back",
     "point_masses",
 ]
 
 MAX_ELEMENTS = 2**24
-
-
-def checked_rows(program: Any, x: Any) -> Rows:
-    """Reads data as rows of a program, and checks them with the program's own `check`.
-
-    The rows take the program's dtype and stay on their device; each chunk is moved when it is
-    used.
-
-    Arguments:
-        program: A module with methods `model(x)` and `guide(x)`.
-        x: The data.
-
-    Raises:
-        ValueError: If `program` is not such a module, or the data do not fit it.
-    """
-    programs_of(program)
-    rows = Rows.of(x, like=program, move=False)
-    check = getattr(program, "check", None)
-    if callable(check):
-        rows.ask(lambda piece: check(piece.x), program)
-    return rows
 
 
 def point_masses(program: nn.Module, rows: Rows) -> list[str]:
@@ -65,7 +45,7 @@ def point_masses(program: nn.Module, rows: Rows) -> list[str]:
         program: The program.
         rows: Its data, of which two rows are read.
     """
-    trace = poutine.trace(programs_of(program)[1]).get_trace(rows[:2].to_like(program).x)
+    trace = poutine.trace(programs_of(program)[1]).get_trace(rows.head(2, program))
     sites = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample"]
     return [
         name
@@ -85,10 +65,10 @@ def data_sites(found: Structure) -> tuple[str, ...]:
     return tuple(name for name in found.observed if found.event_shapes[name].numel())
 
 
-Run: TypeAlias = Callable[[nn.Module, Data, int, Structure], Any]
+Run: TypeAlias = Callable[[nn.Module, Row, int, Structure], Any]
 
 
-def _densities(program: nn.Module, x: Data, num_samples: int, known: Structure) -> Densities:
+def _densities(program: nn.Module, x: Row, num_samples: int, known: Structure) -> Densities:
     return log_densities(program, x, num_samples, known=known)
 
 
@@ -129,7 +109,8 @@ class Plan:
             run: The function whose tensors are measured, of the program, rows, a number of draws
                 and the structure. By default the densities of the program.
         """
-        found = structure(program, rows[:2].to_like(program).x)
+        found = structure(program, rows.head(2, program))
+        check_particles(program, rows.head(3, program), found)
         elements = _elements_per_draw(program, rows, found, run)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))
@@ -193,7 +174,7 @@ class _TensorSizes(TorchDispatchMode):
 def _tensor_sizes(
     program: nn.Module, rows: Rows, shape: Structure, side: int, run: Run
 ) -> list[int]:
-    few = rows[torch.arange(side, device=rows.device) % len(rows)].to_like(program).x
+    few = rows.select(torch.arange(side, device=rows.device) % len(rows), program)
     with _TensorSizes() as recorded:
         run(program, few, side, shape)
     return recorded.sizes

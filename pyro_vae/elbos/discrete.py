@@ -12,7 +12,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..data.rows import PLATE, Data
+from ..data.rows import PLATE
+from ..data.source import Row
 from ..engine.running import kept_buffers, kept_generators
 from .estimator import WITHOUT_ROWS, Estimate, Objective, owners, tempered
 from .log_densities import Args, Kwargs, Program, RowTerms, Site, row_terms, row_terms_of
@@ -106,7 +107,7 @@ class TraceEnum_ELBO(PyroELBO, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]
         value: Tensor = sum(_compute_dice_elbo(*pair) for pair in traces) / self.num_particles
         return value
 
-    def _row_values(self, objective: Objective, x: Data) -> Tensor:
+    def _row_values(self, objective: Objective, x: Row) -> Tensor:
         """The ELBO is linear in a weight on each row: a row's part is the derivative in it."""
         (model, guide), elbo = objective.pair, cast(TraceEnum_ELBO, objective.elbo)
         weighted = _RowWeights(tree_leaves(x)[0].device)

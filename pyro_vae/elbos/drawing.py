@@ -7,13 +7,13 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..data.rows import Data
+from ..data.source import Row
 from ..engine.replay import Graph, Outputs, Replayed, UntraceableError
 from .log_densities import Densities
 
 __all__ = ["Drawing", "densities_of", "parts_of"]
 
-Function: TypeAlias = Callable[[Data, int], dict[str, Tensor]]
+Function: TypeAlias = Callable[[Row, int], dict[str, Tensor]]
 
 WORTH_TRACING = 32
 WORTH_COMPILING = 2**33
@@ -47,7 +47,7 @@ class Drawing:
         self._many = max(16, calls // 8)
         self._seen: set[Hashable] = set()
 
-    def __call__(self, x: Data, count: int) -> dict[str, Tensor]:
+    def __call__(self, x: Row, count: int) -> dict[str, Tensor]:
         """Returns the result of the function.
 
         Arguments:
@@ -64,7 +64,7 @@ class Drawing:
             self.engine = "eager"
             return self._function(x, count)
 
-    def _replay(self, x: Data, count: int) -> dict[str, Tensor]:
+    def _replay(self, x: Row, count: int) -> dict[str, Tensor]:
         self._module.count = count
         graph = self._replayed.graph(x, static=count)
         tensors = self._replayed.tensors(x)
@@ -91,7 +91,7 @@ class _Named(nn.Module):
         self.count = 0
         self.names: tuple[str, ...] = ()
 
-    def forward(self, x: Data) -> Outputs:
+    def forward(self, x: Row) -> Outputs:
         found = self.function(x, self.count)
         self.names = tuple(found)
         return tuple(found.values())

@@ -15,7 +15,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ..data.checks import checked_count, checked_finite
-from ..data.rows import Data, floating_like
+from ..data.read import read
+from ..data.rows import floating_like
+from ..data.source import Row
 from ..engine.replay import Outputs, Replayed, UntraceableError
 from ..engine.running import (
     evaluating,
@@ -24,7 +26,6 @@ from ..engine.running import (
     local_parameters,
     seeded,
 )
-from .chunks import checked_rows
 from .log_densities import (
     Args,
     Kwargs,
@@ -195,7 +196,14 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             )
 
     def per_row(
-        self, program: nn.Module, x: object, *, num_repeats: int = 16, seed: int | None = None
+        self,
+        program: nn.Module,
+        x: object,
+        *,
+        num_repeats: int = 16,
+        context: object = None,
+        weights: object = None,
+        seed: int | None = None,
     ) -> PerRow:
         """Returns the objective of each row, in evaluation mode and without gradient.
 
@@ -203,6 +211,8 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             program: A module with the Pyro programs `model(x)` and `guide(x)`.
             x: The data, as :func:`pyro_vae.fit` takes them.
             num_repeats: The number of estimates to average.
+            context: Covariates of the rows: `row["context"]` of the program.
+            weights: The weight of each row: `row["weight"]` of the program.
             seed: The seed of the draws; `None` goes on with torch's generators as they are.
 
         Raises:
@@ -210,7 +220,8 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
                 `num_repeats` is not positive, or the data do not fit the program.
         """
         checked_count("num_repeats", num_repeats)
-        data = checked_rows(program, x).to_like(program).x
+        rows = read(x, program, context=context, weights=weights, move=True)
+        data = rows.head(len(rows))
         objective = Objective(*programs_of(program), self)
         with seeded(seed), evaluating(program):
             objective.infer_plate_nesting(data)
@@ -227,9 +238,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         variance = (square - mean.square()).clamp_min(0.0) / (num_repeats - 1 or math.nan)
         return PerRow(mean, variance.sqrt())
 
-    def _evaluator(
-        self, objective: "Objective", x: Data, num_repeats: int
-    ) -> Callable[[], Tensor]:
+    def _evaluator(self, objective: "Objective", x: Row, num_repeats: int) -> Callable[[], Tensor]:
         """Returns a function that estimates the objective of each row, traced if that pays."""
 
         def eager() -> Tensor:
@@ -244,7 +253,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             return eager
         return lambda: replayed(x)[0]  # type: ignore[return-value]
 
-    def _row_values(self, objective: "Objective", x: Data) -> Tensor:
+    def _row_values(self, objective: "Objective", x: Row) -> Tensor:
         per_row: Tensor | None = objective(x).per_row
         if per_row is None:
             raise ValueError(WITHOUT_ROWS)
@@ -519,7 +528,7 @@ class _RowValues(nn.Module):
         super().__init__()
         self.objective, self.elbo = objective, elbo
 
-    def forward(self, x: Data) -> Outputs:
+    def forward(self, x: Row) -> Outputs:
         return (self.elbo._row_values(self.objective, x),)
 
 

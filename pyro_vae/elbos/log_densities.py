@@ -17,10 +17,13 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from ..data.rows import PLATE, Data, Rows
+from ..data.read import read
+from ..data.rows import PLATE
+from ..data.source import Row
 from ..engine.running import Site, evaluating, seeded
 
 __all__ = [
+    "PROGRAM_ERRORS",
     "Args",
     "Densities",
     "Kwargs",
@@ -29,6 +32,7 @@ __all__ = [
     "RowTerms",
     "Site",
     "Structure",
+    "check_particles",
     "densities",
     "draw",
     "is_one_scale",
@@ -48,6 +52,8 @@ Program: TypeAlias = Callable[..., Any]
 Args: TypeAlias = tuple[object, ...]
 Kwargs: TypeAlias = Mapping[str, object]
 Scale: TypeAlias = Tensor | float
+
+PROGRAM_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 _PARTICLES = "_particles"
 
@@ -166,7 +172,7 @@ def programs_of(program: nn.Module) -> tuple[Program, Program]:
     return model, guide
 
 
-def structure(program: nn.Module, x: Data) -> Structure:
+def structure(program: nn.Module, x: Row) -> Structure:
     """Finds the sites and plates of a program by running it on two rows.
 
     Arguments:
@@ -184,14 +190,63 @@ def structure(program: nn.Module, x: Data) -> Structure:
         ('z',)
     """
     pair = programs_of(program)
-    few = Rows.of(x, like=program).select(slice(0, 2))
+    few = read(x, program, check=False).head(2, program)
     with poutine.block(), evaluating(program), seeded(0):
         guide, model = _traces(*pair, (few,))
     return _structure_of(model, guide)
 
 
+def check_particles(program: nn.Module, x: Row, known: Structure) -> None:
+    """Runs a program with two draws of each of three rows, as what draws many of each row does.
+
+    A tensor of the rows, such as a covariate, has no dim for the draws. A program that joins it
+    to a latent, of shape (draws, rows, *event), runs with one draw of each row and fails with
+    several.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`.
+        x: A tensor of shape (rows, *event), or a dict of such tensors.
+        known: The sites and plates of the program.
+
+    Raises:
+        ValueError: If the program fails. The message says why, and which line to write.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
+        >>> check_particles(vae, torch.ones(3, 4), structure(vae, torch.ones(3, 4)))
+    """
+    model, guide = programs_of(program)
+    rows = read(x, program, check=False)
+    few = rows.select(torch.arange(3, device=rows.device) % len(rows), program)
+    particles = pyro.plate(_PARTICLES, 2, dim=-known.max_plate_nesting - 1)
+    try:
+        with poutine.block(), evaluating(program), seeded(0):
+            if known.global_latents or known.global_observed:
+                _traces(particles(model), particles(guide), (few,))
+            else:
+                densities(model, guide, (few,), 2, known)
+    except PROGRAM_ERRORS as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            "The program fails with several draws of each row, where a latent has shape (draws, "
+            f"rows, *event): {reason}. Expand each tensor of the rows to the draws before it is "
+            f"joined to a latent, for example {_expanded(few, known)}."
+        ) from error
+
+
+def _expanded(x: Row, known: Structure) -> str:
+    """The line that gives a tensor of the rows the dims of the draws, as Python code."""
+    named = {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, dict) else {"x": x}
+    name = next((name for name in named if name != "x['x']"), next(iter(named)))
+    latent = (*known.latents, *known.global_latents, "z")[0]
+    events = len(known.event_shapes.get(latent, (1,)))
+    dims = f"{latent}.shape[:-{events}]" if events else f"{latent}.shape"
+    return f"{name}.expand({', '.join(['*' + dims, *['-1'] * (named[name].ndim - 1)])})"
+
+
 def log_densities(
-    program: nn.Module, x: Data, num_particles: int, *, known: Structure | None = None
+    program: nn.Module, x: Row, num_particles: int, *, known: Structure | None = None
 ) -> Densities:
     r"""Draws z from the guide and evaluates its density under model and guide.
 

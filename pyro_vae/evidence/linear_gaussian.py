@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent
 
-from ..elbos.chunks import checked_rows
+from ..data.read import read
+from ..elbos.log_densities import programs_of
 from ..engine.running import evaluating
 from ..programs.vae import VAE
 
@@ -19,7 +20,9 @@ TOLERANCE = 1e-9
 PROBES = (0.1, 1.0, 10.0, 100.0)
 
 
-def linear_gaussian(program: nn.Module, x: Any) -> np.ndarray | None:
+def linear_gaussian(
+    program: nn.Module, x: Any, *, context: Any = None, weights: Any = None
+) -> np.ndarray | None:
     r"""Returns log p(x) of each row in closed form, if the program is a linear Gaussian VAE.
 
     .. math:: p(z) = N(m, S), \quad p(x \mid z) = N(W z + b, \mathrm{diag}(s^2))
@@ -32,6 +35,8 @@ def linear_gaussian(program: nn.Module, x: Any) -> np.ndarray | None:
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event).
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
 
     Returns:
         log p(x) of each row, shape (rows,), in nats; `None` if the program is of another kind.
@@ -48,14 +53,15 @@ def linear_gaussian(program: nn.Module, x: Any) -> np.ndarray | None:
         (5,)
         >>> linear_gaussian(pv.VAE(3, 2, pv.likelihoods.Normal(), seed=0), torch.zeros(5, 3))
     """
-    rows = checked_rows(program, x)
+    programs_of(program)
+    rows = read(x, program, context=context, weights=weights)
     if (double := doubled(program)) is None:
         return None
     with evaluating(double):
         found = marginal(double)
         if found is None:
             return None
-        return found.log_prob(rows.to_like(double).fields["x"].flatten(1)).cpu().numpy()
+        return found.log_prob(rows.to_like(double).field("x").flatten(1)).cpu().numpy()
 
 
 def doubled(program: nn.Module) -> nn.Module | None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from .. import plots
 from ..data.checks import checked_count
-from ..data.rows import Data, floating_like
-from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows, give_memory_back, point_masses
-from ..elbos.log_densities import log_densities
+from ..data.read import read
+from ..data.rows import floating_like
+from ..data.source import Row
+from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
+from ..elbos.log_densities import log_densities, programs_of
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from .pareto_k import good_k, pareto_k
@@ -135,6 +137,8 @@ def log_evidence(
     x: Any,
     num_samples: int = 1000,
     *,
+    context: Any = None,
+    weights: Any = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
     progress: bool = True,
@@ -168,6 +172,8 @@ def log_evidence(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such.
         num_samples: The number of draws S of each row, 4 or more.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         max_elements: About how many elements one tensor may have.
         seed: The seed of the draws; with `None` torch's generator runs on.
         progress: Whether to show a progress bar.
@@ -194,7 +200,8 @@ def log_evidence(
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
     checked_count("max_elements", max_elements)
-    rows = checked_rows(program, x)
+    programs_of(program)
+    rows = read(x, program, context=context, weights=weights)
     with seeded(seed), evaluating(program):
         points = point_masses(program, rows)
         if points:
@@ -210,8 +217,8 @@ def log_evidence(
         total = len(rows) * num_samples
         with progress_bar(total, "evidence", " draws", progress=progress) as bar:
             for piece in plan.pieces():
-                x = rows[piece].to_like(program).x
-                parts = [drawing(x, n)["log_weights"] for n in plan.parts(num_samples)]
+                row = rows.select(piece, program)
+                parts = [drawing(row, n)["log_weights"] for n in plan.parts(num_samples)]
                 waiting.append(torch.cat(parts).cpu().numpy())
                 if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
                     for name, numbers in estimates(np.concatenate(waiting, axis=1)).items():
@@ -220,7 +227,7 @@ def log_evidence(
                     waiting.clear()
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
-    found = labelled(values, rows.names, num_samples, seed)
+    found = labelled(values, rows.labels, num_samples, seed)
     return Evidence(found.data_vars, found.coords, found.attrs)
 
 
@@ -312,7 +319,7 @@ def labelled(
 
 
 def _log_weights(program: nn.Module, plan: Plan) -> Any:
-    def log_weights(x: Data, count: int) -> dict[str, Tensor]:
+    def log_weights(x: Row, count: int) -> dict[str, Tensor]:
         found = log_densities(program, x, count, known=plan.structure)
         return {"log_weights": found.log_weights}
 

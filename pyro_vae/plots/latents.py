@@ -28,6 +28,8 @@ def latents(
     labels: Sequence[Any] | None = None,
     *,
     num_samples: int = 200,
+    context: Any = None,
+    weights: Any = None,
     seed: int | None = None,
     figure: Canvas | None = None,
 ) -> Canvas:
@@ -42,6 +44,8 @@ def latents(
         x: The data, if `program` is a program.
         labels: A value for each row, which gives its colour: a group or a number.
         num_samples: The number of draws of each row, if the mean has no closed form.
+        context: Covariates of the rows: `row["context"]` of the program.
+        weights: The weight of each row: `row["weight"]` of the program.
         seed: The seed of the draws; with `None` torch's generator runs on.
         figure: The figure or subfigure to draw into; a new one by default.
 
@@ -55,7 +59,8 @@ def latents(
         >>> figure = latents(vae, torch.ones(10, 64), labels=torch.arange(10) % 2)
         >>> figure.savefig("latents.png")  # doctest: +SKIP
     """
-    means, names = _means(program, x, num_samples, seed)
+    beside = {"context": context, "weights": weights}
+    means, names = _means(program, x, num_samples, seed, beside)
     colors = None if labels is None else np.asarray(labels)
     if colors is not None and colors.shape != (len(means),):
         raise ValueError(f"Expected {len(means)} labels; got shape {colors.shape}.")
@@ -74,12 +79,13 @@ def latents(
 
 
 def _means(
-    program: Any, x: Any, num_samples: int, seed: int | None
+    program: Any, x: Any, num_samples: int, seed: int | None, beside: dict[str, Any]
 ) -> tuple[np.ndarray, list[str]]:
     if isinstance(program, nn.Module):
         if x is None:
             raise ValueError("The latents of a program are those of rows: pass the data as x.")
-        found = embed(program, x, num_samples=num_samples, seed=seed, progress=False)
+        options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
+        found = embed(program, x, **options, **beside)
         return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]
     means = np.asarray(program, dtype=np.float64)
     if means.ndim < 2:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..data.checks import checked_count
+from ..data.read import read
 from ..data.rows import Rows
 from ..prediction.sample import sample_sites
 from .canvas import column_ticks, image_of, image_shape_of, new_axes, on_one_scale
@@ -59,9 +60,9 @@ def prior_samples(
     checked_count("size", size)
     is_program = isinstance(program, nn.Module)
     drawn = sample_sites(program, size, x=x, seed=seed) if is_program else program
-    rows = Rows.of(drawn)[slice(0, size)]
+    rows = read(drawn)[slice(0, size)]
     site = _site(rows, site)
-    data, labels = rows.fields[site].cpu().numpy(), rows.columns[site]
+    data, labels = rows.field(site).cpu().numpy(), rows.columns[site]
     names = labels[0] if len(labels) == 1 else None
     shape = image_shape_of(data.shape[1:], names, image_shape)
     if data[0].size == 1:
@@ -87,7 +88,7 @@ def prior_samples(
 
 
 def _site(rows: Rows, site: str | None) -> str:
-    sites = list(rows.fields)
+    sites = list(rows.event_shapes())
     if site is None and len(sites) == 1:
         return sites[0]
     if site not in sites:

@@ -11,8 +11,7 @@ import xarray as xr
 from torch import nn
 
 from ..data.checks import checked_count
-from ..data.rows import Rows
-from ..elbos.chunks import checked_rows
+from ..data.read import read
 from ..engine.running import evaluating
 from ..prediction.reconstruct import reconstruct
 from ..prediction.traces import observed_values
@@ -42,6 +41,8 @@ def reconstructions(
     site: str | None = None,
     image_shape: tuple[int, ...] | None = None,
     num_samples: int = 200,
+    context: Any = None,
+    weights: Any = None,
     seed: int | None = None,
     figure: Canvas | None = None,
 ) -> Canvas:
@@ -56,6 +57,8 @@ def reconstructions(
             rows of 3 dims with 1 or 3 channels, and square vectors whose columns have no names
             are drawn as images.
         num_samples: The number of draws of each row.
+        context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         seed: The seed of the draws; with `None` torch's generator runs on.
         figure: The figure or subfigure to draw into; a new one by default.
 
@@ -70,11 +73,11 @@ def reconstructions(
         >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
     """
     checked_count("size", size)
-    rows = checked_rows(program, Rows.of(x, like=program, move=False)[slice(0, size)])
+    rows = read(x, program, context=context, weights=weights)[slice(0, size)]
     options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
     found = reconstruct(program, rows, site=site, **options)
     with evaluating(program):
-        data = observed_values(program, rows.to_like(program).x, found.attrs["site"])
+        data = observed_values(program, rows.head(size, program), found.attrs["site"])
     found["data"] = found["mean"].copy(data=data.cpu().numpy())
     shape = image_shape_of(tuple(data.shape[1:]), _names(found), image_shape)
     return _lines(found, figure) if shape is None else _images(found, shape, figure)

@@ -7,8 +7,10 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..data.checks import checked_count
-from ..data.rows import Data, Rows
-from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows
+from ..data.read import read
+from ..data.rows import Rows
+from ..data.source import Row
+from ..elbos.chunks import MAX_ELEMENTS, Plan
 from ..elbos.log_densities import Structure, latent_sites
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
@@ -33,6 +35,8 @@ def embed(
     *,
     num_samples: int = 200,
     max_elements: int = MAX_ELEMENTS,
+    context: Any = None,
+    weights: Any = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -48,6 +52,8 @@ def embed(
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
         x: The data, shape (rows, \*event), or a dict of such.
+        context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         num_samples: The number of draws S of each row, 2 or more, if there is no closed form.
         max_elements: About how many elements one tensor may have.
         seed: The seed of the draws; with `None` torch's generator runs on.
@@ -72,17 +78,17 @@ def embed(
     """
     num_samples = checked_count("num_samples", num_samples, least=2)
     checked_count("max_elements", max_elements)
-    rows = checked_rows(program, x)
+    rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         with seeded(0):
             plan = Plan.of(program, rows, num_samples, max_elements, guide_trace)
         _check_latents(plan.structure)
-        is_closed = _in_closed_form(program, rows[:2].to_like(program).x, plan) is not None
+        is_closed = _in_closed_form(program, rows.head(2, program), plan) is not None
         bar = progress_bar(len(rows), "embed", " rows", progress=progress)
         with seeded(seed), bar:
             pieces = []
             for piece in plan.pieces():
-                data = rows[piece].to_like(program).x
+                data = rows.select(piece, program)
                 exact = _in_closed_form(program, data, plan) if is_closed else None
                 pieces.append(exact or _by_draws(program, data, plan, num_samples))
                 bar.update(piece.stop - piece.start)
@@ -101,7 +107,7 @@ def _check_latents(known: Structure) -> None:
         )
 
 
-def _in_closed_form(program: nn.Module, x: Data, plan: Plan) -> Moments | None:
+def _in_closed_form(program: nn.Module, x: Row, plan: Plan) -> Moments | None:
     """Returns the moments of the only site of the guide, if its distribution has them."""
     with seeded(0):
         trace = guide_trace(program, x, 1, plan.structure)
@@ -120,7 +126,7 @@ def _in_closed_form(program: nn.Module, x: Data, plan: Plan) -> Moments | None:
     return {name: found | {"mean_mcse": zero, "sd_mcse": zero}}
 
 
-def _by_draws(program: nn.Module, x: Data, plan: Plan, num_samples: int) -> Moments:
+def _by_draws(program: nn.Module, x: Row, plan: Plan, num_samples: int) -> Moments:
     counts = plan.parts(num_samples)
     parts = [guide_trace(program, x, count, plan.structure).nodes for count in counts]
     return {
@@ -146,4 +152,4 @@ def _labelled(pieces: list[Moments], rows: Rows, attrs: dict[str, Any]) -> xr.Da
         ]
         about = {"long_name": meaning, "units": "those of z"}
         variables[name] = (("datum", "latent"), torch.cat(columns, 1).numpy(), about)
-    return xr.Dataset(variables, {"datum": rows.names, "latent": labels}, attrs)
+    return xr.Dataset(variables, {"datum": rows.labels, "latent": labels}, attrs)

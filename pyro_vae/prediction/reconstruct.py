@@ -7,12 +7,13 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..data.rows import Data, Rows
-from ..elbos.chunks import MAX_ELEMENTS, Plan, checked_rows, data_sites
+from ..data.read import read
+from ..data.rows import Rows
+from ..data.source import Row
+from ..elbos.chunks import MAX_ELEMENTS, Plan, data_sites
 from ..elbos.log_densities import Structure
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
-from .labels import site_coordinates
 from .traces import predictive_trace, values_by_row
 
 __all__ = ["central_interval", "reconstruct"]
@@ -35,6 +36,8 @@ def reconstruct(
     num_samples: int = 200,
     prob: float = 0.9,
     max_elements: int = MAX_ELEMENTS,
+    context: Any = None,
+    weights: Any = None,
     seed: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -49,6 +52,8 @@ def reconstruct(
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
         x: The data, shape (rows, \*event), or a dict of such.
+        context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         site: The name of the observed site that is predicted. It is needed only if the model has
             several.
         num_samples: The number of draws S of x' for each row, 2 or more.
@@ -81,7 +86,7 @@ def reconstruct(
         raise ValueError(
             f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
         )
-    rows = checked_rows(program, x)
+    rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         with seeded(0):
             plan = Plan.of(program, rows, num_samples, max_elements, predictive_trace)
@@ -92,9 +97,7 @@ def reconstruct(
         ):
             pieces = []
             for piece in plan.pieces():
-                draws = _replicates(
-                    program, rows[piece].to_like(program).x, site, plan, num_samples
-                )
+                draws = _replicates(program, rows.select(piece, program), site, plan, num_samples)
                 moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
                 found = moments | central_interval(draws, prob)
                 pieces.append({name: value.cpu() for name, value in found.items()})
@@ -115,7 +118,7 @@ def _data_site(known: Structure, site: str | None) -> str:
     return site
 
 
-def _replicates(program: nn.Module, x: Data, site: str, plan: Plan, num_samples: int) -> Tensor:
+def _replicates(program: nn.Module, x: Row, site: str, plan: Plan, num_samples: int) -> Tensor:
     parts = [
         predictive_trace(program, x, count, plan.structure).nodes[site]
         for count in plan.parts(num_samples)
@@ -152,7 +155,7 @@ def central_interval(draws: Tensor, prob: float) -> dict[str, Tensor]:
 
 def _labelled(arrays: dict[str, Tensor], rows: Rows, attrs: dict[str, Any]) -> xr.Dataset:
     site = attrs["site"]
-    own = site_coordinates(site, tuple(arrays["mean"].shape[1:]), rows)
+    own = rows.coords(site, tuple(arrays["mean"].shape[1:]))
     variables = {
         name: (
             ("datum", *own),
@@ -161,4 +164,4 @@ def _labelled(arrays: dict[str, Tensor], rows: Rows, attrs: dict[str, Any]) -> x
         )
         for name, array in arrays.items()
     }
-    return xr.Dataset(variables, {"datum": rows.names} | own, attrs)
+    return xr.Dataset(variables, {"datum": rows.labels} | own, attrs)

@@ -9,7 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..data.checks import checked_count
-from ..elbos.chunks import checked_rows
+from ..data.read import read
 from ..elbos.log_densities import Program, latent_sites, programs_of
 from ..engine.running import evaluating, seeded
 from .traces import holds_rows, trace_of, values_by_row
@@ -18,7 +18,13 @@ __all__ = ["sample", "sample_sites"]
 
 
 def sample(
-    program: nn.Module, num_rows: int, *, x: Any = None, seed: int | None = None
+    program: nn.Module,
+    num_rows: int,
+    *,
+    x: Any = None,
+    context: Any = None,
+    weights: Any = None,
+    seed: int | None = None,
 ) -> Tensor | dict[str, Tensor]:
     r"""Draws new rows from the model: the prior predictive distribution p(x).
 
@@ -33,6 +39,8 @@ def sample(
         num_rows: The number of rows n.
         x: Rows to run the model on. New row i is drawn under row i of x; if x has fewer than n
             rows, it is started again from its first.
+        context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.
+        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         seed: The seed of the draws; with `None` torch's generator runs on.
 
     Raises:
@@ -49,12 +57,19 @@ def sample(
         >>> sample(vae, 3, seed=0).shape
         torch.Size([3, 64])
     """
-    drawn = sample_sites(program, num_rows, x=x, seed=seed)
+    beside = {"context": context, "weights": weights}
+    drawn = sample_sites(program, num_rows, x=x, seed=seed, **beside)
     return next(iter(drawn.values())) if len(drawn) == 1 else drawn
 
 
 def sample_sites(
-    program: nn.Module, num_rows: int, *, x: Any, seed: int | None
+    program: nn.Module,
+    num_rows: int,
+    *,
+    x: Any,
+    seed: int | None,
+    context: Any = None,
+    weights: Any = None,
 ) -> dict[str, Tensor]:
     """Does the work of :func:`sample`, and returns the new rows by observed site.
 
@@ -63,6 +78,8 @@ def sample_sites(
         num_rows: The number of rows n.
         x: Rows to run the model on, or `None`.
         seed: The seed of the draws; with `None` torch's generator runs on.
+        context: Covariates of the rows x.
+        weights: The weight of each row of x.
     """
     num_rows = checked_count("num_rows", num_rows)
     model, guide = programs_of(program)
@@ -73,11 +90,11 @@ def sample_sites(
             with seeded(seed):
                 trace = trace_of(model, size=num_rows)
         else:
-            rows = checked_rows(program, x)
-            latents = _latents(guide, rows[:2].to_like(program).x)
-            repeated = rows[torch.arange(num_rows, device=rows.device) % len(rows)]
+            rows = read(x, program, context=context, weights=weights)
+            latents = _latents(guide, rows.head(2, program))
+            repeated = rows.select(torch.arange(num_rows, device=rows.device) % len(rows), program)
             with seeded(seed):
-                trace = trace_of(model, repeated.to_like(program).x)
+                trace = trace_of(model, repeated)
     return _drawn_data(trace, latents)
 
 

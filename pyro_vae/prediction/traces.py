@@ -10,7 +10,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
-from ..data.rows import PLATE, Data
+from ..data.rows import PLATE
+from ..data.source import Row
 from ..elbos.log_densities import Program, Structure, programs_of
 
 __all__ = [
@@ -36,7 +37,7 @@ def trace_of(function: Program, *args: Any, **kwargs: Any) -> Trace:
     return prune_subsample_sites(poutine.trace(function).get_trace(*args, **kwargs))
 
 
-def guide_trace(program: nn.Module, x: Data, num_samples: int, known: Structure) -> Trace:
+def guide_trace(program: nn.Module, x: Row, num_samples: int, known: Structure) -> Trace:
     r"""Draws the latent sites of each row from the guide, q(z | x).
 
     Arguments:
@@ -49,7 +50,7 @@ def guide_trace(program: nn.Module, x: Data, num_samples: int, known: Structure)
     return trace_of(_repeated(guide, num_samples, known), x)
 
 
-def predictive_trace(program: nn.Module, x: Data, num_samples: int, known: Structure) -> Trace:
+def predictive_trace(program: nn.Module, x: Row, num_samples: int, known: Structure) -> Trace:
     r"""Draws from the guide, then the observed sites of the model at these draws, p(x' | z).
 
     Arguments:
@@ -73,7 +74,7 @@ def _repeated(function: Program, num_samples: int, known: Structure) -> Program:
     return repeated
 
 
-def observed_values(program: nn.Module, x: Data, site: str) -> Tensor:
+def observed_values(program: nn.Module, x: Row, site: str) -> Tensor:
     r"""Returns the data that a site of the model observes, shape (rows, \*event).
 
     Arguments:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..data.checks import checked_number_of, checked_shape, size_of
-from ..data.rows import Rows
+from ..data.read import read
 from ..distributions import Arguments, Encode, Prior
 from .mixture import mixture_of
 
@@ -46,19 +46,19 @@ class VampPrior(Prior):
         super().__init__()
         self.num_components = checked_number_of("components", num_components)
         self.event_shape = torch.Size(checked_shape(event_shape))
-        self.data = None if data is None else self._drawn(Rows.of(data))
+        self.data = None if data is None else self._drawn(read(data).field("x"))
 
     def arguments(self) -> Arguments:
         """Returns the arguments of the constructor, but for the data that it started from."""
         return (self.num_components, size_of(self.event_shape)), {}
 
-    def _drawn(self, rows: Rows) -> Tensor:
-        if len(rows) < self.num_components or isinstance(rows.x, dict):
+    def _drawn(self, rows: Tensor) -> Tensor:
+        if len(rows) < self.num_components:
             raise ValueError(
                 f"Expected at least {self.num_components} rows of x to start from; got "
-                f"{len(rows)} of {sorted(rows.fields)}."
+                f"{len(rows)}."
             )
-        return rows.fields["x"][torch.randperm(len(rows))[: self.num_components]]
+        return rows[torch.randperm(len(rows))[: self.num_components]]
 
     def connect(self, x_shape: tuple[int, ...], encode: Encode) -> None:
         """Makes the pseudo-inputs, and keeps the encoder of the program.

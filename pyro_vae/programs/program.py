@@ -22,7 +22,8 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from ..data.rows import PLATE, Rows
+from ..data.read import read
+from ..data.rows import PLATE
 from ..engine.running import kept_generators, kept_modes, parameters_are_local
 
 __all__ = ["Program", "owner_of"]
@@ -158,7 +159,7 @@ class Program(nn.Module):
             return self
         with self._in_place():
             if len(args) == 1 and not kwargs:
-                rows = Rows.of(args[0], like=self)
+                rows = read(args[0], self, check=False, move=True)
                 first, other = (
                     (rows.select(torch.arange(count, device=rows.device) % len(rows)),)
                     for count in (2, 3)

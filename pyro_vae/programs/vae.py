@@ -1,6 +1,5 @@
 """The variational autoencoder: a Pyro model (decoder) and guide (encoder), built of members."""
 
-import math
 import weakref
 from typing import Any
 
@@ -12,11 +11,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..data.checks import checked_shape, is_size
-from ..data.rows import PLATE, Rows
+from ..data.read import read
+from ..data.rows import PLATE
+from ..data.source import Row
 from ..distributions import Likelihood, Posterior, Prior
 from ..engine.running import evaluating, parameters_are_local, seeded, unmoved_statistics
 from ..networks import MLP
 from ..posteriors import Normal
+from ..prediction.reconstruct import reconstruct
+from ..prediction.sample import sample_sites
 from .building import (
     as_likelihood,
     as_network,
@@ -132,7 +135,7 @@ class VAE(nn.Module):
         z = check_latents(posterior, self.prior(), members)
         check_likelihood(self.decode(z), self.event_shape, self.likelihood)
 
-    def model(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
+    def model(self, x: Row | None = None, *, size: int | None = None) -> Tensor:
         r"""Draws z from the prior and x from the likelihood, or observes x.
 
         Arguments:
@@ -142,12 +145,13 @@ class VAE(nn.Module):
         Raises:
             ValueError: If neither is given.
         """
+        x = None if x is None else _x_of(x)
         self._state(self.prior, self.likelihood, self.decoder, self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=None if x is None else self._cast(x))
 
-    def guide(self, x: Tensor | None = None, *, size: int | None = None) -> Tensor:
+    def guide(self, x: Row | None = None, *, size: int | None = None) -> Tensor:
         r"""Draws z from the posterior given x.
 
         Arguments:
@@ -157,6 +161,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: If neither is given.
         """
+        x = None if x is None else _x_of(x)
         self._state(self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             return pyro.sample("z", self.prior() if x is None else self.encode(x))
@@ -176,13 +181,14 @@ class VAE(nn.Module):
         with unmoved_statistics(self.encoder, self.posterior):
             return self.encode(x)
 
-    def encode(self, x: Tensor) -> Any:
+    def encode(self, x: Row) -> Any:
         r"""Returns q(z | x).
 
         Arguments:
             x: Rows (..., \*event_shape).
         """
-        features = _folded(self.encoder, self._cast(x), self.event_shape, self._feature_shapes[0])
+        x = self._cast(_x_of(x))
+        features = _folded(self.encoder, x, self.event_shape, self._feature_shapes[0])
         return self.posterior(features)
 
     def decode(self, z: Tensor) -> Any:
@@ -205,77 +211,35 @@ class VAE(nn.Module):
             ValueError: If the shape is another, or a value is NaN, infinite or outside the
                 likelihood's support.
         """
-        rows = Rows.of(x, like=self, move=False)
-        if isinstance(rows.x, dict):
-            raise ValueError(f"Expected one tensor of data; got fields {sorted(rows.x)}.")
-        if rows.x.shape[1:] != self.event_shape:
+        rows = read(x, self, check=False)
+        shape = _x_of(rows.head(len(rows))).shape
+        if shape[1:] != self.event_shape:
             raise ValueError(
                 f"Expected rows of event shape {tuple(self.event_shape)}; got data of shape "
-                f"{tuple(rows.x.shape)}."
+                f"{tuple(shape)}."
             )
-        rows.ask(lambda piece: self.likelihood.check(self._cast(piece.fields["x"])), self)
+        rows.ask(lambda piece: self.likelihood.check(self._cast(piece.field("x"))), self)
 
-    def sample(self, size: int, *, seed: int | None = None) -> Tensor:
-        r"""Draws new rows from the prior predictive p(x).
+    def sample(self, num_rows: int, *, seed: int | None = None) -> Tensor:
+        r"""Draws new rows from the prior predictive p(x), (num_rows, \*event_shape).
 
         Arguments:
-            size: How many.
+            num_rows: The number of rows.
             seed: The seed of the draws.
 
         Raises:
-            ValueError: Where the size is not a positive integer.
-
-        Returns:
-            Rows (size, \*event_shape).
+            ValueError: If the number is not a positive integer.
         """
-        with evaluating(self), seeded(seed):
-            return self.model(size=size)
+        return sample_sites(self, num_rows, x=None, seed=seed)["x"]
 
-    def reconstruct(
-        self, x: Any, *, num_samples: int = 200, prob: float = 0.9, seed: int | None = None
-    ) -> xr.Dataset:
-        r"""Predicts replicates of rows from their posterior.
-
-        .. math:: p(x' \mid x) = \int p(x' \mid z)\, q(z \mid x)\, dz
+    def reconstruct(self, x: Any, **options: Any) -> xr.Dataset:
+        """Predicts replicates of rows from their posterior, as :func:`pyro_vae.reconstruct` does.
 
         Arguments:
-            x: Rows (rows, \*event_shape): a tensor, an array, a frame.
-            num_samples: The number of draws of x' for each row.
-            prob: The probability of the central interval.
-            seed: The seed of the draws.
-
-        Raises:
-            ValueError: Where x is refused by :meth:`check`, or an argument is out of range.
-
-        Returns:
-            A data set over `datum` and the columns of x, in the units of x: the `mean` of x', the
-            bounds `lower` and `upper` of the interval, and their Monte Carlo standard errors
-            `mcse`, `lower_mcse`, `upper_mcse`. That of a bound is half the distance between the
-            draws in order one binomial standard deviation, sqrt(S p (1 - p)) with p the
-            probability outside on one side, below and above its rank; where the draws end
-            before, it is scaled up from those that there are.
+            x: Rows: a tensor, an array, a frame.
+            options: Those of :func:`pyro_vae.reconstruct`.
         """
-        if not (isinstance(num_samples, int) and num_samples > 1 and 0.0 < prob < 1.0):
-            raise ValueError(
-                f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
-            )
-        rows = Rows.of(x, like=self, move=False)
-        self.check(rows)
-        shapes = (self.event_shape, self.latent_shape, *self._feature_shapes)
-        size = max(1, _MAX_ELEMENTS // (num_samples * max(s.numel() for s in shapes)))
-        with evaluating(self), seeded(seed):
-            parts = [
-                self._replicates(chunk.to_like(self), num_samples, prob)
-                for chunk in rows.chunks(size)
-            ]
-        arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return rows.labelled(arrays, _ATTRIBUTES, num_samples=num_samples, prob=prob)
-
-    def _replicates(self, rows: Rows, num_samples: int, prob: float) -> dict[str, Tensor]:
-        z = self.encode(rows.fields["x"]).expand((num_samples, len(rows))).sample()
-        draws = self.decode(z).sample().double()
-        moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
-        return {name: v.cpu() for name, v in (moments | _central(draws, prob)).items()}
+        return reconstruct(self, x, **options)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self._like.dtype)
@@ -295,19 +259,18 @@ class VAE(nn.Module):
         return f"event_shape={tuple(self.event_shape)}, latent_shape={tuple(self.latent_shape)}"
 
 
-_MAX_ELEMENTS = 2**24
-
-_ATTRIBUTES = {
-    name: {"long_name": said, "units": "those of x"}
-    for name, said in {
-        "mean": "mean of the replicates of x",
-        "mcse": "Monte Carlo standard error of mean",
-        "lower": "lower bound of the central interval of the replicates of x",
-        "lower_mcse": "Monte Carlo standard error of lower (from order statistics)",
-        "upper": "upper bound of the central interval of the replicates of x",
-        "upper_mcse": "Monte Carlo standard error of upper (from order statistics)",
-    }.items()
-}
+def _x_of(row: Row) -> Tensor:
+    """Takes x out of a row, which must hold nothing else."""
+    if not isinstance(row, dict):
+        return row
+    if "x" not in row:
+        raise ValueError(f"Expected rows of x for a VAE; got fields {sorted(row)}.")
+    if unused := sorted(row.keys() - {"x"}):
+        raise ValueError(
+            f"A VAE does not use {' and '.join(unused)} of a row yet: pass x alone, or write a "
+            "program of your own, whose model(row) and guide(row) can use them."
+        )
+    return row["x"]
 
 
 def _own(parameter: nn.Parameter) -> Tensor:
@@ -334,20 +297,3 @@ def _folded(
     if len(rows) == 1:
         return network(value)
     return network(value.reshape(-1, *event_shape)).reshape(rows + feature_shape)
-
-
-def _central(draws: Tensor, prob: float) -> dict[str, Tensor]:
-    """The draws that bound the central interval, as many below as above, and their errors."""
-    size, share = len(draws), (1.0 - prob) / 2.0
-    outside = min(max(round(share * (size + 1)) - 1, 0), (size - 1) // 2)
-    step = max(1, round(math.sqrt(size * share * (1.0 - share))))
-    inner, outer = min(outside + step, size - 1), max(outside - step, 0)
-    scale = step / (inner - outer)
-    from_below = draws.sort(0).values
-    from_above = from_below.flip(0)
-    return {
-        "lower": from_below[outside],
-        "lower_mcse": (from_below[inner] - from_below[outer]) * scale,
-        "upper": from_above[outside],
-        "upper_mcse": (from_above[outer] - from_above[inner]) * scale,
-    }

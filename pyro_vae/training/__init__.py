@@ -1,5 +1,7 @@
-"""Training: the step, the loop, its history and its checkpoints."""
+"""Training: the step, the loop, its history, its callbacks and its checkpoints."""
 
-from .fit import History as History
+from .callbacks import Callback as Callback
 from .fit import fit as fit
+from .history import History as History
+from .settings import Settings as Settings
 from .svi import SVI as SVI

@@ -37,7 +37,7 @@ import pyro_vae as pv
 from pyro_vae.data import datasets
 from pyro_vae.engine.running import kept_generators, seeded
 from pyro_vae.evidence import log_evidence
-from pyro_vae.training.fit import History
+from pyro_vae.training.history import History
 from pyro_vae.training.svi import SVI
 
 BATCH_SIZE, LR = 128, 1e-3

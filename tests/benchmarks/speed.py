@@ -53,7 +53,8 @@ from peers import (
 from torch import Tensor
 
 import pyro_vae as pv
-from pyro_vae.elbos.chunks import Plan, checked_rows, give_memory_back
+from pyro_vae.data.read import read
+from pyro_vae.elbos.chunks import Plan, give_memory_back
 from pyro_vae.elbos.drawing import WORTH_COMPILING, WORTH_TRACING, Drawing
 from pyro_vae.elbos.log_densities import log_densities
 from pyro_vae.engine.replay import at_precision
@@ -215,7 +216,7 @@ def evidence_part(asked: argparse.Namespace) -> None:
     shape = SHAPES[MNIST]
     vae, x = our_vae(shape), bits(shape, asked.evidence_rows)
     with evaluating(vae):
-        rows = checked_rows(vae, x)
+        rows = read(x, vae)
         plan = Plan.of(vae, rows, SAMPLES, IN_CACHE)
         drawing, compiling = prepared_drawing(vae, x[: plan.rows_at_once], plan)
 

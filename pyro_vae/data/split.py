@@ -1,0 +1,57 @@
+"""Splits rows into those to train on and those held out."""
+
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checks import part_size
+from .read import read
+from .rows import Rows
+
+__all__ = ["split"]
+
+
+def split(
+    rows: Rows,
+    held_out: float | Any,
+    program: nn.Module | None = None,
+    *,
+    seed: int,
+    name: str = "held_out",
+) -> tuple[Rows, Rows]:
+    """Splits rows at random into those to train on and those held out, each in their order.
+
+    Arguments:
+        rows: The rows.
+        held_out: The share of the rows to hold out, or their number; or other rows, which are
+            held out beside all of `rows`.
+        program: The program that the rows are for.
+        seed: The seed of the split.
+        name: What the caller calls the argument `held_out`, for messages.
+
+    Raises:
+        ValueError: If the share or the number is out of range, if there is only one row, or if
+            the rows held out have other fields or event shapes.
+
+    Returns:
+        The rows to train on, and the rows held out.
+
+    Example:
+        >>> train, test = split(read(torch.arange(5.0)), 0.4, seed=0)
+        >>> train.labels.tolist(), test.labels.tolist()
+        ([1, 2, 3], [0, 4])
+    """
+    if isinstance(held_out, bool) or not isinstance(held_out, Real):
+        other = read(held_out, program, check=False)
+        if other.event_shapes() != rows.event_shapes():
+            raise ValueError(
+                f"Expected {name} rows like those of x, event shapes {rows.event_shapes()}; got "
+                f"{other.event_shapes()}."
+            )
+        return rows, other
+    size = part_size(name, held_out, len(rows))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = order.to(rows.device)
+    return rows[order[size:].sort().values], rows[order[:size].sort().values]

@@ -1,0 +1,55 @@
+"""Settings: the numbers by which a fit is run."""
+
+from dataclasses import dataclass
+
+from ..data.checks import checked_count, checked_positive
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers by which a fit is run, checked; see :func:`pyro_vae.fit`.
+
+    Arguments:
+        lr: The learning rate; `None` if the optimiser has its own.
+        batch_size: The number of rows in a minibatch.
+        max_epochs: The largest number of epochs.
+        max_seconds: The time after which the fit stops; `None` for no limit.
+        patience: The number of epochs without gain after which the fit stops; `None` for no limit.
+        warmup: The number of epochs in which the weight of the KL terms rises to 1.
+        max_grad_norm: The norm at which the gradient of the mean over a batch is clipped.
+        seed: The seed.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    lr: float | None
+    batch_size: int
+    max_epochs: int
+    max_seconds: float | None
+    patience: int | None
+    warmup: int
+    max_grad_norm: float | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        checked: dict[str, float] = {
+            "batch_size": checked_count("batch_size", self.batch_size),
+            "max_epochs": checked_count("max_epochs", self.max_epochs),
+            "warmup": checked_count("warmup", self.warmup, least=0),
+        }
+        for name in ("lr", "max_seconds", "max_grad_norm"):
+            if getattr(self, name) is not None:
+                checked[name] = checked_positive(name, getattr(self, name))
+        for name, least in (("patience", 1), ("seed", 0)):
+            if getattr(self, name) is not None:
+                checked[name] = checked_count(name, getattr(self, name), least=least)
+        self.__dict__.update(checked)
+        if self.warmup > self.max_epochs:
+            raise ValueError(
+                f"The warm-up of {self.warmup} epochs is longer than max_epochs="
+                f"{self.max_epochs}: the KL terms would never have their full weight. Take a "
+                "shorter warm-up, or more epochs."
+            )
