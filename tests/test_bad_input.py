@@ -387,7 +387,10 @@ QUERIES: dict[str, Case] = {
         "without NaN.* row 7",
     ),
     "evidence of no program": (lambda w: pv.log_evidence(linear(6, 2), w.x), "a program"),
-    "a sample of none": (lambda w: w.vae.sample(0), "positive size"),
+    "a sample of none": (
+        lambda w: w.vae.sample(0),
+        "Expected num_rows to be an integer of at least 1",
+    ),
     "a replicate of other rows": (lambda w: w.vae.reconstruct(ones(9, 5)), "event shape"),
     "an interval of 1": (lambda w: w.vae.reconstruct(w.x, prob=1.0), "0 < prob < 1"),
     "a tree of other rows": (lambda w: pv.to_arviz(w.vae, ones(9, 5)), "event shape"),

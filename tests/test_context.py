@@ -114,7 +114,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         "posterior"
     ],
     "active_units": lambda program, x, **beside: active_units(program, x, seed=0, **beside),
-    "compare": lambda program, x, **beside: compare({"a": program}, x, 10, **beside),
+    "compare": lambda program, x, **beside: compare({"a": program}, x, 10, seed=0, **beside),
 }
 
 

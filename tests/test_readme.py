@@ -29,7 +29,7 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = re.sub(r"budget=\d+", "budget=2", program)
     names: dict[str, object] = {"__name__": "readme"}
     exec(compile(program, "README.md", "exec"), names)
-    assert names["table"].index.name == "model"
+    assert names["ranking"].index.name == "model"
     assert (tmp_path / "training.png").exists()
 
 

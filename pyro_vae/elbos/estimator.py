@@ -220,9 +220,10 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
                 `num_repeats` is not positive, or the data do not fit the program.
         """
         checked_count("num_repeats", num_repeats)
+        pair = programs_of(program)
         rows = read(x, program, context=context, weights=weights, move=True)
         data = rows.head(len(rows))
-        objective = Objective(*programs_of(program), self)
+        objective = Objective(*pair, self)
         with seeded(seed), evaluating(program):
             objective.infer_plate_nesting(data)
             evaluate = objective.estimator._evaluator(objective, data, num_repeats)
