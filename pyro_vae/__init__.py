@@ -1,7 +1,8 @@
 """Deep latent-variable models for statisticians, on Pyro and PyTorch.
 
-A model is three named things, a prior p(z), a likelihood p(x | z) and a posterior q(z | x), each
-any distribution of Pyro. See :class:`VAE`, :func:`fit`, :func:`log_evidence`, :func:`compare`.
+A model is three named things, a prior p(z), a likelihood p(x | z) and a posterior q(z | x). Each
+is a module that returns a distribution of Pyro, given features. See :class:`VAE`, :func:`fit`,
+:func:`log_evidence`, :func:`compare`.
 """
 
 from . import diagnostics as diagnostics
@@ -36,3 +37,50 @@ from .training import Callback as Callback
 from .training import History as History
 from .training import fit as fit
 from .training import svi as svi
+
+__version__ = "0.2.0"
+
+__all__ = [
+    # models
+    "VAE",
+    "Program",
+    "save",
+    "load",
+    # their members
+    "ConditionalDistribution",
+    "Prior",
+    "Likelihood",
+    "Posterior",
+    "Family",
+    "Predicted",
+    "Shared",
+    "priors",
+    "likelihoods",
+    "posteriors",
+    "networks",
+    # fitting
+    "fit",
+    "History",
+    "Callback",
+    "elbos",
+    "svi",
+    # prediction
+    "embed",
+    "reconstruct",
+    "sample",
+    # judgement
+    "log_evidence",
+    "compare",
+    "compare_elbos",
+    "race",
+    "to_arviz",
+    "diagnostics",
+    "evidence",
+    "plots",
+    # data
+    "datasets",
+]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

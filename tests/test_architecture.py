@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from measure import measure
 
 import pyro_vae
 
@@ -29,6 +30,9 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FAMILIES = {"priors", "likelihoods", "posteriors"}
+
+
+MEMBERS = FAMILIES | {"distributions", "networks", "programs"}
 
 
 def module_name(path: Path) -> str:
@@ -122,8 +126,29 @@ def lines(function: ast.FunctionDef) -> int:
     return length - (docstring.end_lineno - docstring.lineno + 1 if docstring else 0)
 
 
+def test_the_package_has_few_rooms_and_no_lookup_on_members() -> None:
+    assert measure()["rooms"] <= 16
+    rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    assert rooms & set(pyro_vae.__all__) <= set(dir(pyro_vae))
+    assert not [name for name in rooms if inspect.isfunction(getattr(pyro_vae, name, None))]
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if room(name) in MEMBERS])
+def test_members_are_asked_for_what_they_declare(module: str) -> None:
+    """A program asks a member for what ConditionalDistribution declares, and looks nothing up."""
+    source = FILES[module].read_text()
+    assert "hasattr(" not in source
+    assert "inspect.signature(self" not in source
+
+
+def test_public_names_alone_complete() -> None:
+    assert set(dir(pyro_vae)) == {*pyro_vae.__all__, "__version__"}
+    for name in pyro_vae.__all__:
+        assert getattr(pyro_vae, name) is not None
+
+
 def public(module: ModuleType) -> dict[str, object]:
-    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: getattr(module, name) for name in module.__all__}
 
 
 @pytest.mark.parametrize("name", public(pyro_vae))

@@ -401,3 +401,62 @@ def test_active_units(max_elements: int) -> None:
     np.testing.assert_allclose(table["variance"], exact, atol=0.02)
     assert abs(table.loc["z[2]", "variance"]) < 4 * table.loc["z[2]", "se"]
     np.testing.assert_allclose(table["within"], covariance.detach().diagonal(), rtol=0.05)
+
+
+class Schools(nn.Module):
+    """Eight schools: effects of schools around a mean and a spread that all of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.effects = nn.Linear(1, 1).double()
+
+    def model(self, row: dict[str, Tensor]) -> None:
+        mu = pyro.sample("mu", dist.Normal(self.loc.new_zeros(()), 10.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5 * self.loc.new_ones(())))
+        with pyro.plate("data", len(row["y"])):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, row["sigma"]), obs=row["y"])
+
+    def guide(self, row: dict[str, Tensor]) -> None:
+        pyro.sample("mu", dist.Normal(self.loc[0], 3.0))
+        pyro.sample("tau", dist.LogNormal(self.loc[1], 0.5))
+        with pyro.plate("data", len(row["y"])):
+            loc = self.effects(row["y"][:, None])[:, 0]
+            pyro.sample("theta", dist.Normal(loc, 5.0))
+
+
+SCHOOLS = pd.DataFrame(
+    {
+        "y": [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0],
+        "sigma": [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0],
+    },
+    index=list("ABCDEFGH"),
+)
+
+
+def test_latents_that_all_rows_share_are_in_the_tree() -> None:
+    program, rows = Schools(), dict(SCHOOLS)
+    pv.fit(program, rows, max_epochs=5, seed=0, progress=False)
+    tree = pv.to_arviz(program, rows, 60, num_predictive=20, seed=0)
+    posterior = tree["posterior"]
+    assert posterior["mu"].dims == ("chain", "draw")
+    assert posterior["theta"].dims == ("chain", "draw", "datum")
+    assert posterior["datum"].values.tolist() == list("ABCDEFGH")
+    assert tree["prior"]["tau"].shape == (1, 20)
+    assert tree["posterior_predictive"]["y"].shape == (1, 20, 8)
+    assert tree["observed_data"]["y"].values.tolist() == SCHOOLS["y"].tolist()
+    assert "vi_stats" not in list(getattr(tree, "children", tree.groups()))
+    assert "mu, tau" in posterior.attrs["note"]
+    stats = tree["sample_stats"]
+    mu, tau, theta = (torch.tensor(posterior[name].values[0]) for name in ("mu", "tau", "theta"))
+    y, sigma = (torch.tensor(SCHOOLS[name].to_numpy()) for name in ("y", "sigma"))
+    log_joint = (
+        dist.Normal(0.0, 10.0).log_prob(mu)
+        + dist.HalfCauchy(5.0).log_prob(tau)
+        + dist.Normal(mu[:, None], tau[:, None]).log_prob(theta).sum(1)
+        + dist.Normal(theta, sigma).log_prob(y).sum(1)
+    )
+    np.testing.assert_allclose(stats["log_joint"].values[0], log_joint, rtol=1e-7)
+    with pytest.raises(ValueError, match="mu, tau"):
+        pv.log_evidence(program, rows, 10)

@@ -13,6 +13,7 @@ import pyro_vae as pv
 from pyro_vae.cli import app
 
 ROOT = Path(__file__).parents[1]
+PROMISED = ["log_evidence", "elbo", "log_evidence_quarter", "gap", "pareto_k_over"]
 README = (ROOT / "README.md").read_text()
 
 
@@ -31,6 +32,23 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(compile(program, "README.md", "exec"), names)
     assert names["ranking"].index.name == "model"
     assert (tmp_path / "training.png").exists()
+
+
+def test_the_first_screen_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    screen = "\n".join(README.splitlines()[:40])
+    (program,) = re.findall(r"^```python\n(.*?)^```", screen, re.DOTALL | re.MULTILINE)
+    assert len(program.splitlines()) <= 10
+    shown: list[object] = []
+    small = re.sub(r"max_epochs=\d+", "max_epochs=1", program)
+    exec(compile(small, "README.md", "exec"), {"__name__": "readme", "print": shown.append})
+    (table,) = shown
+    assert [line.split()[0] for line in str(table).splitlines()[1:]] == PROMISED
+
+
+def test_the_text_is_short() -> None:
+    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(text.split()) <= 1200
 
 
 @pytest.mark.parametrize("room", ["priors", "likelihoods", "posteriors", "networks", "elbos"])

@@ -24,15 +24,27 @@ from ..elbos.chunks import (
     point_masses,
 )
 from ..elbos.drawing import densities_of, parts_of
-from ..elbos.log_densities import Densities, densities, log_densities, programs_of
+from ..elbos.log_densities import (
+    Densities,
+    Structure,
+    densities,
+    log_densities,
+    programs_of,
+    structure,
+)
 from ..engine.running import evaluating, seeded
 from ..evidence.log_evidence import estimates, labelled
+from .shared_latents import shared_draws
 
 __all__ = ["to_arviz"]
 
 Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
 
 MAX_PREDICTIVE = 100
+SHARED_NOTE = (
+    "Independent draws from the guide: R-hat and ESS say nothing about its fit. All rows share "
+    "{sites}, so that log p(x) of a row is not estimated: log_weight is that of all rows together."
+)
 NOTE = (
     "Independent draws from the guide q(z | x): R-hat and ESS say nothing of its fit; see "
     "pareto_k in vi_stats."
@@ -50,11 +62,11 @@ def to_arviz(
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
 ) -> Any:
-    """Draws what ArviZ needs to show a program, trained or not.
+    """Draws from a program, trained or not, in the form that ArviZ reads.
 
-    Each row of x is a `datum`; a site's own dims are `{site}_dim_{i}`, those of x with the names
-    of its columns. There is no `log_likelihood`: with a latent of its own for each row,
-    `arviz.loo` would take log p(x | z) for what it is not; compare models by `compare`.
+    Each row of x is a `datum`. The other dims of a site are `{site}_dim_{i}`; those of x carry the
+    names of its columns. There is no `log_likelihood`: if each row has a latent of its own,
+    `arviz.loo` would treat log p(x | z) as log p(x). Compare models by `compare`.
 
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
@@ -62,10 +74,10 @@ def to_arviz(
         num_samples: The number of draws from the guide, 4 or more.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        num_predictive: From how many of these, and of as many from the prior, data are drawn. By
-            default as many as fit in `max_elements`, 100 at most.
-        max_elements: About how many elements one tensor may have.
-        seed: Starts the draws.
+        num_predictive: The number of these draws, and of draws from the prior, at which data are
+            drawn. By default as many as fit in `max_elements`, at most 100.
+        max_elements: The largest number of elements of a tensor, approximately.
+        seed: The seed of the draws; with `None` torch's generator runs on.
 
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
@@ -73,11 +85,11 @@ def to_arviz(
         and `prior_predictive` (as many as these), `observed_data` (NaN in cells that the program
         masks), `sample_stats` (log_weight, log_q, log_joint) and `vi_stats` (per row, as
         `log_evidence` returns it, from these draws; of a guide of point masses, only its
-        `elbo`).
+        `elbo`). If all rows share latents, these are there too, without the dim `datum`;
+        `sample_stats` is of all rows together, and there is no `vi_stats`.
 
     Raises:
-        ValueError: Where `program` is none, has latent sites that rows share, or the data or
-            sizes do not fit.
+        ValueError: If `program` is not a program, or the data or sizes do not fit it.
 
     Example:
         >>> import pyro_vae as pv
@@ -90,6 +102,10 @@ def to_arviz(
     checked_count("max_elements", max_elements)
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
+    with evaluating(program):
+        known = structure(program, rows.head(2, program))
+    if known.global_latents or known.global_observed:
+        return _shared_tree(program, rows, known, num_samples, num_predictive, seed)
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
         run = _Run(program, plan, num_samples)
@@ -108,10 +124,33 @@ def to_arviz(
     groups["observed_data"] = _dataset(observed["observed_data"], rows, sampled=False)
     log_weights = draws["sample_stats"]["log_weight"]
     groups["vi_stats"] = _vi_stats(log_weights, rows, seed, points)
-    for dataset in groups.values():
-        dataset.attrs["inference_library"] = "pyro_vae"
-    groups["posterior"].attrs["note"] = NOTE
-    return _wrapped(groups)
+    return _wrapped(groups, NOTE)
+
+
+def _shared_tree(
+    program: nn.Module,
+    rows: Rows,
+    known: Structure,
+    num_samples: int,
+    num_predictive: int | None,
+    seed: int | None,
+) -> Any:
+    """The tree of a program with sites that all rows share."""
+    most = MAX_PREDICTIVE if num_predictive is None else num_predictive
+    num_predictive = min(checked_count("num_predictive", most), num_samples)
+    with seeded(seed), evaluating(program):
+        draws = shared_draws(program, rows, known, num_samples, num_predictive)
+        trace = poutine.trace(programs_of(program)[0]).get_trace(
+            rows.to_like(program).head(len(rows))
+        )
+        values = {name: _by_rows(trace.nodes[name], known) for name in data_sites(known)}
+    shared = known.global_latents
+    groups = {
+        name: _dataset(found, rows, sampled=True, shared=shared) for name, found in draws.items()
+    }
+    observed = {name: value.cpu().numpy() for name, value in values.items()}
+    groups["observed_data"] = _dataset(observed, rows, sampled=False)
+    return _wrapped(groups, SHARED_NOTE.format(sites=", ".join(shared + known.global_observed)))
 
 
 def _num_predictive(
@@ -188,23 +227,24 @@ class _Run:
 
     def observed(self, x: Row) -> Groups:
         trace = poutine.trace(self.program.model).get_trace(x)
-        values = {name: self._by_rows(trace.nodes[name]) for name in self.data_sites}
+        values = {name: _by_rows(trace.nodes[name], self.known) for name in self.data_sites}
         return {"observed_data": {name: v.cpu().numpy() for name, v in values.items()}}
 
-    def _by_rows(self, site: Any) -> Tensor:
-        value: Tensor = site["value"]
-        events = len(site["fn"].event_shape)
-        value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
-        if not (scored := _is_scored(site)).all():
-            value = (value if value.is_floating_point() else value.double()).where(
-                scored.to(value.device), math.nan
-            )
-        plates = self.known.max_plate_nesting
-        value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
-        frames = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-        inner = [value.shape[dim - events] for dim in sorted(frames - {self.known.rows_dim})]
-        value = value.movedim(self.known.rows_dim - events, 0)
-        return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
+
+def _by_rows(site: Any, known: Structure) -> Tensor:
+    value: Tensor = site["value"]
+    events = len(site["fn"].event_shape)
+    value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
+    if not (scored := _is_scored(site)).all():
+        value = (value if value.is_floating_point() else value.double()).where(
+            scored.to(value.device), math.nan
+        )
+    plates = known.max_plate_nesting
+    value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
+    frames = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+    inner = [value.shape[dim - events] for dim in sorted(frames - {known.rows_dim})]
+    value = value.movedim(known.rows_dim - events, 0)
+    return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
 
 
 def _is_scored(site: Any) -> Tensor:
@@ -249,16 +289,24 @@ def _joined(pieces: list[Groups], axis: int) -> Groups:
     }
 
 
-def _dataset(values: dict[str, np.ndarray], rows: Rows, *, sampled: bool) -> xr.Dataset:
-    leading = ("chain", "draw", "datum") if sampled else ("datum",)
+def _dataset(
+    values: dict[str, np.ndarray], rows: Rows, *, sampled: bool, shared: tuple[str, ...] = ()
+) -> xr.Dataset:
     coords: dict[str, np.ndarray] = {"datum": rows.labels}
     variables = {}
     for name, value in values.items():
         array = value[None] if sampled else value
+        leading: tuple[str, ...] = ("chain", "draw", "datum") if sampled else ("datum",)
+        if name in shared or array.ndim < len(leading):
+            leading = leading[:-1]
         own = rows.coords(name, array.shape[len(leading) :])
         variables[name] = ((*leading, *own), array)
         coords |= own
-        coords |= {dim: np.arange(n) for dim, n in zip(leading[:-1], array.shape, strict=False)}
+        coords |= {
+            dim: np.arange(n)
+            for dim, n in zip(leading, array.shape, strict=False)
+            if dim in ("chain", "draw")
+        }
     return xr.Dataset(variables, coords)
 
 
@@ -272,8 +320,12 @@ def _vi_stats(
     return labelled(values, rows.labels, len(log_weights), seed)
 
 
-def _wrapped(groups: dict[str, xr.Dataset]) -> Any:
+def _wrapped(groups: dict[str, xr.Dataset], note: str) -> Any:
     import arviz
+
+    for dataset in groups.values():
+        dataset.attrs["inference_library"] = "pyro_vae"
+    groups["posterior"].attrs["note"] = note
 
     if int(arviz.__version__.split(".")[0]) >= 1:
         return xr.DataTree.from_dict(groups)

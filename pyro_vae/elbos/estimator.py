@@ -25,6 +25,7 @@ from ..engine.running import (
     kept_generators,
     local_parameters,
     seeded,
+    unvalidated,
 )
 from .log_densities import (
     Args,
@@ -457,7 +458,7 @@ class Objective(nn.Module):
             args: The positional arguments of model and guide.
             kwargs: Their keyword arguments.
         """
-        with pyro.validation_enabled(False), local_parameters(self.programs):
+        with unvalidated(), local_parameters(self.programs):
             self.estimator.infer_plate_nesting(*self.pair, args, kwargs)
 
     def count_step(self) -> None:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import pyro
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..data.checks import perhaps
-from .running import kept_generators, local_parameters, outer_handlers
+from .running import kept_generators, local_parameters, outer_handlers, unvalidated
 from .simplified import simplified, written_nodes
 
 __all__ = [
@@ -288,7 +287,7 @@ class Replayed:
         with kept_generators():
             expected = [*map(_copied, inputs)]
             expected = [*function(*expected), *expected]  # raises errors of the module itself
-        with pyro.validation_enabled(False):
+        with unvalidated():
             graph = _graph_of(function, [*map(_copied, inputs)])
         constants = _constants_as_inputs(graph)
         short = simplified(graph)

@@ -23,6 +23,7 @@ __all__ = [
     "outer_handlers",
     "parameters_are_local",
     "seeded",
+    "unvalidated",
     "unmoved_statistics",
 ]
 
@@ -155,6 +156,16 @@ def _check_names(program: nn.Module) -> None:
                     )
 
 
+def unvalidated() -> Any:
+    """Switches off the validation of Pyro and of torch, and puts each back as it is now.
+
+    `pyro.validation_enabled` would set torch's flag to Pyro's at the end, though an import of
+    `zuko` sets torch's alone.
+    """
+    names = ("distributions_pyro", "distributions_torch", "poutine", "infer")
+    return pyro.settings.context(**{f"validate_{name}": False for name in names})
+
+
 @contextmanager
 def evaluating(program: nn.Module) -> Iterator[None]:
     """Runs a program in evaluation mode, and restores its modes at the end.
@@ -168,7 +179,7 @@ def evaluating(program: nn.Module) -> Iterator[None]:
     with (
         kept_modes(program),
         torch.no_grad(),
-        pyro.validation_enabled(False),
+        unvalidated(),
         local_parameters(program),
     ):
         program.eval()

@@ -24,7 +24,7 @@ from torch.distributions import constraints, transform_to
 
 from ..data.read import read
 from ..data.rows import PLATE
-from ..engine.running import kept_generators, kept_modes, parameters_are_local
+from ..engine.running import kept_generators, kept_modes, parameters_are_local, unvalidated
 
 __all__ = ["Program", "owner_of"]
 
@@ -271,7 +271,7 @@ class Program(nn.Module):
             poutine.block(),
             kept_modes(self),
             torch.no_grad(),
-            pyro.validation_enabled(False),
+            unvalidated(),
             pyro.get_param_store().scope() as state,
             noted,
             noted.kept_modes(),

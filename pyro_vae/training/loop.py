@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 import pandas as pd
-import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -24,7 +23,7 @@ from ..data.source import Row
 from ..elbos import Estimator
 from ..elbos.log_densities import Structure, programs_of, row_terms_of
 from ..engine.progress import is_watched
-from ..engine.running import evaluating, kept_modes, local_parameters, seeded
+from ..engine.running import evaluating, kept_modes, local_parameters, seeded, unvalidated
 from .callbacks import Callback
 from .checkpoint import Identity, Saved, State, call_of
 from .history import History, NonFiniteError, Record
@@ -197,7 +196,7 @@ class Loop:
         batches = _batches(order, batch_size)
         program = self.state.program
         program.train()
-        with pyro.validation_enabled(False), local_parameters(program), self.scaled:
+        with unvalidated(), local_parameters(program), self.scaled:
             for step, index in enumerate(batches):
                 if interrupted.is_set():
                     return False
