@@ -45,6 +45,11 @@ PROGRAMS: dict[str, Callable[[], pv.VAE]] = {
 }
 
 
+def built(name: str) -> pv.VAE:
+    torch.manual_seed(0)  # a mixture draws its start when it is made
+    return PROGRAMS[name]()
+
+
 def draws(program: pv.VAE) -> list[float]:
     return program.sample(2, seed=0).double().flatten().tolist()
 
@@ -53,7 +58,7 @@ def draws(program: pv.VAE) -> list[float]:
 @pytest.mark.parametrize("folder", sorted(p.name for p in SAVED.iterdir()))
 def test_a_saved_program_still_loads(folder: str, name: str) -> None:
     program = pv.load(SAVED / folder / name)
-    assert repr(program) == repr(PROGRAMS[name]())
+    assert repr(program) == repr(built(name))
     expected = json.loads((SAVED / folder / "draws.json").read_text())[name]
     torch.testing.assert_close(draws(program), expected, rtol=1e-5, atol=1e-5)
 
@@ -62,9 +67,9 @@ def main() -> None:
     folder = SAVED / FORMAT
     if folder.exists():
         sys.exit(f"{folder} exists: later versions must load it as it is.")
-    for name, make in PROGRAMS.items():
-        pv.save(make(), folder / name)
-    expected = {name: draws(make()) for name, make in PROGRAMS.items()}
+    for name in PROGRAMS:
+        pv.save(built(name), folder / name)
+    expected = {name: draws(built(name)) for name in PROGRAMS}
     (folder / "draws.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
