@@ -221,6 +221,13 @@ LATENTS = {
     "topics": {"log_theta"},
     "sequences": {"z_0", "z_1", "z_2", "z_3"},
 }
+OBSERVED = {
+    "semi-supervised": "x",
+    "single cells": None,
+    "conditional": None,
+    "topics": None,
+    "sequences": "x_1",
+}
 ALL = FORMS | {"regression": (regression, regression_rows)}
 
 fit = partial(pv.fit, batch_size=8, max_epochs=2, lr=0.01, seed=0, device="cpu", progress=False)
@@ -291,6 +298,33 @@ def test_to_arviz(name: str) -> None:
     tree = pv.to_arviz(program, x, 10, num_predictive=4, seed=0)
     assert set(tree["posterior"].data_vars) == LATENTS[name]
     assert dict(tree["posterior"].sizes)["datum"] == ROWS
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_embed_reconstruct_sample_and_plots(name: str) -> None:
+    program, x = made(name)
+    embedded = pv.embed(program, x, num_samples=20, seed=0)
+    assert embedded["mean"].sizes["datum"] == ROWS
+    assert embedded["mean"].notnull().all()
+    found = pv.reconstruct(program, x, site=OBSERVED[name], num_samples=8, seed=0)
+    assert found["mean"].sizes["datum"] == ROWS
+    drawn = pv.sample(program, 3, x=x, seed=0)
+    for values in drawn.values() if isinstance(drawn, dict) else [drawn]:
+        assert len(values) == 3
+    pv.plots.latents(program, x, num_samples=8, seed=0)
+    pv.plots.reconstructions(program, x, site=OBSERVED[name], num_samples=8, seed=0)
+
+
+def test_a_regression_has_a_tree() -> None:
+    program, x = made("regression")
+    fit(program, x, max_epochs=1)
+    with pytest.raises(ValueError, match="Expand each tensor of the rows to the draws"):
+        pv.reconstruct(program, x, num_samples=8, seed=0)
+    tree = pv.to_arviz(program, x, 10, seed=0)
+    assert tree["posterior"]["weight"].dims[:2] == ("chain", "draw")
+    assert "datum" not in tree["posterior"]["weight"].dims
+    with pytest.raises(ValueError, match="only latent sites that all rows share: weight, noise"):
+        pv.embed(program, x)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -451,7 +485,7 @@ def test_a_regression_finds_the_posterior(guide: Callable[..., Any]) -> None:
     assert abs(float(found["noise"]) - 0.3) < 0.06
 
 
-@pytest.mark.parametrize("call", [pv.log_evidence, pv.to_arviz])
+@pytest.mark.parametrize("call", [pv.log_evidence, pv.diagnostics.active_units])
 def test_what_is_per_row_refuses_shared_latents_by_name(call: Callable[..., Any]) -> None:
     program, x = made("regression")
     with pytest.raises(ValueError, match=r"got weight, noise outside it\."):

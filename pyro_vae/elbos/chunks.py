@@ -24,6 +24,7 @@ from .log_densities import (
     is_point_mass,
     log_densities,
     programs_of,
+    refuse_shared,
     structure,
 )
 
@@ -110,8 +111,9 @@ class Plan:
                 and the structure. By default the densities of the program.
         """
         found = structure(program, rows.head(2, program))
-        if not found.global_latents + found.global_observed:
-            check_particles(program, rows.head(3, program), found)
+        if run is _densities:
+            refuse_shared(found.global_latents + found.global_observed)
+        check_particles(program, rows.head(3, program), found)
         elements = _elements_per_draw(program, rows, found, run)
         at_once = min(len(rows), max(1, max_elements // (num_samples * elements)))
         most = min(num_samples, max(1, max_elements // (at_once * elements)))

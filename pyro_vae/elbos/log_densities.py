@@ -41,6 +41,7 @@ __all__ = [
     "log_densities",
     "plate_nesting",
     "programs_of",
+    "refuse_shared",
     "row_terms",
     "row_terms_of",
     "structure",
@@ -294,7 +295,7 @@ def densities(
     Raises:
         ValueError: If there are latent sites outside the plate `"data"`.
     """
-    _refuse_shared(known.global_latents + known.global_observed)
+    refuse_shared(known.global_latents + known.global_observed)
     return draw(model, guide, args, {}, num_particles, known.max_plate_nesting).densities()
 
 
@@ -420,7 +421,7 @@ def draw(
     guide_trace, model_trace = _traces(particles(model), particles(guide), args, kwargs, handler)
     guided, modelled = dict(_samples(guide_trace)), dict(_samples(model_trace))
     sites = {**guided, **modelled}
-    _refuse_shared([n for n, s in sites.items() if not _in_rows(s) and not _is_computed(s)])
+    refuse_shared([n for n, s in sites.items() if not _in_rows(s) and not _is_computed(s)])
     latent = [name for name, site in modelled.items() if not site["is_observed"]]
     missing = [name for name in latent if name not in guide_trace.nodes]
     if missing:
@@ -453,7 +454,15 @@ def unreparameterised(guide: Trace) -> tuple[str, ...]:
     return tuple(name for name, site in sites if not site["fn"].has_rsample)
 
 
-def _refuse_shared(sites: Sequence[str]) -> None:
+def refuse_shared(sites: Sequence[str]) -> None:
+    """Refuses sites outside the plate of the rows, for what has one value for each row.
+
+    Arguments:
+        sites: Their names.
+
+    Raises:
+        ValueError: If there are any.
+    """
     if sites:
         raise ValueError(
             f"Expected sites in the plate {PLATE!r}, one value for each row; got "

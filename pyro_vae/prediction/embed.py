@@ -11,7 +11,7 @@ from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan
-from ..elbos.log_densities import Structure, latent_sites
+from ..elbos.log_densities import Structure, latent_sites, structure
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from .labels import unit_labels
@@ -80,9 +80,9 @@ def embed(
     checked_count("max_elements", max_elements)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
+        _check_latents(structure(program, rows.head(2, program)))
         with seeded(0):
             plan = Plan.of(program, rows, num_samples, max_elements, guide_trace)
-        _check_latents(plan.structure)
         is_closed = _in_closed_form(program, rows.head(2, program), plan) is not None
         bar = progress_bar(len(rows), "embed", " rows", progress=progress)
         with seeded(seed), bar:
