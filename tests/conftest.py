@@ -14,10 +14,12 @@ import matplotlib
 import pyro
 import pytest
 import torch
+import zuko  # noqa: F401 - its import switches off torch's validation
 
 from pyro_vae.data.rows import Rows
 
 torch.set_num_threads(1)
+pyro.enable_validation(True)  # as it is after importing pyro
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 
