@@ -70,8 +70,8 @@ class TraceEnum_ELBO(PyroELBO, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]
     over the sites that are marked `infer={"enumerate": "parallel"}`, for instance by
     `pyro.infer.config_enumerate`; other sites are drawn. A site that is marked in the model and
     missing in the guide is summed out of the model, so that only the other sites contribute to
-    the gap between the bound and log p(x). A lower bound on log p(x); value and gradient are unbiased, and exact if
-    no site is drawn.
+    the gap between the bound and log p(x). A lower bound on log p(x); value and gradient are
+    unbiased, and exact if no site is drawn.
 
     Networks must broadcast over dims on the left. The terms that :func:`pyro_vae.fit` reports are
     computed from one draw. Pyro's sums test whether a probability is 0, which on a GPU makes each

@@ -23,9 +23,9 @@ class Drawing:
     """Creates a function of rows and a number of draws that evaluates a program many times.
 
     If there are many calls, the function is traced for each shape of rows and number of draws
-    that occurs again; if the calls together are large enough, its graph is compiled. With the same seed the draws
-    are the same, and numbers differ by rounding at most. A program that cannot be traced runs
-    eagerly.
+    that occurs again; if the calls together are large enough, its graph is compiled. With the
+    same seed the draws are the same, and numbers differ by rounding at most. A program that cannot
+    be traced runs eagerly.
 
     Arguments:
         program: The program, already in the mode (training or evaluation) in which it is to run.

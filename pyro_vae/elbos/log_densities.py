@@ -628,8 +628,8 @@ def _check_match(model: Trace, guide: Trace) -> None:
         if name in guided and _in_rows(site) != _in_rows(guided[name]):
             inside, outside = ("model", "guide") if _in_rows(site) else ("guide", "model")
             raise ValueError(
-                f"Expected {name!r} in the plate {PLATE!r} of both model and guide, or of neither; "
-                f"got it inside in the {inside} and outside in the {outside}."
+                f"Expected {name!r} in the plate {PLATE!r} of both model and guide, or of neither;"
+                f" got it inside in the {inside} and outside in the {outside}."
             )
     latent = {name for name, site in _samples(model) if not site["is_observed"]}
     drawn = {
