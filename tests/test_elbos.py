@@ -264,7 +264,9 @@ def test_sites_that_all_rows_share(name: str) -> None:
     with pytest.raises(ValueError, match="got mean outside it"):
         elbo.estimate(program.model, program.guide, x)
     before = weights(program)
-    with pytest.raises(ValueError, match=r"got mean outside it: Trace_ELBO.* take such sites\.$"):
+    with pytest.raises(
+        ValueError, match=r"got mean outside it\. Trace_ELBO.* accept such sites\.$"
+    ):
         fit(program, x, elbo=elbo)
     assert_same(weights(program), before)
 
@@ -682,7 +684,9 @@ WITHOUT_RSAMPLE: dict[str, tuple[Callable[[], Any], Callable[[Tensor], Any]]] = 
 def test_a_site_without_rsample_is_refused(name: str, latent: str) -> None:
     program, x, elbo = Drawn(*WITHOUT_RSAMPLE[latent]), torch.randn(6), ESTIMATORS[name]()
     before, generator = weights(program), torch.get_rng_state()
-    said = r"draws every latent site by rsample, under .*; got z without one: Trace_ELBO, Trace"
+    said = (
+        r"draws every latent site by rsample, under .*; got z without rsample.*: Trace_ELBO, Trace"
+    )
     with pytest.raises(ValueError, match=said):
         fit(program, x, elbo=elbo, seed=None)
     assert_same(weights(program), before)
@@ -690,7 +694,7 @@ def test_a_site_without_rsample_is_refused(name: str, latent: str) -> None:
     for validates in (True, False):
         with pyro.validation_enabled(validates), pytest.raises(ValueError, match=said) as refused:
             elbo.estimate(program.model, program.guide, x)
-    offered = str(refused.value).split(": ")[-1].removesuffix(" take it.")
+    offered = str(refused.value).split(": ")[-1].removesuffix(".")
     kinds = {type(ESTIMATORS[able]()).__name__ for able in TAKES_DISCRETE} - {"BetaELBO"}
     assert set(offered.replace(" and ", ", ").split(", ")) == kinds
 
@@ -793,7 +797,7 @@ def test_the_number_of_draws_alone_is_positional(name: str) -> None:
 def test_a_point_mass_has_no_double_reparameterisation() -> None:
     vae = pv.VAE((4,), 2, pv.likelihoods.Normal(), pv.posteriors.Delta(), seed=0)
     x = torch.randn(5, 4)
-    with pytest.raises(ValueError, match="point mass at z: IWAE and STL take it"):
+    with pytest.raises(ValueError, match="point mass at z. IWAE and STL accept it"):
         elbos.DReG(3).estimate(vae.model, vae.guide, x)
     assert elbos.STL(3).loss(vae.model, vae.guide, x).isfinite()
 

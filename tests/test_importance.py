@@ -415,7 +415,7 @@ def test_a_factor_outside_the_plate_is_refused_per_row() -> None:
 
 @pytest.mark.parametrize("plates", [("data", "rows"), ("rows", "data")])
 def test_a_plate_of_the_model_or_the_guide_alone_is_refused(plates: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match="Expected 'z' to stand in the plate 'data' of model and"):
+    with pytest.raises(ValueError, match="Expected 'z' in the plate 'data' of both model and"):
         structure(Simple(*plates), torch.randn(4))
 
 

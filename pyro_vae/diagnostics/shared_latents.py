@@ -23,15 +23,16 @@ def shared_draws(
 ) -> Groups:
     r"""Draws all latents from the guide, and data from the model at the first of these draws.
 
-    One run of the program on all rows makes one draw, so that rows of one draw belong to the same
+    Each draw is one run of the program on all rows, so that all rows of a draw have the same
     values of the shared latents.
 
     Arguments:
         program: The program, in evaluation mode.
-        rows: Its data.
+        rows: The data of the program.
         known: The sites and plates of the program.
         num_samples: The number of draws from the guide.
-        num_predictive: The number of these at which data are drawn, and of draws from the prior.
+        num_predictive: The number of these draws at which data are drawn, and the number of draws
+            from the prior.
 
     Returns:
         For `posterior`, `posterior_predictive`, `prior`, `prior_predictive` the values of each

@@ -1,4 +1,4 @@
-"""Draws of a program as ArviZ reads them."""
+"""Draws from a program in the format of ArviZ."""
 
 import dataclasses
 import math
@@ -46,7 +46,7 @@ SHARED_NOTE = (
     "{sites}, so that log p(x) of a row is not estimated: log_weight is that of all rows together."
 )
 NOTE = (
-    "Independent draws from the guide q(z | x): R-hat and ESS say nothing of its fit; see "
+    "Independent draws from the guide q(z | x): R-hat and ESS say nothing about its fit; see "
     "pareto_k in vi_stats."
 )
 
@@ -64,32 +64,34 @@ def to_arviz(
 ) -> Any:
     """Draws from a program, trained or not, in the form that ArviZ reads.
 
-    Each row of x is a `datum`. The other dims of a site are `{site}_dim_{i}`; those of x carry the
-    names of its columns. There is no `log_likelihood`: if each row has a latent of its own,
-    `arviz.loo` would treat log p(x | z) as log p(x). Compare models by `compare`.
+    Each row of x is a `datum`. The other dims of a site are `{site}_dim_{i}`; those of x have the
+    names of its columns as coordinates. There is no `log_likelihood`: if each row has a latent of
+    its own, `arviz.loo` would treat log p(x | z) as log p(x). Compare models by `compare`.
 
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
-        x: The data, shape (rows, *event), or a dict of such.
+        x: The data, shape (rows, *event), or a dict of such arrays.
         num_samples: The number of draws from the guide, 4 or more.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        num_predictive: The number of these draws, and of draws from the prior, at which data are
+        num_predictive: The number of draws from the guide, and from the prior, at which data are
             drawn. By default as many as fit in `max_elements`, at most 100.
         max_elements: The largest number of elements of a tensor, approximately.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        seed: The seed of the draws. `None` continues torch's generator from its state.
 
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
-        (draws of the guide, one chain), `posterior_predictive` (from the first of them), `prior`
-        and `prior_predictive` (as many as these), `observed_data` (NaN in cells that the program
-        masks), `sample_stats` (log_weight, log_q, log_joint) and `vi_stats` (per row, as
-        `log_evidence` returns it, from these draws; of a guide of point masses, only its
-        `elbo`). If all rows share latents, these are there too, without the dim `datum`;
-        `sample_stats` is of all rows together, and there is no `vi_stats`.
+        (draws from the guide, one chain), `posterior_predictive` (data at the first
+        `num_predictive` of them), `prior` and `prior_predictive` (`num_predictive` draws each),
+        `observed_data` (NaN in cells that the program masks), `sample_stats` (log_weight, log_q,
+        log_joint, in nats) and `vi_stats` (the result of `log_evidence` for each row, from these
+        draws). If the guide has point masses, `vi_stats` is NaN but for `elbo`. Latents that all
+        rows share have no dim `datum`; the log-densities in `sample_stats` are then those of all
+        rows together, and there is no `vi_stats`.
 
     Raises:
-        ValueError: If `program` is not a program, or the data or sizes do not fit it.
+        ValueError: If `program` is not such a module, the data do not fit it, or a size is out of
+            its range.
 
     Example:
         >>> import pyro_vae as pv
@@ -264,7 +266,7 @@ def _is_scored(site: Any) -> Tensor:
 
 
 def _of_cells(mask: Any, event_dims: int) -> Tensor:
-    """A mask of batches as one of cells."""
+    """Adds event dims to a mask over batch dims, so that it broadcasts to the cells."""
     cells = torch.as_tensor(True if mask is None else mask)
     return cells.reshape(cells.shape + (1,) * event_dims)
 

@@ -28,16 +28,17 @@ class TotalCorrelation(MonteCarlo):
     This is beta-TC-VAE; the other parts of the KL divergence have the weight 1. The aggregate
     posterior at the draw of row i is estimated from the B rows of the batch: row i with the weight
     1 / N, each other one with (N - 1) / (N (B - 1)), so that the density is unbiased, but not its
-    logarithm. TC is therefore biased, and may be negative if B is small. No bound, except that it
-    is the ELBO at :math:`\beta = 1`. The KL divergence is in closed form if there is a formula.
-    Needs `rsample`, and one latent site that is independent over its elements.
+    logarithm. TC is therefore biased, and may be negative if B is small. The objective is no
+    bound on log p(x), unless :math:`\beta = 1`, where it is the ELBO. The KL divergence is in
+    closed form if there is a formula. Needs `rsample`, and one latent site that is independent
+    over its elements.
 
     References:
         Isolating sources of disentanglement in VAEs (Chen et al., 2018), arXiv 1802.04942.
 
     Arguments:
         beta: The weight :math:`\beta` of the total correlation.
-        num_rows: The number of rows N of all data; by default that of the batch.
+        num_rows: The number of rows N of the whole data set; by default that of the batch.
         max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
@@ -106,11 +107,11 @@ def inverse_multiquadric(one: Tensor, other: Tensor) -> Tensor:
     The kernel of Tolstikhin et al. (2018), arXiv 1711.01558, for latents of unit scale.
 
     Arguments:
-        one: Points (..., n, D).
-        other: Points (..., m, D).
+        one: Points, shape (..., n, D).
+        other: Points, shape (..., m, D).
 
     Returns:
-        The kernel of each pair, (..., n, m).
+        The kernel of each pair, shape (..., n, m).
     """
     squares = (one[..., :, None, :] - other[..., None, :, :]).square().sum(-1)
     size = 2.0 * one.shape[-1]
@@ -129,8 +130,9 @@ class MMD(MonteCarlo):
 
     where :math:`q(z)` is the mixture of q(z | x) over the B rows of the batch. Draws of one row
     are never paired with each other, so that MMD is unbiased for rows drawn at random. This is
-    InfoVAE, or the Wasserstein autoencoder. No bound on log p(x); value and gradient are unbiased.
-    It has no weight on KL terms. Needs `rsample`, at least two rows, and one latent site.
+    InfoVAE, or the Wasserstein autoencoder. It is no bound on log p(x); value and gradient are
+    unbiased. A weight on KL terms, such as a warm-up, is refused. Needs `rsample`, at least two
+    rows, and one latent site.
 
     References:
         | InfoVAE (Zhao, Song & Ermon, 2019), arXiv 1706.02262.
@@ -139,7 +141,8 @@ class MMD(MonteCarlo):
     Arguments:
         num_particles: The number of draws of z for each row.
         weight: The weight :math:`\lambda`, in nats per row.
-        kernel: A positive definite kernel of (n, D) and (m, D) points, as (n, m).
+        kernel: A positive definite kernel: a function of points of shapes (..., n, D) and
+            (..., m, D) that returns shape (..., n, m).
         max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 
     Raises:
@@ -179,7 +182,7 @@ class MMD(MonteCarlo):
         if has_gradient and prior.log_prob(draws).requires_grad:
             raise ValueError(
                 f"Expected a prior that draws {name!r} by rsample, or has no parameters, "
-                f"under {self}; got {prior}: the ELBO and the multi-sample bounds take it."
+                f"under {self}; got {prior}. The ELBO and the multi-sample bounds accept it."
             )
         of_guide, of_prior = _points(guided["value"]), _points(draws)
         within = _mean_of_others(self.kernel(of_guide, of_guide))
@@ -217,13 +220,14 @@ def _only_site(
     name, site = sites[0]
     if site["mask"] is not None or particles.model.nodes[name]["mask"] is not None:
         raise ValueError(
-            f"Expected no mask on {name!r}, under {elbo}; got one: the ELBOs and FreeBits take it."
+            f"Expected no mask on {name!r}, under {elbo}; got one. The ELBOs and FreeBits accept "
+            "masks."
         )
     if particles.num_rows < 2:
         raise ValueError(f"Expected at least 2 rows under {elbo}; got 1.")
     if factorised and not is_factorised(site["fn"]):
         raise ValueError(
             f"Expected a guide that is independent over the elements of {name!r}, under {elbo}; "
-            f"got {site['fn']}: use posteriors.Normal()."
+            f"got {site['fn']}. Use posteriors.Normal()."
         )
     return name, site

@@ -32,9 +32,9 @@ class BetaELBO(Estimator):
         beta: The weight :math:`\beta`, or a schedule: a function from the number of steps taken to
             the weight. In :func:`pyro_vae.fit` a resumed fit continues the count; in
             `pyro.infer.SVI` every gradient counts as a step. `per_row` and `compare_elbos` use the
-            weight at the current number of steps, which is 0 for a new object and which `at_step`
-            sets. A fit does not change it.
-        elbo: The inner estimator, `Trace_ELBO()` by default.
+            weight at the current number of steps, which is 0 for a new object. `at_step` sets it;
+            a fit does not change it.
+        elbo: The inner estimator, whose KL terms get the weight; `Trace_ELBO()` by default.
 
     Raises:
         ValueError: If beta is negative, or the estimator has no weight on KL terms.
@@ -83,7 +83,7 @@ class BetaELBO(Estimator):
 
     @property
     def steps(self) -> int:
-        """The number of steps that its schedule counts."""
+        """The number of steps that its schedule has counted; 0 if the weight is a number."""
         return 0 if self.schedule is None else self.schedule.steps
 
     def _around(self, inner: Estimator) -> "BetaELBO":
@@ -96,7 +96,7 @@ class BetaELBO(Estimator):
         return self._around(self.inner)
 
     def plain(self) -> Estimator | None:
-        """Returns the same weight with `plain` of the inner estimator."""
+        """Returns the same weight on `plain()` of the inner estimator, or `None`."""
         inner = self.inner.plain()
         return None if inner is None else self._around(inner)
 
@@ -110,7 +110,7 @@ class BetaELBO(Estimator):
         self.inner.check(structure)
 
     def at_step(self, steps: int) -> None:
-        """Sets the number of steps of its schedule, and of those of the inner estimator."""
+        """Sets the number of steps of its schedule and of the inner estimator's schedules."""
         if self.schedule is not None:
             self.schedule.steps = steps
         self.inner.at_step(steps)

@@ -54,12 +54,12 @@ class Renyi(MultiSample):
         L_{\alpha, K}(x) = \frac{1}{1 - \alpha}
             E\Big[\log \frac{1}{K} \sum_{k=1}^K w_k^{1 - \alpha}\Big]
 
-    For :math:`\alpha \ge 0` a lower bound on log p(x): `IWAE` at 0, near the ELBO at 1, and below
-    it beyond. For :math:`\alpha < 0` it estimates an upper bound and converges to it as K grows,
-    but at finite K it may lie below log p(x). Model and guide maximise it. For
-    :math:`\alpha < 0` and large K that moves the guide away from the posterior, so use a negative
-    order for evaluation, or with small K only. Value and gradient are unbiased for the expectation
-    above. Needs `rsample`.
+    For :math:`\alpha \ge 0` it is a lower bound on log p(x): `IWAE` at 0, close to the ELBO near
+    1, and below the ELBO above 1. For :math:`\alpha < 0` it estimates an upper bound and converges
+    to it as K grows, but at finite K it may lie below log p(x). Model and guide maximise it. For
+    :math:`\alpha < 0` and large K this moves the guide away from the posterior: use a negative
+    order for evaluation only, or with a small K. Value and gradient are unbiased for the
+    expectation above. Needs `rsample`.
 
     References:
         Renyi divergence variational inference (Li & Turner, 2016), arXiv 1602.02311.
@@ -83,7 +83,9 @@ class Renyi(MultiSample):
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
         self.alpha = checked_finite("alpha", alpha)
         if self.alpha == 1.0:
-            raise ValueError("Expected alpha other than 1; got 1. That is the ELBO: Trace_ELBO.")
+            raise ValueError(
+                "Expected alpha other than 1; got 1. The limit at 1 is the ELBO: use Trace_ELBO."
+            )
         if self.alpha < 0.0:
             self.direction = "upper bound as num_particles grows"
 
@@ -189,12 +191,13 @@ class CIWAE(MultiSample):
 
 
 class PIWAE(_Grouped, Weighted):
-    r"""Creates the partially importance-weighted estimator: a bound each for model and guide.
+    r"""Creates the partially importance-weighted estimator, with one bound for each program.
 
     The model maximises `IWAE(M K)` and the guide `MIWAE(M, K)`, from the same M K draws, so that
     the signal-to-noise ratio grows for both. Each gradient is unbiased for its own bound. The
-    value is that of `IWAE(M K)`, a lower bound on log p(x), unbiased. A parameter of both model
-    and guide (of the encoder of a VampPrior) gets the sum of both gradients. Needs `rsample`.
+    value is that of `IWAE(M K)`, a lower bound on log p(x), unbiased. A parameter that model
+    and guide share, such as one of an encoder in a VampPrior, gets the sum of both gradients.
+    Needs `rsample`.
 
     References:
         Tighter variational bounds are not necessarily better (Rainforth et al., 2018),

@@ -75,7 +75,7 @@ def _densities(program: nn.Module, x: Row, num_samples: int, known: Structure) -
 
 @dataclass(frozen=True)
 class Plan:
-    """How rows and draws are cut into chunks that fit a bound on memory.
+    """How rows and draws are divided into chunks that fit a bound on memory.
 
     Arguments:
         structure: The sites and plates of the program.
@@ -107,8 +107,8 @@ class Plan:
             rows: Its data.
             num_samples: The number of draws of each row.
             max_elements: The largest number of elements of a tensor, approximately.
-            run: The function whose tensors are measured, of the program, rows, a number of draws
-                and the structure. By default the densities of the program.
+            run: The function whose tensors are measured. It is called with the program, rows, a
+                number of draws and the structure. By default the densities of the program.
         """
         found = structure(program, rows.head(2, program))
         if run is _densities:
@@ -149,8 +149,8 @@ class Plan:
 def give_memory_back() -> None:
     """Returns freed memory to the system if the C library is glibc.
 
-    glibc does not return blocks that lie below blocks in use, which after thousands of chunks
-    amounted to several times the bound on memory.
+    glibc keeps free blocks that lie below blocks in use. After thousands of chunks these can
+    amount to several times the bound on memory.
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library

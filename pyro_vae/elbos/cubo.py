@@ -26,10 +26,10 @@ class CUBO(Weighted):
     evaluation, or to improve a guide that is already good, with few dims and a large K.
 
     The guide minimises it, which widens q until it covers the posterior. The model maximises
-    `IWAE(K)` of the same draws, since a model that minimises an upper bound fits nothing. Each
+    `IWAE(K)` of the same draws, since minimising an upper bound would lower log p(x) itself. Each
     gradient is unbiased for its own objective at this K. The loss is minus the value for every
-    estimator, so that for this one the loss rises as the guide improves. It has no weight on KL
-    terms. Needs `rsample`.
+    estimator, so that for this one the loss rises as the guide improves. A weight on KL
+    terms, such as a warm-up, is refused. Needs `rsample`.
 
     References:
         Variational inference via chi upper bound minimization (Dieng et al., 2017),

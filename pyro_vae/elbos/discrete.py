@@ -23,7 +23,7 @@ __all__ = ["TraceEnum_ELBO", "TraceGraph_ELBO"]
 
 
 class TraceGraph_ELBO(PyroELBO, pyro.infer.TraceGraph_ELBO):  # type: ignore[misc]  # noqa: N801
-    r"""Creates the ELBO with the score function's gradient along the graph of the program.
+    r"""Creates the ELBO with a score-function gradient that uses the program's dependencies.
 
     .. math::
         \nabla_\phi = E\Big[\sum_i \nabla_\phi \log q(z_i)\, (c_i - b_i) + \dots\Big]
@@ -41,7 +41,7 @@ class TraceGraph_ELBO(PyroELBO, pyro.infer.TraceGraph_ELBO):  # type: ignore[mis
 
     Arguments:
         num_particles: The number of draws of z for each row.
-        vectorize_particles: Whether they are drawn in one pass.
+        vectorize_particles: Whether all draws are made in one pass.
 
     Raises:
         ValueError: If `num_particles` is not a positive integer.
@@ -69,13 +69,13 @@ class TraceEnum_ELBO(PyroELBO, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]
 
     over the sites that are marked `infer={"enumerate": "parallel"}`, for instance by
     `pyro.infer.config_enumerate`; other sites are drawn. A site that is marked in the model and
-    missing in the guide is summed out of the model, so that only the other sites make the bound
-    differ from log p(x). A lower bound on log p(x); value and gradient are unbiased, and exact if
-    no site is drawn.
+    missing in the guide is summed out of the model, so that only the other sites contribute to
+    the gap between the bound and log p(x). A lower bound on log p(x); value and gradient are
+    unbiased, and exact if no site is drawn.
 
     Networks must broadcast over dims on the left. The terms that :func:`pyro_vae.fit` reports are
-    those of one draw. Pyro's sums test whether a probability is 0, and on a GPU wait for the
-    result.
+    computed from one draw. Pyro's sums test whether a probability is 0, which on a GPU makes each
+    step wait for the device.
 
     References:
         | DiCE (Foerster et al., 2018), arXiv 1802.05098.
@@ -83,7 +83,7 @@ class TraceEnum_ELBO(PyroELBO, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]
 
     Arguments:
         num_particles: The number of draws of the sites that are not summed out, for each row.
-        vectorize_particles: Whether they are drawn in one pass.
+        vectorize_particles: Whether all draws are made in one pass.
 
     Raises:
         ValueError: If `num_particles` is not a positive integer. In `per_row`, if a site is summed
@@ -108,7 +108,7 @@ class TraceEnum_ELBO(PyroELBO, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]
         return value
 
     def _row_values(self, objective: Objective, x: Row) -> Tensor:
-        """The ELBO is linear in a weight on each row: a row's part is the derivative in it."""
+        """Differentiates the ELBO in a weight on each row, in which it is linear."""
         (model, guide), elbo = objective.pair, cast(TraceEnum_ELBO, objective.elbo)
         weighted = _RowWeights(tree_leaves(x)[0].device)
         try:

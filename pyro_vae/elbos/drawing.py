@@ -22,18 +22,19 @@ WORTH_COMPILING = 2**33
 class Drawing:
     """Creates a function of rows and a number of draws that evaluates a program many times.
 
-    Shapes that occur again are traced if there are many calls, and compiled if the calls are large
-    enough in all. With the same seed the draws are the same, and numbers differ by rounding at
-    most. A program that cannot be traced runs eagerly.
+    If there are many calls, the function is traced for each shape of rows and number of draws
+    that occurs again; if the calls together are large enough, its graph is compiled. With the
+    same seed the draws are the same, and numbers differ by rounding at most. A program that cannot
+    be traced runs eagerly.
 
     Arguments:
-        program: The program, in training or evaluation mode as it is to run.
+        program: The program, already in the mode (training or evaluation) in which it is to run.
         function: The function of rows and a number of draws that runs the program.
         calls: The approximate number of calls.
-        elements: The approximate number of elements of the largest tensors of all calls together.
+        elements: The approximate sum, over all calls, of the largest tensor's number of elements.
 
     Attributes:
-        engine: The engine that runs most of it: `"eager"`, `"traced"` or `"compiled"`.
+        engine: The engine that runs most of the calls: `"eager"`, `"traced"` or `"compiled"`.
     """
 
     def __init__(self, program: nn.Module, function: Function, calls: int, elements: int) -> None:
@@ -55,7 +56,7 @@ class Drawing:
             count: The number of draws.
         """
         shape = (count, *[leaf.shape for leaf in tree_leaves(x)])
-        if self.engine == "eager" or shape not in self._seen:  # it may be the only one
+        if self.engine == "eager" or shape not in self._seen:  # this shape may not occur again
             self._seen.add(shape)
             return self._function(x, count)
         try:

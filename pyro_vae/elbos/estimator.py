@@ -1,4 +1,4 @@
-"""Base class of the estimators, and the module that a pair of programs makes with one."""
+"""Base class of the estimators, and the module of an estimator and a pair of programs."""
 
 import contextlib
 import copy
@@ -92,7 +92,7 @@ class PerRow(NamedTuple):
 
 
 class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
-    r"""The base class of the estimators: a Pyro ELBO that never reads numbers off the device.
+    r"""The base class of the estimators: a Pyro ELBO that does not wait for the device.
 
     An estimator works with `pyro.infer.SVI`, in :func:`pyro_vae.fit`, and as a module:
     `elbo(model, guide)(x)` is the loss, and the module owns the parameters of the programs. As in
@@ -105,17 +105,18 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     To add one, subclass it, write `estimate`, and set the attributes that differ.
 
     Attributes:
-        direction: How its value relates to log p(x): `"lower bound"`, `"no bound"`, or another.
+        direction: How its value relates to log p(x): `"lower bound"`, `"no bound"`, or a phrase
+            such as `"upper bound as num_particles grows"`.
         unbiased_value: Whether its value is unbiased for the objective.
-        unbiased_gradient: Whether its gradient is unbiased for that of the objective.
+        unbiased_gradient: Whether its gradient is unbiased for the gradient of the objective.
         needs_rsample: Whether the guide must draw every site by `rsample`.
         is_linear: Whether its value is linear in the KL terms, as the ELBO's is.
         takes_kl_weight: Whether its KL terms can have a weight, such as that of a warm-up.
-        takes_globals: Whether there may be sites outside the plate `"data"`.
+        takes_globals: Whether the programs may have sites outside the plate `"data"`.
         is_split: Whether model and guide have different objectives.
         least_particles: The smallest number of draws K that it can take.
-        is_traceable: Whether it is a fixed sequence of tensor operations, without branches on the
-            value of a tensor.
+        is_traceable: Whether its computation is a fixed sequence of tensor operations, without
+            branches on the value of a tensor.
         kl_weight: The weight of the KL terms, a number or a tensor of shape ().
     """
 
@@ -141,7 +142,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
     def infer_plate_nesting(
         self, model: Program, guide: Program, args: Args, kwargs: Kwargs
     ) -> None:
-        """Sets `max_plate_nesting` by a dry run of the programs, if it is needed and not set."""
+        """Infers `max_plate_nesting` by a dry run, if it is needed and the user did not set it."""
         if self._is_vectorised() and math.isinf(self.max_plate_nesting):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
 
@@ -149,13 +150,14 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         return bool(self.vectorize_particles) and self.num_particles > 1
 
     def schedules(self) -> "list[Schedule]":
-        """Returns the weights that change from step to step, those of inner estimators too."""
+        """Returns the schedules of its weights, including those of inner estimators."""
         return []
 
     def plain(self) -> "Estimator | None":
-        """Returns an estimator of the guide's objective whose gradient is autograd's.
+        """Returns an estimator of the guide's objective whose gradient is autograd's, or `None`.
 
-        Gradients are compared with its gradient. `None` if there is no such estimator.
+        It is the reference with which :func:`pyro_vae.compare_elbos` compares the gradient. `None`
+        means that there is no such estimator.
         """
         return None
 
@@ -163,7 +165,8 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         """Returns a copy with another number of draws K, or `None` if K is not free.
 
         Arguments:
-            num_particles: The number of draws; of each group, if the draws come in groups.
+            num_particles: The number of draws K. If the draws form groups, it is that of each
+                group.
         """
         return None
 
@@ -193,7 +196,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         if outside and not self.takes_globals:
             raise ValueError(
                 f"Expected every site in the plate of the rows, under {self}; got "
-                f"{', '.join(outside)} outside it: {PER_SUM} take such sites."
+                f"{', '.join(outside)} outside it. {PER_SUM} accept such sites."
             )
 
     def per_row(
@@ -214,10 +217,10 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             num_repeats: The number of estimates to average.
             context: Covariates of the rows: `row["context"]` of the program.
             weights: The weight of each row: `row["weight"]` of the program.
-            seed: The seed of the draws; `None` goes on with torch's generators as they are.
+            seed: The seed of the draws. `None` continues torch's generators from their state.
 
         Raises:
-            ValueError: If `program` is no such module, there are global latent sites,
+            ValueError: If `program` is not such a module, it has global latent sites,
                 `num_repeats` is not positive, or the data do not fit the program.
         """
         checked_count("num_repeats", num_repeats)
@@ -241,7 +244,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         return PerRow(mean, variance.sqrt())
 
     def _evaluator(self, objective: "Objective", x: Row, num_repeats: int) -> Callable[[], Tensor]:
-        """Returns a function that estimates the objective of each row, traced if that pays."""
+        """Returns a function that estimates each row's objective, traced if that saves time."""
 
         def eager() -> Tensor:
             return self._row_values(objective, x)
@@ -285,7 +288,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         return _Loss(Objective(model, guide, self))
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> object:
-        """Calls the method of Pyro's class, if the subclass has one: it is abstract in Pyro."""
+        """Calls the method of the next class, since `pyro.infer.ELBO` declares it abstract."""
         return super()._get_trace(model, guide, args, kwargs)  # type: ignore[safe-super]
 
     def _guess_max_plate_nesting(
@@ -301,15 +304,15 @@ def refuse_unreparameterised(elbo: Estimator, sites: tuple[str, ...]) -> None:
 
     Arguments:
         elbo: The estimator, which needs `rsample`.
-        sites: The names of such sites.
+        sites: The names of the sites that the guide draws without `rsample`.
 
     Raises:
-        ValueError: If there are any.
+        ValueError: If `sites` is not empty.
     """
     if sites:
         raise ValueError(
             f"Expected a guide that draws every latent site by rsample, under {elbo}; got "
-            f"{', '.join(sites)} without one: {WITHOUT_RSAMPLE} take it."
+            f"{', '.join(sites)} without rsample. These do not need it: {WITHOUT_RSAMPLE}."
         )
 
 
@@ -317,7 +320,7 @@ class Schedule:
     """A weight that is a function of the number of steps taken.
 
     Arguments:
-        function: The function.
+        function: A function from the number of steps to the weight.
 
     Attributes:
         steps: The number of steps taken.
@@ -348,7 +351,7 @@ class Schedule:
 
 
 class Tempered(Messenger):  # type: ignore[misc]
-    """Effect handler that multiplies the scale of latent sites, in the model and in the guide.
+    """Effect handler that multiplies the scale of every latent site by the weight of the KL terms.
 
     Arguments:
         weight: The weight of the KL terms.
@@ -364,7 +367,7 @@ class Tempered(Messenger):  # type: ignore[misc]
 
 
 def tempered(weight: Tensor | float) -> contextlib.AbstractContextManager[object]:
-    """Returns :class:`Tempered` of a weight, or a context that does nothing if it is 1.
+    """Returns the handler :class:`Tempered`, or a context that does nothing if the weight is 1.
 
     Arguments:
         weight: The weight of the KL terms.
@@ -373,13 +376,14 @@ def tempered(weight: Tensor | float) -> contextlib.AbstractContextManager[object
 
 
 class Objective(nn.Module):
-    """Creates the module of a pair of programs and an ELBO. It owns the programs' parameters.
+    """A module that evaluates an ELBO of two programs, and owns the parameters of both.
 
     Arguments:
         model: The model, a bound method of a module or a module.
         guide: The guide, likewise.
         elbo: An estimator, or one of Pyro's own ELBOs.
-        wrap: A function that wraps both programs, to run them in half precision for instance.
+        wrap: A function that is applied to both programs, for example to run them in half
+            precision.
 
     Raises:
         ValueError: If the ELBO has no differentiable loss.
@@ -452,7 +456,7 @@ class Objective(nn.Module):
                 schedule.held = None
 
     def infer_plate_nesting(self, *args: object, **kwargs: object) -> None:
-        """Infers the nesting of plates before the first estimate, so that all estimates are alike.
+        """Infers the nesting of plates, so that no later estimate needs a dry run.
 
         Arguments:
             args: The positional arguments of model and guide.
@@ -462,7 +466,7 @@ class Objective(nn.Module):
             self.estimator.infer_plate_nesting(*self.pair, args, kwargs)
 
     def count_step(self) -> None:
-        """Advances the schedules by the step that was replayed."""
+        """Advances the schedules by one step, after a traced step was replayed."""
         for schedule in self.schedules:
             schedule.steps += 1
 
@@ -470,7 +474,7 @@ class Objective(nn.Module):
         """Sets the weight of the KL terms.
 
         Arguments:
-            weight: The weight, shape (). It may be changed in place later.
+            weight: The weight, shape (). Later changes in place take effect.
 
         Raises:
             ValueError: If the estimator has no such weight.
@@ -503,7 +507,7 @@ class Objective(nn.Module):
 
 
 class _OfPyro(Estimator):
-    """Adapter of one of Pyro's own ELBOs. The terms come from one more pass, of the same noise."""
+    """Adapter of one of Pyro's own ELBOs. One more pass, of the same noise, gives the terms."""
 
     needs_rsample = False
     takes_globals = True

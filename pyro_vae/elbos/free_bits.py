@@ -20,10 +20,11 @@ class FreeBits(MonteCarlo):
         \sum_n E_q[\log p(x_n \mid z_n)] - B \sum_j \max\Big(\lambda,
             \frac{1}{B} \sum_{n=1}^B \mathrm{KL}_j(x_n)\Big)
 
-    with the latent dims j, and the mean over the B rows of the batch. A row's objective is its
-    ELBO minus 1 / B of what the threshold adds. It is below the ELBO, so a lower bound on log
-    p(x). If guide and prior are independent over their elements, the threshold applies to each
-    dim; else to each site, multiplied by its number of dims. Value and gradient are unbiased for
+    where j runs over the latent dims, and the mean is over the B rows of the batch. The
+    objective of a row is its ELBO minus 1 / B of the total that the threshold adds to the
+    batch. It is at most the ELBO, and so a lower bound on log p(x). If guide and prior are
+    independent over their elements, the threshold applies to each dim. Otherwise it applies to
+    each site, multiplied by the number of dims of the site. Value and gradient are unbiased for
     these rows if the divergence has a closed form. If it is estimated from draws, the maximum has
     an upward bias. Needs `rsample`.
 

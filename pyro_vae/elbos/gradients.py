@@ -23,10 +23,11 @@ class STL(Weighted):
         \nabla_\phi = \frac{1}{K} \sum_{k=1}^K
             \frac{\partial \log w_k}{\partial z_k} \frac{\partial z_k}{\partial \phi}
 
-    The mean of K one-sample ELBOs. (In an importance-weighted bound of K > 1 this gradient would
-    be biased; use `DReG` for that.) A lower bound on log p(x); value and gradient are unbiased.
-    The gradient omits the derivative of log q in its own parameters, which is zero in expectation.
-    Without it the guide's gradient vanishes at the exact posterior. Needs `rsample`.
+    The value is the mean of K one-sample ELBOs. (In an importance-weighted bound of K > 1 this
+    gradient would be biased; use `DReG` for that.) A lower bound on log p(x); value and gradient
+    are unbiased. The gradient omits the derivative of log q in its own parameters, which is zero
+    in expectation. Without that term the guide's gradient has no variance at the exact posterior.
+    Needs `rsample`.
 
     References:
         Sticking the landing (Roeder, Wu & Duvenaud, 2017), arXiv 1703.09194.
@@ -111,7 +112,7 @@ class DReG(Weighted):
         if points:
             raise ValueError(
                 f"Expected a guide with a density, under {self}; got a point mass at "
-                f"{', '.join(points)}: IWAE and STL take it."
+                f"{', '.join(points)}. IWAE and STL accept it."
             )
         return particles
 
@@ -131,7 +132,7 @@ class VIMCO(Weighted):
 
     where the baseline :math:`\hat L_{-k}` is the bound with the geometric mean of the other
     weights in place of :math:`w_k`. The value is that of `IWAE(K)`, a lower bound on log p(x);
-    value and gradient are unbiased. It needs no `rsample`, and so takes discrete latents.
+    value and gradient are unbiased. It needs no `rsample`, and so allows discrete latents.
 
     References:
         Variational inference for Monte Carlo objectives (Mnih & Rezende, 2016),
@@ -157,7 +158,7 @@ class VIMCO(Weighted):
         return IWAE(self.num_particles, max_plate_nesting=self.max_plate_nesting)
 
     def weights(self, log_weights: Tensor) -> Weights:
-        """Returns the normalised weights for the model, the learning signal for the guide."""
+        """Returns the normalised weights for the model and the learning signal for the guide."""
         normalised = log_weights.softmax(0)
         signal = log_weights.logsumexp(0) - _with_mean_of_others(log_weights)
         return Weights(normalised, None, signal - self.kl_weight * normalised)
@@ -173,8 +174,8 @@ class RWS(Weighted):
     The weights are normalised in each row. The model maximises `IWAE(K)`, with an unbiased
     gradient; its value, a lower bound on log p(x), is the one returned. The guide minimises the
     inclusive divergence KL(p(z | x), q(z | x)), with a bias that falls as 1 / K; at finite K its
-    gradient is not that of a known objective. It has no weight on KL terms. It needs no `rsample`,
-    and so takes discrete latents.
+    gradient is not that of a known objective. A weight on KL terms, such as a warm-up, is refused.
+    It needs no `rsample`, and so allows discrete latents.
 
     References:
         | Reweighted wake-sleep (Bornschein & Bengio, 2015), arXiv 1406.2751.

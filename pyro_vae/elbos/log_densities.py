@@ -61,7 +61,7 @@ _PARTICLES = "_particles"
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """The sites and plates of a program, as a dry run on two rows finds them.
+    """The sites and plates of a program, recorded by a dry run on two rows.
 
     Arguments:
         rows_dim: The dim of the plate `"data"`, negative.
@@ -69,13 +69,14 @@ class Structure:
         latents: The latent sites that have a value for each row.
         is_ordered: Whether the guide draws the latent sites in the order of the model.
         global_latents: The latent sites outside the plate `"data"`.
-        global_observed: The observed sites outside it, such as those of `pyro.factor`.
+        global_observed: The observed sites outside the plate `"data"`, such as those of
+            `pyro.factor`.
         observed: The observed sites in the plate `"data"`.
         event_shapes: The event shape of each site.
         discrete: Whether each observed site has a mass function rather than a density.
         is_scaled: Whether a site of the rows has a scale, such as that of `poutine.scale`.
         is_subsampled: Whether the plate `"data"` is a subsample, which scales the rows by N / B.
-        unreparameterised: The latent sites that the guide draws without an `rsample`.
+        unreparameterised: The latent sites that the guide draws without `rsample`.
     """
 
     rows_dim: int
@@ -182,7 +183,7 @@ def structure(program: nn.Module, x: Row) -> Structure:
         x: A tensor of shape (rows, *event), or a dict of such tensors.
 
     Raises:
-        ValueError: If it is no such program. The message says what is wrong.
+        ValueError: If it is not such a program. The message names the defect.
 
     Example:
         >>> import pyro_vae as pv
@@ -198,7 +199,7 @@ def structure(program: nn.Module, x: Row) -> Structure:
 
 
 def check_particles(program: nn.Module, x: Row, known: Structure) -> None:
-    """Runs a program with two draws of each of three rows, as what draws many of each row does.
+    """Checks that a program can run with several draws of each row, by two draws of three rows.
 
     A tensor of the rows, such as a covariate, has no dim for the draws. A program that joins it
     to a latent, of shape (draws, rows, *event), runs with one draw of each row and fails with
@@ -210,7 +211,8 @@ def check_particles(program: nn.Module, x: Row, known: Structure) -> None:
         known: The sites and plates of the program.
 
     Raises:
-        ValueError: If the program fails. The message says why, and which line to write.
+        ValueError: If the program fails. The message gives the reason, and a line that corrects
+            it.
 
     Example:
         >>> import pyro_vae as pv
@@ -263,8 +265,8 @@ def log_densities(
         known: The result of :func:`structure`, if it was computed before.
 
     Raises:
-        ValueError: If the program has latent sites outside the plate `"data"`, as these have no
-            value for each row.
+        ValueError: If the program has sites outside the plate `"data"`, since these have no value
+            for each row.
 
     Example:
         >>> import pyro_vae as pv
@@ -293,7 +295,7 @@ def densities(
         known: Their sites and plates.
 
     Raises:
-        ValueError: If there are latent sites outside the plate `"data"`.
+        ValueError: If there are sites outside the plate `"data"`.
     """
     refuse_shared(known.global_latents + known.global_observed)
     return draw(model, guide, args, {}, num_particles, known.max_plate_nesting).densities()
@@ -340,7 +342,7 @@ class Particles:
         if isinstance(first, Tensor) and first.ndim:
             raise ValueError(
                 "Expected one scale for all rows; got a poutine.scale of shape "
-                f"{tuple(first.shape)}: Trace_ELBO takes it."
+                f"{tuple(first.shape)}. Trace_ELBO accepts it."
             )
         if not all(is_one_scale(scale, first) for scale in scales):
             raise ValueError(
@@ -351,10 +353,10 @@ class Particles:
         return first
 
     def spread(self, values: Tensor, site: Site) -> Tensor:
-        """Reshapes numbers (num_particles, rows) to broadcast with the draws of a site.
+        """Reshapes values of shape (num_particles, rows) to broadcast with the draws of a site.
 
         Arguments:
-            values: The numbers.
+            values: The values, shape (num_particles, rows).
             site: The site.
         """
         shape = [1] * site["value"].ndim
@@ -368,7 +370,7 @@ class Particles:
         return self.to_rows(scale_and_mask(raw, mask=site["mask"]))
 
     def to_rows(self, log_prob: Tensor) -> Tensor:
-        """Sums over all dims but those of particles and rows, (num_particles, rows).
+        """Sums over all dims but particles and rows. The result has shape (num_particles, rows).
 
         Arguments:
             log_prob: The log-probability of a site, over its plates.
@@ -409,8 +411,8 @@ def draw(
         kwargs: Their keyword arguments.
         num_particles: The number of draws for each row.
         max_plate_nesting: The number of dims that plates take, counted from the right.
-        handler: An effect handler of Pyro's for the guide. It acts on a draw before the trace
-            records it.
+        handler: An effect handler of Pyro for the guide. It acts on each draw before the trace
+            records the draw.
 
     Raises:
         ValueError: If there are sites outside the plate `"data"`, or the guide does not draw a
@@ -514,8 +516,8 @@ def row_terms(
         model_trace: The trace of the model.
         guide_trace: The trace of the guide.
         num_particles: The number of particles in the traces. The terms are means over particles.
-        divergences: The KL divergences that are known in closed form: for each such site over its
-            plates.
+        divergences: The KL divergence of each site that has one in closed form, in nats, over the
+            plates of the site.
     """
     parts: dict[str, Tensor] = {}
     for sign, trace in ((1.0, guide_trace), (-1.0, model_trace)):
@@ -570,7 +572,7 @@ def sum_to_rows(log_prob: Tensor, site: Site) -> Tensor:
     """Sums a log-probability of a site over all dims but that of the rows, shape (rows,).
 
     Arguments:
-        log_prob: Numbers over the plates of the site.
+        log_prob: The log-probability, over the plates of the site, in nats.
         site: The site, in the plate `"data"`.
     """
     dim = next(frame.dim for frame in site["cond_indep_stack"] if frame.name == PLATE)
@@ -635,8 +637,8 @@ def _check_match(model: Trace, guide: Trace) -> None:
         if name in guided and _in_rows(site) != _in_rows(guided[name]):
             inside, outside = ("model", "guide") if _in_rows(site) else ("guide", "model")
             raise ValueError(
-                f"Expected {name!r} to stand in the plate {PLATE!r} of model and guide alike; got "
-                f"it inside in the {inside} and outside in the {outside}."
+                f"Expected {name!r} in the plate {PLATE!r} of both model and guide, or of neither;"
+                f" got it inside in the {inside} and outside in the {outside}."
             )
     latent = {name for name, site in _samples(model) if not site["is_observed"]}
     drawn = {
@@ -671,7 +673,7 @@ def _is_computed(site: Site) -> bool:
 
 
 def is_one_scale(scale: Scale, other: Scale) -> bool:
-    """Whether two scales are known to be equal, without reading the value of a tensor.
+    """Whether two scales are certainly equal. Tensors are compared by identity, not by value.
 
     Arguments:
         scale: A number or a tensor.

@@ -38,14 +38,14 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
     since the value would be biased otherwise.
 
     Unlike `pyro.infer.TraceMeanField_ELBO` it applies the scales of the model as well as those of
-    the guide, and refuses sites without `rsample` whether or not Pyro validates.
+    the guide, and refuses sites without `rsample` even if Pyro's validation is off.
 
     References:
         Auto-encoding variational Bayes (Kingma & Welling, 2014), arXiv 1312.6114, appendix B.
 
     Arguments:
         num_particles: The number of draws of z for each row.
-        vectorize_particles: Whether they are drawn in one pass.
+        vectorize_particles: Whether all draws are made in one pass.
 
     Raises:
         ValueError: When called, if a site has no `rsample`, or the order of the sites differs.
@@ -90,7 +90,7 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
         return -total / particles, terms  # type: ignore[return-value]
 
     def check(self, structure: Structure) -> None:
-        """Refuses latent sites in another order too."""
+        """Refuses also a guide that draws the latent sites in another order than the model."""
         super().check(structure)
         self._check_order(is_ordered=structure.is_ordered)
 
@@ -98,7 +98,7 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
         if not is_ordered:
             raise ValueError(
                 f"Expected a guide whose latent sites come in the model's order, under {self}; "
-                "got another order: Trace_ELBO, STL and the multi-sample bounds take it."
+                "got another order. Trace_ELBO, STL and the multi-sample bounds accept it."
             )
 
     def _divergence(self, name: str, guided: Site, site: Site) -> Tensor | None:

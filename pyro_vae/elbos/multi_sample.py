@@ -33,18 +33,21 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     """Returns log mean exp over the first dim.
 
     Arguments:
-        log_weights: Shape (num_particles, rows).
+        log_weights: The logarithms, shape (num_particles, rows).
+
+    Returns:
+        Shape (rows,).
     """
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
 class MonteCarlo(Estimator):
-    """The base class of the objectives of K draws from the guide for each row, made in one pass.
+    """The base class of the objectives that draw K times from the guide, in one pass.
 
     If all sites of the rows have one scale (N / B of a subsampling plate), it multiplies the loss
     and is left out of the objective of each row.
 
-    To add one, subclass it and write `objective`; its gradient is then autograd's.
+    To add an objective, subclass it and write `objective`; autograd then gives the gradient.
 
     Arguments:
         num_particles: The number of draws K of each row.
@@ -60,7 +63,7 @@ class MonteCarlo(Estimator):
         """Returns the objective of each row, shape (rows,), in nats.
 
         Arguments:
-            particles: The draws.
+            particles: The draws, and the traces of model and guide.
             densities: Their log-densities.
 
         Raises:
@@ -88,7 +91,7 @@ class MonteCarlo(Estimator):
     def infer_plate_nesting(
         self, model: Program, guide: Program, args: Args, kwargs: Kwargs
     ) -> None:
-        """Sets `max_plate_nesting`, which K draws in one pass need, by a dry run if not set."""
+        """Infers `max_plate_nesting` by a dry run, if the user did not set it."""
         if math.isinf(self.max_plate_nesting):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
 
@@ -120,7 +123,7 @@ class MultiSample(MonteCarlo):
 
     The weight :math:`\beta` of the KL terms is 1 unless there is a warm-up or a `BetaELBO`.
 
-    To add one, subclass it and write `bound`; its gradient is then autograd's.
+    To add an objective, subclass it and write `bound`; autograd then gives the gradient.
 
     Arguments:
         num_particles: The number of draws K of each row.
@@ -142,7 +145,7 @@ class MultiSample(MonteCarlo):
         return self.bound(densities.tempered(self.kl_weight))
 
     def plain(self) -> Estimator | None:
-        """Returns a copy of itself, since its gradient is autograd's."""
+        """Returns a copy of the estimator, since its gradient is autograd's already."""
         return copy.copy(self)
 
 
@@ -159,9 +162,11 @@ class Weights(NamedTuple):
     Each has the shape (num_particles, rows), and no gradient.
 
     Arguments:
-        model: Of log p(x, z) in the model's parameters, with z fixed.
-        path: Of log w in z, which is propagated to the guide's parameters; `None` for 0.
-        guide: Of log q(z | x) in the guide's parameters, with z fixed; `None` for 0.
+        model: The weight of the derivative of log p(x, z) in the model's parameters, with z fixed.
+        path: The weight of the derivative of log w in z, which the chain rule takes to the guide's
+            parameters; `None` for 0.
+        guide: The weight of the derivative of log q(z | x) in the guide's parameters, with z
+            fixed; `None` for 0.
         ratio: `path / model`, if that is bounded. It saves a backward pass through the model.
     """
 
@@ -172,13 +177,14 @@ class Weights(NamedTuple):
 
 
 class Weighted(MultiSample):
-    """The base class of the objectives whose gradient is a weighted sum instead of autograd's.
+    """The base class of the objectives whose gradient is a weighted sum over the draws.
 
-    To add one, subclass it and write `weights`, and `bound` if that is not `IWAE`'s.
+    To add an objective, subclass it and write `weights`; write `bound` too, unless the value is
+    that of `IWAE`.
     """
 
     def bound(self, log_weights: Tensor) -> Tensor:
-        """Returns log mean w."""
+        """Returns log mean w, the value of `IWAE`."""
         return log_mean_exp(log_weights)
 
     @abstractmethod
@@ -241,7 +247,7 @@ class Autograd(MultiSample):
 
     Arguments:
         elbo: The estimator.
-        sign: A factor of its value: -1 if the guide minimises it.
+        sign: The factor of its value; -1 if the guide minimises the value.
     """
 
     def __init__(self, elbo: MultiSample, *, sign: float = 1.0) -> None:
@@ -267,12 +273,10 @@ class _ScaledGradient:
 
 
 class _Gates(Messenger):  # type: ignore[misc]
-    """Effect handler that separates each draw of a guide from what is computed from it.
-
-    The gradient that passes from there to the draw can then be stopped or scaled.
+    """Effect handler that stops or scales the gradient that reaches each draw of a guide.
 
     Arguments:
-        pass_on: Whether gradients pass at all.
+        pass_on: Whether gradients reach the draws at all.
 
     Attributes:
         scaling: The hook that all draws have in common.

@@ -21,13 +21,13 @@ PLAIN_PARTICLES = 8
 
 
 class PyroELBO(Estimator):
-    """The base class of the estimators that extend one of Pyro's: their arguments, and KL weight.
+    """The base class of the estimators that extend one of Pyro's: it adds the KL weight.
 
-    To add one, subclass it and Pyro's class, and write `_estimate`.
+    To add an estimator, subclass it and Pyro's class, and write `_estimate`.
 
     Arguments:
         num_particles: The number of draws of z for each row.
-        vectorize_particles: Whether they are drawn in one pass.
+        vectorize_particles: Whether all draws are made in one pass.
         options: Further arguments of Pyro's class.
     """
 
@@ -75,7 +75,7 @@ class PyroELBO(Estimator):
 
 
 class Trace_ELBO(PyroELBO, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa: N801
-    r"""Creates Pyro's estimator of the evidence lower bound, its numbers kept on the device.
+    r"""Creates Pyro's estimator of the evidence lower bound, without waiting for the device.
 
     .. math:: \mathrm{ELBO}(x) = E_{q(z \mid x)}[\log p(x, z) - \log q(z \mid x)] \le \log p(x)
 
@@ -90,7 +90,10 @@ class Trace_ELBO(PyroELBO, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa
 
     Arguments:
         num_particles: The number of draws of z for each row.
-        vectorize_particles: Whether they are drawn in one pass.
+        vectorize_particles: Whether all draws are made in one pass.
+
+    Raises:
+        ValueError: If `num_particles` is not a positive integer.
 
     Example:
         >>> import pyro_vae as pv

@@ -20,7 +20,7 @@ class TVO(Weighted):
             \ge \sum_{j=0}^{J-1} (\beta_{j+1} - \beta_j)\, E_{\pi_{\beta_j}}[\log w],
         \qquad \pi_\beta(z) \propto q(z \mid x)^{1 - \beta}\, p(x, z)^\beta
 
-    The left Riemann sum of the thermodynamic integral, with expectations by self-normalised
+    It is the left Riemann sum of the thermodynamic integral, with expectations by self-normalised
     weights :math:`w^\beta` of K draws from the guide. A lower bound on log p(x), and the ELBO if
     J = 1. Value and gradient have a bias that falls as 1 / K, except that the value is unbiased if
     J = 1. A draw of weight 0 makes them NaN. The gradient is a covariance with log w, so that it
@@ -32,7 +32,7 @@ class TVO(Weighted):
 
     Arguments:
         num_particles: The number of draws K of each row, 2 or more.
-        num_partitions: The number J of pieces of the integral.
+        num_partitions: The number J of intervals of the Riemann sum.
         first_beta: The first point after 0, from 1e-6 to below 1.
         max_plate_nesting: The number of dims that plates take; by default a dry run infers it.
 

@@ -1,1 +1,1 @@
-"""Traces steps to graphs, simplifies, compiles and captures them; and steps optimisers."""
+"""Engines: traces steps to graphs that are simplified, compiled or captured; optimiser steps."""

@@ -16,8 +16,8 @@ __all__ = ["HalfPrecision"]
 class HalfPrecision:
     """Creates a program that runs under autocast to bfloat16, except for draws at sites.
 
-    Matrix products of the networks have bfloat16 operands and float32 sums. Draws, and densities
-    that are computed from its trace, have the dtype of the distributions' parameters.
+    Matrix products of the networks have bfloat16 operands and float32 sums. Draws, and the
+    densities of the program's trace, have the dtype of the distributions' parameters.
 
     Arguments:
         program: A Pyro program: a bound method of a module, or a module.

@@ -100,17 +100,17 @@ def at_precision(precision: str | None) -> Iterator[None]:
 
 
 class Graph:
-    """Creates a graph that can be run.
+    """A traced graph of tensor operations that can be run, and compiled.
 
     Arguments:
         module: The graph as torch traced it.
-        short: The same computation in fewer operations, which runs unless it is compiled.
-        constants: Its inputs besides parameters, buffers and arguments.
-        is_present: For each output whether it is a tensor, or else `None`.
+        short: The same computation in fewer operations, which runs until the graph is compiled.
+        constants: The inputs of the graph besides parameters, buffers and arguments.
+        is_present: For each output, whether it is a tensor; the others are `None`.
 
     Attributes:
         size: The number of operations of `short`.
-        is_compiled: Whether it is compiled; `None` before that is decided.
+        is_compiled: Whether it is compiled; `None` before the decision.
     """
 
     def __init__(
@@ -132,7 +132,8 @@ class Graph:
             tensors: Inputs of the graph, or tensors of the same shapes.
 
         Raises:
-            UntraceableError: If Inductor cannot compile it, or its code gives other numbers.
+            UntraceableError: If Inductor cannot compile the graph, or the compiled code gives
+                other numbers.
         """
         inputs = [tensor.detach() for tensor in (*tensors, *self._constants)]
         run = _inductor(_decomposed(self._module, inputs), inputs)
@@ -176,10 +177,10 @@ class Replayed:
     parameters, buffers and other tensors of the module, but a Python number is read only when the
     graph is traced. Changes in place, and assignments to buffers, take effect. A first run of the
     graph is compared with the module, at the same random draws. If they differ, or a branch
-    depends on the value of a tensor, the module is refused.
+    depends on the value of a tensor, `UntraceableError` is raised.
 
     Arguments:
-        module: A module whose forward takes tensors and returns a tuple of tensors and `None`.
+        module: A module whose `forward` takes tensors, and returns a tuple of tensors and `None`s.
 
     Example:
         >>> class Squared(nn.Module):
@@ -223,7 +224,7 @@ class Replayed:
 
         Arguments:
             args: The arguments of a call.
-            static: As in a call.
+            static: A further hashable value on which the graph depends.
             kwargs: The keyword arguments of a call.
 
         Raises:
@@ -252,7 +253,7 @@ class Replayed:
 
     @property
     def size(self) -> int:
-        """The number of graphs."""
+        """The number of graphs that were traced."""
         return len(self._graphs)
 
     @property
@@ -555,7 +556,8 @@ class Captured:
     """Creates the CUDA graph of a function without arguments: all its kernels in one launch.
 
     The function runs a few times to warm up, and once to be captured. The tensors that it changes
-    are then restored. It must read and change tensors in place, and may not wait for the device.
+    are then restored. The function must read the same tensors each time, change them in place, and
+    never wait for the device.
 
     Arguments:
         function: The function to capture. Every replay uses the same tensors.

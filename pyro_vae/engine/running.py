@@ -37,7 +37,7 @@ def device_of(device: str | torch.device) -> torch.device:
         device: The name of the device.
 
     Raises:
-        ValueError: If there is no such device, or it has no float64.
+        ValueError: If there is no such device, or it does not support float64.
     """
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +55,8 @@ def seeded(seed: int | None) -> Iterator[None]:
     """Seeds torch's generators, and restores their state at the end.
 
     Arguments:
-        seed: The seed. With `None` the generators go on from their state, and are not restored.
+        seed: The seed. `None` continues the generators from their state, and does not restore
+            them.
 
     Example:
         >>> before = torch.get_rng_state()
@@ -125,9 +126,9 @@ def outer_handlers() -> tuple[Messenger, ...]:
 def local_parameters(program: nn.Module) -> Iterator[None]:
     """Keeps the parameters of `program` in its modules, and does not change the global store.
 
-    `pyro.module` and `pyro.param` look up parameters by name in a global store, so that of two
-    programs with the same name the second one trains nothing. Here each statement returns the
-    module's own parameter. What a `PyroModule` writes to the store goes to an empty store, which
+    `pyro.module` and `pyro.param` look up parameters by name in a global store, so that a
+    second program of the same names would not be trained. Here each statement returns the
+    module's own parameter. A `PyroModule` writes to an empty store instead, which
     is discarded.
 
     Arguments:
@@ -157,10 +158,10 @@ def _check_names(program: nn.Module) -> None:
 
 
 def unvalidated() -> Any:
-    """Switches off the validation of Pyro and of torch, and puts each back as it is now.
+    """Switches off the validation of Pyro and of torch, and restores each setting at the end.
 
-    `pyro.validation_enabled` would set torch's flag to Pyro's at the end, though an import of
-    `zuko` sets torch's alone.
+    `pyro.validation_enabled` would restore torch's flag to the value of Pyro's, but the two may
+    differ: importing `zuko` changes torch's alone.
     """
     names = ("distributions_pyro", "distributions_torch", "poutine", "infer")
     return pyro.settings.context(**{f"validate_{name}": False for name in names})
@@ -170,8 +171,8 @@ def unvalidated() -> Any:
 def evaluating(program: nn.Module) -> Iterator[None]:
     """Runs a program in evaluation mode, and restores its modes at the end.
 
-    That is without dropout, with running statistics, without gradients, without Pyro's validation,
-    and without changes of the global parameter store.
+    The program then runs without dropout, with running statistics, without gradients, without
+    Pyro's validation, and without changes of the global parameter store.
 
     Arguments:
         program: The module to run.

@@ -177,7 +177,7 @@ def _are_alike(one: Node, other: Node) -> bool:
 
 
 def _fold_constants(module: GraphModule, removable: set[Node]) -> None:
-    """Computes what depends on shapes alone, and stores what other operations read of it."""
+    """Computes the results that depend on shapes alone, and stores those that others read."""
     graph = module.graph
     outputs = set(graph.output_node().all_input_nodes)
     constants: dict[Node, Tensor] = {}

@@ -19,7 +19,7 @@ Group: TypeAlias = dict[str, Any]  # of torch.optim: parameters and options by n
 
 
 class Updates:
-    """Steps an optimiser on gradients, or changes nothing if they are bad.
+    """Steps an optimiser on gradients, or changes nothing if the step is marked as bad.
 
     For Adam and AdamW in their fused form the kernel is called directly, which saves two thirds of
     the Python code of `Optimizer.step`. It changes the state of the optimiser itself.
@@ -58,9 +58,9 @@ class Updates:
         """Takes a step.
 
         Arguments:
-            gradients: The gradient of each parameter; `None` for parameters not to change.
-            is_bad: 1 if nothing is to change, else 0, shape ().
-            is_good: 1 - is_bad, if it was computed before.
+            gradients: The gradient of each parameter; `None` leaves that parameter unchanged.
+            is_bad: 1 if the step must change nothing, else 0; shape ().
+            is_good: 1 - is_bad, shape (), if the caller has computed it.
         """
         if self._fused is not None and self._fused.takes(gradients):
             self._fused.step(gradients, is_bad, 1.0 - is_bad if is_good is None else is_good)
@@ -74,7 +74,7 @@ class Updates:
 
     @contextlib.contextmanager
     def rates_on_device(self) -> Iterator[None]:
-        """Holds the learning rates in tensors: a capture reads them, `follow_rates` sets them."""
+        """Holds the learning rates in tensors, which a capture reads and `follow_rates` sets."""
         groups = self.optimizer.param_groups
         before = [dict(group) for group in groups]
         if not self._rates:
@@ -196,7 +196,7 @@ def optimizer_of(
     Arguments:
         make: A class of `torch.optim`, a `functools.partial` of one, or a `pyro.optim` optimiser.
         parameters: The parameters to optimise.
-        defaults: Options, such as a learning rate, for those that `make` does not set.
+        defaults: Options, such as a learning rate, that apply unless `make` sets them.
 
     Raises:
         ValueError: If the optimiser cannot be made.

@@ -61,7 +61,7 @@ def legend(figure: Any, **options: Any) -> None:
 
     Arguments:
         figure: The figure.
-        options: The handles, the title, and what else `figure.legend` takes.
+        options: The handles, the title, and further arguments of `figure.legend`.
     """
     has_room = figure.get_layout_engine() is not None
     place = "outside right center" if has_room else "upper right"
@@ -80,7 +80,7 @@ def longest_name(names: np.ndarray | None) -> int:
 
 
 def column_ticks(axes: Axes, names: np.ndarray | None) -> None:
-    """Writes the names of the columns along the horizontal axis, if they have short names.
+    """Writes the names of the columns along the horizontal axis, if there are not too many.
 
     Arguments:
         axes: The axes.
@@ -101,10 +101,10 @@ def image_shape_of(
     Arguments:
         event_shape: The shape of a row.
         names: The labels of the columns, if there is one dim of columns.
-        wanted: The shape that the caller asks for: `()` for a line, `None` to choose.
+        wanted: The shape that the caller chose; `()` for a line, `None` for the default.
 
     Raises:
-        ValueError: If the wanted shape does not have the elements of a row.
+        ValueError: If the wanted shape does not have as many elements as a row.
     """
     size = math.prod(event_shape)
     if wanted is not None:
@@ -134,7 +134,7 @@ def image_of(row: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def on_one_scale(images: Iterable[np.ndarray]) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Brings images to one scale: colours to [0, 1]; for grey levels `vmin` and `vmax` do it.
+    """Brings images to one scale: colours to [0, 1], grey levels by the limits of `imshow`.
 
     Arguments:
         images: The images, as :func:`image_of` returns them.

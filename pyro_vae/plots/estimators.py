@@ -18,10 +18,11 @@ __all__ = ["estimators"]
 
 
 def estimators(curves: pd.DataFrame, *, figure: Canvas | None = None) -> Canvas:
-    """Draws signal-to-noise and cost of estimators against the number of draws K.
+    """Plots the signal-to-noise ratio and the cost of estimators against the number of draws K.
 
     Arguments:
-        curves: The table that `curves` of a :func:`pyro_vae.compare_elbos` comparison returns.
+        curves: The table that the method `curves` of :func:`pyro_vae.compare_elbos`'s result
+            returns.
         figure: The figure or subfigure to draw into; a new one by default.
 
     Raises:

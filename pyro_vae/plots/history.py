@@ -18,7 +18,7 @@ __all__ = ["history"]
 
 
 def history(history: Any, *, figure: Canvas | None = None) -> Canvas:
-    """Draws the ELBO over the epochs, and its two terms.
+    """Plots the ELBO and its two terms over the epochs, in nats per row.
 
     Arguments:
         history: The result of `fit`, or its table, indexed by epoch.
@@ -66,7 +66,7 @@ def _band(axes: Axes, table: pd.DataFrame, column: str, label: str | None, color
 
 
 def _finish(axes: Axes, table: pd.DataFrame, columns: list[str]) -> None:
-    """Labels the axes, and sets limits that the steep rise of the first epochs may exceed."""
+    """Labels the axes, and sets their limits by the epochs after the first steep rise."""
     axes.set(xlabel="epoch", ylabel="nats per row")
     axes.locator_params(axis="x", integer=True)
     first, last = table.index[0], table.index[-1]

@@ -33,25 +33,25 @@ def latents(
     seed: int | None = None,
     figure: Canvas | None = None,
 ) -> Canvas:
-    """Draws where rows lie in latent space: the means of their posteriors, as `embed` gives them.
+    """Plots the posterior means of rows in latent space, as `embed` computes them.
 
-    One dimension is drawn as a histogram, two as a scatter plot, three and four as all pairs; of
-    more dimensions the first principal components are drawn.
+    One dimension is plotted as a histogram, two as a scatter plot, three and four as all pairs. Of
+    more dimensions the first three principal components are plotted.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`, or an array of latents,
             shape (rows, dims).
-        x: The data, if `program` is a program.
-        labels: A value for each row, which gives its colour: a group or a number.
+        x: The data, shape (rows, *event), or a dict of such arrays, if `program` is a program.
+        labels: The colour of each row, shape (rows,): its group, or a number on a scale.
         num_samples: The number of draws of each row, if the mean has no closed form.
         context: Covariates of the rows: `row["context"]` of the program.
         weights: The weight of each row: `row["weight"]` of the program.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        seed: The seed of the draws. `None` continues torch's generator from its state.
         figure: The figure or subfigure to draw into; a new one by default.
 
     Raises:
-        ValueError: If a program comes without data, the data do not fit it, or the labels are not
-            as many as the rows.
+        ValueError: If `program` is a module and `x` is missing or does not fit it, or if the
+            number of labels differs from the number of rows.
 
     Example:
         >>> import pyro_vae as pv
@@ -83,7 +83,7 @@ def _means(
 ) -> tuple[np.ndarray, list[str]]:
     if isinstance(program, nn.Module):
         if x is None:
-            raise ValueError("The latents of a program are those of rows: pass the data as x.")
+            raise ValueError("A program needs rows to compute latents for: pass the data as x.")
         options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
         found = embed(program, x, **options, **beside)
         return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]

@@ -18,7 +18,7 @@ __all__ = ["pareto_k"]
 
 
 def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
-    """Draws the Pareto k of each row, and the limit over which its evidence is not reliable.
+    """Plots the Pareto k of each row, and the limit above which its evidence is unreliable.
 
     Arguments:
         evidence: The result of `log_evidence`.

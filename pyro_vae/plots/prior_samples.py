@@ -34,17 +34,17 @@ def prior_samples(
     seed: int | None = None,
     ax: Axes | None = None,
 ) -> Canvas:
-    """Draws new rows: z from the prior, x from the likelihood.
+    """Plots rows that are drawn from the prior predictive distribution.
 
     Arguments:
-        program: A module with the Pyro programs `model` and `guide`, or rows that were drawn
-            before.
+        program: A module with the Pyro programs `model(x)` and `guide(x)`, or rows that `sample`
+            returned, shape (rows, *event).
         x: Rows to run the model on, if it cannot run without data, as in `sample`.
-        size: The number of rows that are drawn.
+        size: The number of rows to plot.
         site: The name of the observed site, if the model has several.
-        image_shape: The shape of a row as an image; `()` draws lines. By default chosen as in
-            :func:`reconstructions`.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        image_shape: The shape of a row as an image; `()` plots lines. By default it is chosen as
+            in :func:`reconstructions`.
+        seed: The seed of the draws. `None` continues torch's generator from its state.
         ax: The axes to draw into; a new figure by default.
 
     Raises:
@@ -97,7 +97,7 @@ def _site(rows: Rows, site: str | None) -> str:
 
 
 def _mosaic(images: list[np.ndarray], across: int, down: int) -> np.ndarray:
-    """Puts images into one, in lines of `across`, with empty lines between them."""
+    """Arranges images in one, `across` in each row, with gaps between them."""
     height, width, *channels = images[0].shape
     gap = max(1, width // 16)
     tall, wide = height + gap, width + gap

@@ -18,7 +18,7 @@ __all__ = ["ranking"]
 
 
 def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
-    """Draws how far each model is from the best in mean log p(x), with error bars.
+    """Plots the difference of each model from the best in mean log p(x), ± 2 standard errors.
 
     Arguments:
         table: The result of `compare`.

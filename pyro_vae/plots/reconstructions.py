@@ -46,20 +46,20 @@ def reconstructions(
     seed: int | None = None,
     figure: Canvas | None = None,
 ) -> Canvas:
-    """Draws rows beside their posterior predictive distributions: the mean, and an interval.
+    """Plots rows beside the mean and an interval of their posterior predictive distributions.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
-        x: The data, of which the first rows are drawn.
-        size: The number of rows that are drawn.
+        x: The data, shape (rows, *event), or a dict of such arrays; the first rows are plotted.
+        size: The number of rows to plot.
         site: The name of the observed site, if the model has several.
-        image_shape: The shape of a row as an image; `()` draws lines. By default rows of 2 dims,
-            rows of 3 dims with 1 or 3 channels, and square vectors whose columns have no names
-            are drawn as images.
+        image_shape: The shape of a row as an image; `()` plots lines. By default rows of 2 dims,
+            rows of 3 dims with 1 or 3 channels, and vectors of 8 * 8, 9 * 9, ... elements whose
+            columns have no names are plotted as images.
         num_samples: The number of draws of each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        seed: The seed of the draws. `None` continues torch's generator from its state.
         figure: The figure or subfigure to draw into; a new one by default.
 
     Raises:

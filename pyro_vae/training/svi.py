@@ -33,7 +33,7 @@ from ..programs.program import owner_of
 __all__ = ["SVI", "MakeOptimizer", "Totals"]
 
 COMPILING_COSTS = 20.0
-WORTH_COMPILING = 20.0  # compile only if the time limit is so many times the cost of compiling
+WORTH_COMPILING = 20.0  # compile only if the time limit is at least this multiple of the cost
 WORTH_TRACING = 200
 TERMS = 5
 
@@ -44,8 +44,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     r"""Creates Pyro's SVI with one optimiser and a choice of engines.
 
     A step whose loss or gradient is not finite changes no weight, no buffer and no moment of the
-    optimiser, and neither does any later step. The tensor `is_bad` on the device is then 1. The
-    loss is multiplied by N / B if a minibatch of B rows stands for N; `row_weight` is that number.
+    optimiser, and neither does any later step. The tensor `is_bad` on the device is then 1. If the
+    programs scale the loss of a minibatch of B rows by N / B, set `row_weight` to that number, so
+    that `max_grad_norm` applies to the mean over rows. `row_weight` does not scale the loss.
 
     The engine decides how a step runs:
 
@@ -56,10 +57,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     - `"compiled"` compiles these operations by Inductor, which takes 10 to 20 seconds. The draws
       are the same, and the numbers differ by rounding.
     - `"cudagraph"` captures them, and the optimiser's update, in a CUDA graph.
-    - `"auto"` chooses `"eager"` for Pyro's own ELBOs and for few steps. Else it chooses
+    - `"auto"` chooses `"eager"` for Pyro's own ELBOs and for few steps. Otherwise it chooses
       `"cudagraph"` on a GPU, `"compiled"` if that saves time over `total_steps`, or `"traced"`. If
       the program is not a fixed sequence of operations, it chooses `"eager"`, with a warning that
-      names the reason. The reason for the choice is in `why`.
+      names the reason. The attribute `why` gives the reason.
 
     Python numbers in a program are read only when it is traced; parameters, buffers and other
     tensors are read in each step. For the first arguments of a shape the recorded operations are
@@ -84,13 +85,14 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         max_seconds: The time limit of all steps in seconds, for `"auto"`.
 
     Attributes:
+        why: The reason for the choice of the engine.
         before_compiling: A function that is called before each compilation, for instance to tell
             the user to wait.
 
     Raises:
         ValueError: If the programs have no parameters, a number is out of range, or the optimiser
-            cannot be made. In a step, if the engine cannot run it, or the first data of a shape
-            are outside the likelihood's support.
+            cannot be made. In a step, if the engine cannot run it, or if the first data of a
+            shape are outside the likelihood's support.
 
     Example:
         >>> import pyro_vae as pv
@@ -149,13 +151,13 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         loss: pyro.infer.ELBO,
         max_grad_norm: float | None,
     ) -> None:
-        """Makes what needs the parameters: the objective, the optimiser and the step."""
+        """Creates the objects that need the parameters: the objective, the optimiser, the step."""
         wrap = HalfPrecision if self.precision == "bf16" else None
         self.objective = Objective(model, guide, loss, wrap=wrap)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(
-                "Expected a model or guide with parameters to train; got none: state them by "
+                "Expected a model or guide with parameters to train; got none. Declare them by "
                 "pyro.param or pyro.module, or make both methods of a module that owns them."
             )
         self.optimizer = make_optimizer(self.parameters)
@@ -167,7 +169,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
     @property
     def is_bad(self) -> Tensor:
-        """Whether the loss or gradient of a step was not finite, 0 or 1, shape ()."""
+        """1 if the loss or the gradient of any step was not finite, else 0; shape ()."""
         return self._step.is_bad
 
     @property
@@ -182,7 +184,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
     @property
     def row_weight(self) -> float:
-        """The weight of each row in the loss, N / B for a minibatch."""
+        """The scale that the programs give to each row: 1, or N / B for a minibatch of B rows."""
         return self._step.row_weight
 
     @row_weight.setter
@@ -198,7 +200,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self._step.to(device)
 
     def update(self, *args: object, **kwargs: object) -> Estimate:
-        """Takes a step, and returns the estimate before it, on the device.
+        """Takes a step, and returns the estimate at the weights before the step, on the device.
 
         With a CUDA graph the next step overwrites the tensors of the estimate.
 
@@ -218,7 +220,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         return Estimate(loss, per_row, RowTerms._make(terms))  # type: ignore[arg-type]
 
     def step(self, *args: object, **kwargs: object) -> Tensor:
-        """Takes a step, and returns the loss before it, shape (), on the device.
+        """Takes a step, and returns the loss in nats before it, shape (), on the device.
 
         Arguments:
             args: The positional arguments of model and guide.
@@ -467,7 +469,7 @@ class Totals(nn.Module):
         """Adds the terms of some rows.
 
         Arguments:
-            terms: The terms.
+            terms: The terms of the ELBO of these rows, in nats.
         """
         parts = torch.stack([terms.elbo, *terms[:2]]).double()
         summed = torch.stack([parts.sum(1), parts.square().sum(1)], 1).flatten()
@@ -477,11 +479,13 @@ class Totals(nn.Module):
         self.sums.add_(torch.cat([summed, shared]))
 
     def summary(self, num_rows: int, num_sharing: int) -> dict[str, float]:
-        """Per-row means. The KL of global latents is divided evenly over the training rows.
+        """Returns means over rows and their standard errors, in nats per row.
+
+        The KL of global latents is divided evenly over the training rows.
 
         Arguments:
             num_rows: The number of rows that were added.
-            num_sharing: The number of training rows.
+            num_sharing: The number of training rows, which share the global latents.
         """
         *means, global_kl = (total / num_rows for total in self.sums.tolist())
         shared = global_kl / num_sharing
