@@ -535,9 +535,9 @@ REFUSED: dict[str, Refused] = {
     "half a total": (lambda: pv.likelihoods.BetaBinomial(2.5), "total_count to lie in"),
     "predicted total": (
         lambda: swapped(likelihood=pv.likelihoods.Binomial(pv.Predicted())),
-        "a link to be named",
+        "no default link",
     ),
-    "no rank": (lambda: pv.posteriors.LowRankMultivariateNormal(), "Expected the rank"),
+    "no rank": (lambda: pv.posteriors.LowRankMultivariateNormal(), "either the rank"),
 }
 
 
