@@ -67,7 +67,7 @@ UNPLACED = ("LKJ", "SoftAsymmetricLaplace")
 @pytest.mark.parametrize("name", UNPLACED)
 def test_what_cannot_stand_in_a_plate_is_refused(name: str) -> None:
     case = DISTRIBUTIONS[name]
-    with pytest.raises(ValueError, match="likelihood that stands in a plate"):
+    with pytest.raises(ValueError, match="likelihood that works in a plate"):
         pv.VAE(case.event_shape, 2, case.make())
 
 
