@@ -259,7 +259,7 @@ def shared_words(family: Family) -> list[Shared]:
 
 
 def test_features_of_other_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"end the network with nn.Flatten\(\)"):
+    with pytest.raises(ValueError, match=r"End the network with nn.Flatten\(\)"):
         Likelihood(dist.Normal).build((3, 6, 7), torch.randn(2, 4, 3, 3))
     with pytest.raises(ValueError, match="no features to predict"):
         Likelihood(dist.Normal).build((3,))

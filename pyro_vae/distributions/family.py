@@ -57,8 +57,8 @@ class Shared:
     """A parameter that is learned, and has the same value in every row.
 
     Arguments:
-        init: The initial value, on the scale of the parameter itself; by default the value at which
-            the link is at 0, or near it.
+        init: The initial value, on the scale of the parameter itself; by default the value at
+            which the link is at 0, or near it.
         scalar: Whether all elements of the event share one number. If not, each has its own.
         shape: The parameter's size if the shape of x does not determine it.
         link: The name of the link or a transform; by default the link that fits the constraint.
@@ -103,8 +103,8 @@ class Family(ConditionalDistribution):
 
     Each parameter of the Pyro distribution :math:`D` is written as in a GLM. :class:`Predicted`
     computes it from the features, and is the default. :class:`Shared` learns one value for all
-    rows. A number or a tensor fixes it, and `None` omits it, so that Pyro's default applies. Shapes
-    and links follow from the distribution's `arg_constraints`. A family has no layers until
+    rows. A number or a tensor fixes it, and `None` omits it, so that Pyro's default applies.
+    Shapes and links follow from the distribution's `arg_constraints`. A family has no layers until
     `build` is called with an event shape.
 
     To add a named family, subclass `Family` and its role, for example :class:`Likelihood`. Write
@@ -115,8 +115,8 @@ class Family(ConditionalDistribution):
         parameters: How each parameter is obtained: `Predicted()`, `Shared()` or a fixed value.
 
     Raises:
-        ValueError: If the distribution has no parameter of that name, a parameter without a default
-            is missing, or a fixed value violates the constraint of its parameter.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, or a fixed value violates the constraint of its parameter.
 
     Example:
         >>> import pyro.distributions as dist
@@ -327,9 +327,9 @@ class _Head(nn.Module):
         self.tail = shape[len(event) :] if sizes else torch.Size()
         if sizes and shape[: len(event)] != event:
             raise ValueError(
-                f"Features with trailing sizes predict a parameter pixel by pixel, so the shape of "
-                f"{name} must begin with {tuple(event)}; got {tuple(shape)}. End the network with "
-                "nn.Flatten()."
+                f"Features with trailing sizes predict a parameter pixel by pixel, so the shape "
+                f"of {name} must begin with {tuple(event)}; got {tuple(shape)}. End the network "
+                "with nn.Flatten()."
             )
         outputs = math.prod(self.lead + self.tail) if sizes else math.prod(shape)
         self.linear = nn.Linear(units, outputs, dtype=features.dtype, device=features.device)

@@ -20,8 +20,8 @@ class Family(distributions.Family, Posterior):
             features, which is the default, `Shared()`, or a fixed value.
 
     Raises:
-        ValueError: If the distribution has no parameter of that name, a parameter without a default
-            is missing, or a fixed value violates the constraint of its parameter.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, or a fixed value violates the constraint of its parameter.
 
     Example:
         >>> import pyro.distributions as dist

@@ -45,8 +45,8 @@ def sample(
         seed: The seed of the draws; if `None`, torch's global generator is used.
 
     Raises:
-        ValueError: If `program` has no `model` and `guide`, `num_rows` is not a positive integer, the
-            model needs rows and `x` is `None`, or it has no observed site.
+        ValueError: If `program` has no `model` and `guide`, `num_rows` is not a positive integer,
+            the model needs rows and `x` is `None`, or it has no observed site.
 
     Returns:
         The new rows, shape (n, \*event), if the model has one observed site; otherwise a dict of

@@ -21,8 +21,9 @@ class Family(distributions.Family, Prior):
             value.
 
     Raises:
-        ValueError: If the distribution has no parameter of that name, a parameter without a default
-            is missing, a fixed value violates its constraint, or a size is not a positive integer.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, a fixed value violates its constraint, or a size is not a positive
+            integer.
 
     Example:
         >>> import pyro.distributions as dist

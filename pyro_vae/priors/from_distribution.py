@@ -22,8 +22,8 @@ def from_distribution(distribution: Distribution) -> Family:
         distribution: A distribution over z, of batch shape () and event shape (*event).
 
     Raises:
-        ValueError: If its batch shape is not (), its event shape is (), or its parameters cannot be
-            read.
+        ValueError: If its batch shape is not (), its event shape is (), or its parameters cannot
+            be read.
 
     Example:
         >>> import pyro.distributions as dist

@@ -53,8 +53,8 @@ class Program(nn.Module):
 
     Arguments:
         model: The model.
-        guide: The guide. An AutoGuide can be the guide of latents that all rows share. It cannot be
-            the guide of latents per row, because it has no parameters for new rows.
+        guide: The guide. An AutoGuide can be the guide of latents that all rows share. It cannot
+            be the guide of latents per row, because it has no parameters for new rows.
         plate: The name of the plate of the rows in your model and guide. The program renames this
             plate to `"data"` when it runs.
 
@@ -272,7 +272,7 @@ class Program(nn.Module):
                 outside.__dict__ = attributes
 
     def _dry_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Found":
-        """Runs guide and model in evaluation mode; records their parameters, modules and plates."""
+        """Runs guide and model in evaluation mode; records parameters, modules and plates."""
         model, guide = self._pair
         noted = _Noted()
         with (
@@ -500,7 +500,7 @@ def _check_sizes(two: Mapping[str, Tensor], three: Mapping[str, Tensor]) -> None
         if two[name].shape != three[name].shape:
             raise ValueError(
                 f"The shape of pyro.param({name!r}) depends on the number of rows, "
-                f"{tuple(two[name].shape)} for 2 rows and {tuple(three[name].shape)} for 3, so the "
-                "program cannot run on minibatches or other rows: compute it from each row by a "
-                "network."
+                f"{tuple(two[name].shape)} for 2 rows and {tuple(three[name].shape)} for 3, so "
+                "the program cannot run on minibatches or other rows: compute it from each row by "
+                "a network."
             )

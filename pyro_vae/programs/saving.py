@@ -84,7 +84,7 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
 
 
 def write_program(program: nn.Module, folder: Path) -> None:
-    """Writes the files of :func:`save` to a folder, and records the SHA-256 of the other files in it.
+    """Writes the files of :func:`save` to a folder, and records the SHA-256 of the others.
 
     Arguments:
         program: The program.

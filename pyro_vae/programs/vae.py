@@ -42,9 +42,9 @@ class VAE(nn.Module):
     .. math:: p(x, z) = p(z)\, p(x \mid \mathrm{decoder}(z)), \qquad q(z \mid \mathrm{encoder}(x))
 
     `model` and `guide` are Pyro programs with the sites `"z"` and `"x"` in the plate `"data"`.
-    The VAE copies its members (the prior, likelihood, posterior and networks), so two VAEs that are
-    made of the same members share no weights. The prior determines the latent size. The sizes of
-    the layers between networks and distributions are inferred.
+    The VAE copies its members (the prior, likelihood, posterior and networks), so two VAEs that
+    are made of the same members share no weights. The prior determines the latent size. The sizes
+    of the layers between networks and distributions are inferred.
 
     References:
         Auto-encoding variational Bayes (Kingma & Welling, 2014), arXiv 1312.6114.
