@@ -185,7 +185,7 @@ def _default(constraint: Constraint) -> Transform:
         return transform_to(constraint)
     except NotImplementedError as error:
         raise ValueError(
-            f"The constraint {constraint} has no default link: pass one, as in Predicted(link=...)."
+            f"The constraint {constraint} has no default link: pass Predicted(link=...)."
         ) from error
 
 
