@@ -342,8 +342,8 @@ PROGRAMS: dict[str, Case] = {
         lambda w: make(posterior=pv.posteriors.Family(dist.Exponential), prior=uniform_prior()),
         "support of the prior",
     ),
-    "no total": (lambda w: LIKELIHOODS.Family(dist.Binomial), "total_count .*to be given"),
-    "no rank": (lambda w: pv.posteriors.LowRankMultivariateNormal(), "Expected the rank"),
+    "no total": (lambda w: LIKELIHOODS.Family(dist.Binomial), "total_count .*is missing"),
+    "no rank": (lambda w: pv.posteriors.LowRankMultivariateNormal(), "either the rank"),
     "no number of categories": (
         lambda w: make(LIKELIHOODS.Family(dist.Categorical)),
         "size of logits",

@@ -402,11 +402,11 @@ REFUSED: dict[str, Refused] = {
     ),
     "likelihood of no plate": (
         lambda: swapped(likelihood=dist.SoftAsymmetricLaplace),
-        "likelihood that stands in a plate",
+        "likelihood that works in a plate",
     ),
     "prior of no plate": (
         lambda: swapped(prior=Returns(lambda _: dist.LKJ(2, torch.tensor(1.0)))),
-        "stands in a plate|fit each other",
+        "works in a plate|fit each other",
     ),
     "member of a lost name": (lambda: swapped(likelihood=Returns(lost)), "KeyError: 'loc'"),
     "scalar prior": (
@@ -425,9 +425,12 @@ REFUSED: dict[str, Refused] = {
     "no latents": (lambda: swapped(prior=0), "positive sizes; got 0"),
     "specification as prior": (
         lambda: swapped(prior=NORMAL),
-        "Expected a prior, a pyro_vae.Prior; got Normal.*of another role",
+        "Expected a prior, a pyro_vae.Prior; got Normal.*has another role",
     ),
-    "network as prior": (lambda: swapped(prior=nn.Identity()), "members that fit each other"),
+    "network as prior": (
+        lambda: swapped(prior=nn.Identity()),
+        "members .* do not fit each other",
+    ),
     "transformed prior": (
         lambda: swapped(
             prior=dist.TransformedDistribution(
@@ -446,7 +449,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "pseudo-inputs of another shape": (
         lambda: swapped(prior=pv.priors.VampPrior(3, 2, torch.rand(10, 4))),
-        r"rows of event shape \(3,\) .*got \(4,\)",
+        r"have event shape \(3,\).*got \(4,\)",
     ),
     "few rows for pseudo-inputs": (
         lambda: pv.priors.VampPrior(11, 2, torch.rand(10, 4)),
@@ -510,7 +513,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "decoder to maps": (
         lambda: swapped(decoder=nn.Unflatten(1, (1, 2))),
-        r"end the network with nn.Flatten\(\)",
+        r"End the network with nn.Flatten\(\)",
     ),
     "scalar event": (lambda: swapped(data=()), r"positive sizes; got \(\)"),
     "negative event": (lambda: swapped(data=(3, -1)), "positive sizes"),
@@ -522,10 +525,13 @@ REFUSED: dict[str, Refused] = {
         "height, width",
     ),
     "no categories": (lambda: pv.likelihoods.Categorical(), "number of categories"),
-    "categories of none": (lambda: pv.likelihoods.Categorical(0), "a size.*got shape=0"),
-    "categories by a truth": (lambda: pv.likelihoods.Categorical(True), "a size"),
-    "half a category": (lambda: pv.likelihoods.Categorical(2.5), "a size"),
-    "rank below none": (lambda: pv.posteriors.LowRankMultivariateNormal(-1), "a size"),
+    "categories of none": (
+        lambda: pv.likelihoods.Categorical(0),
+        "a positive integer.*got shape=0",
+    ),
+    "categories by a truth": (lambda: pv.likelihoods.Categorical(True), "a positive integer"),
+    "half a category": (lambda: pv.likelihoods.Categorical(2.5), "a positive integer"),
+    "rank below none": (lambda: pv.posteriors.LowRankMultivariateNormal(-1), "a positive integer"),
     "negative scale": (lambda: pv.likelihoods.Normal(scale=-1.0), "scale to lie in GreaterThan"),
     "scale that is no number": (
         lambda: pv.posteriors.Normal(scale=torch.tensor([1.0, torch.nan])),
@@ -535,9 +541,9 @@ REFUSED: dict[str, Refused] = {
     "half a total": (lambda: pv.likelihoods.BetaBinomial(2.5), "total_count to lie in"),
     "predicted total": (
         lambda: swapped(likelihood=pv.likelihoods.Binomial(pv.Predicted())),
-        "a link to be named",
+        "no default link",
     ),
-    "no rank": (lambda: pv.posteriors.LowRankMultivariateNormal(), "Expected the rank"),
+    "no rank": (lambda: pv.posteriors.LowRankMultivariateNormal(), "either the rank"),
 }
 
 
@@ -627,7 +633,7 @@ def test_components_and_pseudo_inputs_start_apart() -> None:
 @pytest.mark.parametrize("posterior", [dist.LogNormal, dist.Exponential, dist.Beta])
 def test_a_posterior_that_misses_a_part_of_the_prior_is_refused(posterior: type) -> None:
     with pytest.raises(
-        ValueError, match="The posterior lies on .* alone and cannot reach where the prior is"
+        ValueError, match="The posterior lies on .* and does not cover the support of the prior"
     ):
         pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), posterior)
 

@@ -451,7 +451,7 @@ def test_svi_of_a_program_that_was_not_prepared() -> None:
 def test_svi_takes_an_autoguide() -> None:
     rows = regression_rows()
     model = poutine.block(line, hide=[])
-    with pytest.raises(ValueError, match="No site of the program stands in a plate named 'data'"):
+    with pytest.raises(ValueError, match="No site of the program is in a plate named 'data'"):
         pv.svi.SVI(line, AutoNormal(line), torch.optim.Adam, pv.elbos.Trace_ELBO()).step(rows)
     program = pv.Program(model, AutoNormal(model), plate="people")
     svi = pv.svi.SVI(program.model, program.guide, torch.optim.Adam, pv.elbos.Trace_ELBO())

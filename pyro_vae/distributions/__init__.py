@@ -1,4 +1,4 @@
-"""The one idea: modules that return a distribution given features, and the families of Pyro."""
+"""Modules that map features to a distribution, and families made of any Pyro distribution."""
 
 from .conditional import Arguments as Arguments
 from .conditional import ConditionalDistribution as ConditionalDistribution

@@ -1,4 +1,4 @@
-"""The one idea of the package: a module that returns a distribution, given features."""
+"""Base classes of priors, likelihoods and posteriors: modules that return a distribution."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,20 +23,20 @@ class ConditionalDistribution(nn.Module, ABC):
 
     .. math:: h \mapsto p(y \mid h)
 
-    A prior, a likelihood and a posterior are three kinds of it. They differ in their features:
-    none for a :class:`Prior`, the decoder's output for a :class:`Likelihood`, the encoder's output
-    for a :class:`Posterior`. Whatever a program may ask of a member is declared here.
+    Priors, likelihoods and posteriors are such modules. They differ in their features: none for a
+    :class:`Prior`, the decoder's output for a :class:`Likelihood`, the encoder's output for a
+    :class:`Posterior`. A program uses only the methods that these classes declare.
 
     To write one of your own:
 
     - Subclass :class:`Prior`, :class:`Likelihood` or :class:`Posterior`.
     - Write `forward(features)`. It returns a distribution of `pyro.distributions` whose batch
       shape is that of the rows of features, and whose event shape is that of one draw.
-    - If layers depend on sizes, make them in `build`, and return `self`.
-    - If some values cannot have been drawn from it, refuse them in `check`.
+    - If layers depend on sizes, create them in `build`, and return `self`.
+    - If the distribution cannot produce some values, raise a ValueError for them in `check`.
 
     Attributes:
-        event_shape: The shape of one draw, once it is known.
+        event_shape: The shape of one draw. `build` sets it, or the constructor of a prior.
 
     Example:
         >>> import pyro.distributions as dist
@@ -56,11 +56,15 @@ class ConditionalDistribution(nn.Module, ABC):
     _like: Tensor
 
     def build(self, event_shape: tuple[int, ...], features: Tensor | None = None) -> Self:
-        r"""Makes what depends on sizes; a program calls it once, for all but the prior.
+        r"""Creates the layers that depend on sizes. A program calls it once, except on its prior.
 
         Arguments:
             event_shape: The shape of one draw.
-            features: An example of the features, (rows, \*feature_shape), if any.
+            features: An example of the features, (rows, \*feature_shape); `None` if there are
+                none.
+
+        Returns:
+            The module itself.
         """
         self.event_shape = torch.Size(event_shape)
         if features is not None:
@@ -77,7 +81,7 @@ class ConditionalDistribution(nn.Module, ABC):
         """
 
     def check(self, x: Tensor) -> None:
-        r"""Refuses values that cannot have been drawn; by default it accepts all.
+        r"""Refuses values that the distribution cannot produce. By default it accepts all values.
 
         Arguments:
             x: Values (rows, \*event_shape).
@@ -89,17 +93,18 @@ class ConditionalDistribution(nn.Module, ABC):
     def arguments(self) -> Arguments:
         """Returns the arguments of the constructor, positional and by name.
 
-        A member of the package is shown and saved by them. Another class need not write it.
+        A member of this package is printed and saved with them. A class of your own may omit this
+        method.
         """
         return (), {}
 
     @property
     def specification(self) -> nn.Module:
-        """The member as it was given to the program, without what the program put around it."""
+        """The member as the user passed it, without the wrapper that a program may add."""
         return self
 
     def extra_repr(self) -> str:
-        """The arguments of the constructor, as they are written."""
+        """The arguments of the constructor, as Python code."""
         args, kwargs = self.arguments()
         return ", ".join([*map(short, args), *(f"{k}={short(v)}" for k, v in kwargs.items())])
 
@@ -110,8 +115,8 @@ class ConditionalDistribution(nn.Module, ABC):
 class Prior(ConditionalDistribution):
     """The role of p(z): a distribution over latents, without features.
 
-    It is complete when it is made, and its `event_shape` is the shape of z. A program does not
-    build it, but connects it.
+    The constructor of a prior sets `event_shape`, the shape of z. A program does not call `build`
+    on a prior; it calls `connect`.
 
     Example:
         >>> import pyro.distributions as dist
@@ -125,7 +130,7 @@ class Prior(ConditionalDistribution):
     """
 
     def connect(self, x_shape: tuple[int, ...], encode: Encode) -> None:
-        r"""Gives the prior what it may need of its program; most priors need nothing.
+        r"""Passes the shape of x and the encoder to the prior. Most priors ignore both.
 
         Arguments:
             x_shape: The shape of one row of x.
@@ -134,25 +139,34 @@ class Prior(ConditionalDistribution):
 
     @property
     def support(self) -> Constraint | None:
-        """Where z lies; `None` if that follows from the posterior, as for a `VampPrior`."""
+        """The set in which z lies; `None` if it is that of the posterior, as for a `VampPrior`."""
         support: Constraint = self().support
         return support
 
 
 class Likelihood(ConditionalDistribution):
-    """The role of p(x | z): a distribution over x, given the features of a decoder."""
+    """The role of p(x | z): a distribution over x, given the features of a decoder.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> likelihood = pv.likelihoods.Poisson().build((3,), torch.ones(2, 4))
+        >>> isinstance(likelihood, Likelihood), likelihood(torch.ones(5, 4)).event_shape
+        (True, torch.Size([3]))
+    """
 
     def check(self, x: Tensor) -> None:
-        """Refuses data that the likelihood cannot have produced.
+        """Refuses data that the likelihood cannot produce.
 
-        Bounds that are learned refuse nothing. Counts that must add up to a total are summed. At
-        the edge of a support, as at 0 and 1 of a beta, the density must be finite.
+        If the bounds of the support are learned, only NaN and infinite values are refused. The
+        counts of a multinomial must add up to its total. At an edge of the support, such as 0 and
+        1 for a beta, the log-density must be finite.
 
         Arguments:
             x: Rows of shape (rows, *event_shape).
 
         Raises:
-            ValueError: If a value is NaN, infinite or outside the support.
+            ValueError: If a value is NaN, infinite, outside the support, or at an edge where the
+                log-density is infinite.
         """
         check_finite(x)
         if not self.event_shape:
@@ -161,7 +175,7 @@ class Likelihood(ConditionalDistribution):
             check_support(self._example(), x, self._title())
 
     def _example(self) -> Distribution:
-        """The distribution at features of zeros, of which the support is read."""
+        """The distribution at zero features, from which the support is read."""
         if self.feature_shape is None:
             return self()
         return self(self._like.new_zeros((1, *self.feature_shape)))
@@ -171,4 +185,11 @@ class Likelihood(ConditionalDistribution):
 
 
 class Posterior(ConditionalDistribution):
-    """The role of q(z | x): a distribution over latents, given the features of an encoder."""
+    """The role of q(z | x): a distribution over latents, given the features of an encoder.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> posterior = pv.posteriors.Normal().build((2,), torch.ones(2, 4))
+        >>> isinstance(posterior, Posterior), posterior(torch.ones(5, 4)).event_shape
+        (True, torch.Size([2]))
+    """

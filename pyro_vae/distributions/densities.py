@@ -1,4 +1,4 @@
-"""Densities that torch evaluates with needless copies, evaluated without them."""
+"""Log-densities that need fewer temporary tensors than torch's own."""
 
 import math
 from typing import Any
@@ -15,10 +15,10 @@ MOST_IN_GROUP, LANES = 7, 8
 
 
 def scored(distribution: Any) -> Any:
-    """Returns the class to use for a class of Pyro: the same numbers in less memory.
+    """Returns the version of a Pyro class that needs less memory, or the class itself.
 
     Arguments:
-        distribution: A class of distributions.
+        distribution: A class of Pyro distributions.
 
     Example:
         >>> scored(dist.Normal)(0.0, 1.0).log_prob(torch.zeros(()))
@@ -28,10 +28,11 @@ def scored(distribution: Any) -> Any:
 
 
 class Bernoulli(dist.Bernoulli):  # type: ignore[misc]
-    """Pyro's Bernoulli, its log-probability computed in one buffer.
+    """Pyro's Bernoulli, with a log-probability that is computed in one buffer.
 
-    torch negates a cross-entropy in a new buffer as large as all draws of all pixels, forward and
-    backward, which costs a tenth of a step of `DReG(50)`. A weight of -1 is applied in place.
+    torch computes a cross-entropy and negates it in a second buffer, which is as large as all
+    draws of all pixels, in the forward and in the backward pass. That costs a tenth of a step of
+    `DReG(50)`. Here a weight of -1 negates the cross-entropy in place.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -50,14 +51,15 @@ class Bernoulli(dist.Bernoulli):  # type: ignore[misc]
 class Normal(dist.Normal):  # type: ignore[misc]
     """Pyro's normal; the logarithm and the square of its scale are computed once for all draws.
 
-    torch computes them from the expanded scale, once for each particle, though all are equal.
+    torch computes them from the expanded scale, once for each particle, although they are
+    the same for all particles.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(value), the same numbers as torch's.
 
         Arguments:
-            value: Of a shape that broadcasts with the parameters.
+            value: Real numbers, of a shape that broadcasts with the parameters.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -68,11 +70,11 @@ class Normal(dist.Normal):  # type: ignore[misc]
 
 
 def to_event(base: Any, dims: int) -> Any:
-    """Returns a distribution with its last dims made one event.
+    """Returns a distribution whose last batch dims are part of the event.
 
     Arguments:
         base: The distribution.
-        dims: How many.
+        dims: The number of these dims.
     """
     if isinstance(base, Bernoulli) and dims > 0:
         return Bernoullis(base, dims)
@@ -80,13 +82,13 @@ def to_event(base: Any, dims: int) -> Any:
 
 
 class Bernoullis(dist.Independent):  # type: ignore[misc]
-    r"""Independent Bernoulli variables; without a gradient, their densities share logarithms.
+    r"""Independent Bernoulli variables. If no gradient is needed, up to 7 share one logarithm.
 
     .. math:: \sum_j x_j l_j - \max(l_j, 0) - \log(1 + e^{-|l_j|})
 
     The last term is the logarithm of a product over up to 7 elements, whose factors lie between
-    1 and 2: one logarithm instead of 7. Inductor unrolls so short a product, and evaluates all
-    of this in one pass over the logits.
+    1 and 2: one logarithm instead of 7. torch's inductor compiler unrolls a product this short,
+    and evaluates the whole formula in one pass over the logits.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -107,14 +109,14 @@ class Bernoullis(dist.Independent):  # type: ignore[misc]
 
 
 def _group(size: int) -> int:
-    """How many elements share a logarithm: a divisor of `size`, aligned to vectors if possible."""
+    """The number of elements per logarithm: a divisor of `size`, SIMD-aligned if possible."""
     divisors = [few for few in range(1, MOST_IN_GROUP + 1) if size % few == 0]
     aligned = [few for few in divisors if size // few % LANES == 0]
     return max(aligned or divisors)
 
 
 def _once(expanded: Tensor) -> Tensor:
-    """A tensor without the repeats that `expand` made."""
+    """A tensor without the copies of elements that `expand` added."""
     for dim, stride in enumerate(expanded.stride()):
         if stride == 0 and expanded.shape[dim] > 1:
             expanded = expanded.narrow(dim, 0, 1)

@@ -1,4 +1,4 @@
-"""Families: any Pyro distribution, its parameters computed from features by its constraints."""
+"""Families: Pyro distributions whose parameters are predicted from features, learned or fixed."""
 
 import inspect
 import math
@@ -31,7 +31,7 @@ class Predicted:
         shape: The parameter's size if the shape of x does not determine it (the number of
             categories, the rank of a factor): an int or a tuple.
         link: The name of the link (`"identity"`, `"log"`, `"logit"`, `"softplus"`) or a
-            transform; by default the one of the parameter's constraint.
+            transform; by default the link that fits the parameter's constraint.
 
     Raises:
         ValueError: If a size is not a positive integer.
@@ -54,13 +54,14 @@ class Predicted:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A parameter that is learned, and the same for every row.
+    """A parameter that is learned, and has the same value in every row.
 
     Arguments:
-        init: Its start, a value of the parameter itself.
-        scalar: Whether one number serves all elements of the event; else each has its own.
+        init: The initial value, on the scale of the parameter itself; by default the value at
+            which the link is at 0, or near it.
+        scalar: Whether all elements of the event share one number. If not, each has its own.
         shape: The parameter's size if the shape of x does not determine it.
-        link: The name of the link or a transform; by default the one of its constraint.
+        link: The name of the link or a transform; by default the link that fits the constraint.
 
     Raises:
         ValueError: If a size is not a positive integer.
@@ -102,18 +103,20 @@ class Family(ConditionalDistribution):
 
     Each parameter of the Pyro distribution :math:`D` is written as in a GLM. :class:`Predicted`
     computes it from the features, and is the default. :class:`Shared` learns one value for all
-    rows. A number or a tensor fixes it, `None` leaves it out. Shapes and links follow from the
-    distribution's `arg_constraints`. A family has no layers until it is built for an event shape.
+    rows. A number or a tensor fixes it, and `None` omits it, so that Pyro's default applies.
+    Shapes and links follow from the distribution's `arg_constraints`. A family has no layers until
+    `build` is called with an event shape.
 
-    To add a named family, subclass it together with its role, :class:`Likelihood` say. Write an
-    `__init__` whose arguments are the distribution's parameters, and pass them on by name.
+    To add a named family, subclass `Family` and its role, for example :class:`Likelihood`. Write
+    an `__init__` whose arguments are the distribution's parameters, and pass them on by name.
 
     Arguments:
         distribution: A class of Pyro distributions.
         parameters: How each parameter is obtained: `Predicted()`, `Shared()` or a fixed value.
 
     Raises:
-        ValueError: If there is no such parameter, or one without a default is missing.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, or a fixed value violates the constraint of its parameter.
 
     Example:
         >>> import pyro.distributions as dist
@@ -155,10 +158,14 @@ class Family(ConditionalDistribution):
             event_shape: The shape of one draw, (*event).
             features: An example of the features, (rows, units) or (rows, channels, *sizes) with
                 the event's trailing sizes; `None` if nothing is predicted.
-            extra: Dims before the event, those of a mixture's components for example.
+            extra: Dims before the event, such as those of the components of a mixture.
 
         Raises:
-            ValueError: If a parameter's shape is not determined, or the features do not fit.
+            ValueError: If the event shape does not determine the size of a parameter, or the
+                features do not fit.
+
+        Returns:
+            The family itself.
         """
         self.event_shape = torch.Size(event_shape)
         self.extra = torch.Size(extra)
@@ -175,7 +182,7 @@ class Family(ConditionalDistribution):
         return self
 
     def _fixed_dtype(self) -> torch.dtype:
-        """The widest of torch's default and the fixed tensors, which so keep their values."""
+        """The widest dtype of torch's default and the fixed tensors, so that none is rounded."""
         dtype = torch.get_default_dtype()
         for spec in self.specs.values():
             if isinstance(spec, Tensor) and spec.is_floating_point():
@@ -226,17 +233,20 @@ class Family(ConditionalDistribution):
         if n > 0 and _is_square(constraint):
             return event + event[-1:]
         raise ValueError(
-            f"Expected the size of {name} of {self.distribution.__name__} to be named, as in "
-            f"{name}=Predicted(shape=...); got an event of shape {tuple(self.event_shape)} alone."
+            f"The event shape {tuple(self.event_shape)} does not determine the size of {name} of "
+            f"{self.distribution.__name__}: pass it, as in {name}=Predicted(shape=...)."
         )
 
     def _free_shape(self, name: str, spec: Predicted | Shared) -> torch.Size:
-        """The shape of the unconstrained values behind a parameter."""
+        """The shape of the unconstrained values that the link maps to a parameter."""
         link = self.links[name]
         if not isinstance(spec, Shared) or not spec.scalar:
             return torch.Size(link.inverse_shape(self.shapes[name]))
         if link.domain.event_dim > 0:
-            raise ValueError(f"Expected {name} to have elements of its own; got {spec!r}.")
+            raise ValueError(
+                f"{name} is a vector or a matrix, so it cannot be one number: remove scalar=True "
+                f"from {spec!r}."
+            )
         return torch.Size()
 
     def _support_dim(self) -> int:
@@ -252,9 +262,16 @@ class Family(ConditionalDistribution):
         return dim
 
     def forward(self, features: Tensor | None = None) -> Distribution:
-        """Maps features of shape (*rows, *feature_shape) to a distribution over (*rows)."""
+        """Maps features to a distribution of batch shape (*rows) and event shape (*event).
+
+        Arguments:
+            features: Features (*rows, *feature_shape); `None` if nothing is predicted.
+
+        Raises:
+            ValueError: If the family is not built yet.
+        """
         if not self.is_built:
-            raise ValueError(f"Expected a family that was built; got the specification {self}.")
+            raise ValueError(f"{self} has no layers yet: call build(event_shape, features) first.")
         rows = torch.Size() if features is None else _rows_of(features, self.feature_shape)
         base = scored(self.distribution)(**self._values(features))
         wanted = rows + self._event()[: len(self._event()) - len(base.event_shape)]
@@ -286,7 +303,7 @@ class Family(ConditionalDistribution):
 
 
 class _Head(nn.Module):
-    """A linear layer from features to one parameter; pointwise over trailing sizes."""
+    """A linear layer from features to one parameter, pixel by pixel if features are images."""
 
     def __init__(
         self, name: str, shape: torch.Size, event: torch.Size, features: Tensor | None
@@ -304,14 +321,15 @@ class _Head(nn.Module):
             raise ValueError(
                 f"Expected features of shape (rows, units), or (rows, channels, *sizes) with the "
                 f"trailing sizes of the event {tuple(event)}; got (rows, {units}, "
-                f"{', '.join(map(str, sizes))}): end the network with nn.Flatten()."
+                f"{', '.join(map(str, sizes))}). End the network with nn.Flatten()."
             )
         self.lead = event[: len(event) - len(sizes)]
         self.tail = shape[len(event) :] if sizes else torch.Size()
         if sizes and shape[: len(event)] != event:
             raise ValueError(
-                f"Expected a parameter {name} that has the shape of the event to be predicted "
-                f"pointwise; got shape {tuple(shape)}: end the network with nn.Flatten()."
+                f"Features with trailing sizes predict a parameter pixel by pixel, so the shape "
+                f"of {name} must begin with {tuple(event)}; got {tuple(shape)}. End the network "
+                "with nn.Flatten()."
             )
         outputs = math.prod(self.lead + self.tail) if sizes else math.prod(shape)
         self.linear = nn.Linear(units, outputs, dtype=features.dtype, device=features.device)
@@ -350,7 +368,7 @@ def _check_specs(
         if name not in signature and name not in known:
             hint = perhaps(name, [*signature, *known])
             raise ValueError(
-                f"Expected parameters of {distribution.__name__} out of {sorted(signature)}"
+                f"Expected parameters of {distribution.__name__}, one of {sorted(signature)}"
                 f"{hint}; got {name!r}."
             )
         if not isinstance(spec, Predicted | Shared | int | float | str | Tensor | None):
@@ -362,8 +380,8 @@ def _check_specs(
     for name, parameter in signature.items():
         if name not in specs and _must_be_given(name, parameter, known):
             raise ValueError(
-                f"Expected {name} of {distribution.__name__} to be given, as in "
-                f"{name}=...; got nothing."
+                f"The parameter {name} of {distribution.__name__} is missing: pass it by name, as "
+                f"{name}=..."
             )
 
 
@@ -378,7 +396,7 @@ def _check_fixed(name: str, spec: float | Tensor, constraint: Any) -> None:
 def _check_named(shape: Any) -> None:
     sizes = shape if isinstance(shape, tuple | list) else (shape,)
     if shape is not None and not all(map(is_size, sizes)):
-        raise ValueError(f"Expected a size, or a tuple of sizes; got shape={shape!r}.")
+        raise ValueError(f"Expected a positive integer or a tuple of them; got shape={shape!r}.")
 
 
 def _must_be_given(name: str, parameter: inspect.Parameter, known: dict[str, Any]) -> bool:

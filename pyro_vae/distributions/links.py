@@ -1,4 +1,4 @@
-"""Links: from the unconstrained output of a network to a parameter, bounded away from the edge."""
+"""Links: maps from the unconstrained output of a network to a parameter."""
 
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ SMALLEST = 1e-6
 class _BoundedExp(Transform):
     """exp of a value clamped to +- 30, so that float32 gives neither 0 nor inf.
 
-    Gradients ignore the clamp (straight-through), so that a value beyond it can return.
+    Gradients ignore the clamp (straight-through), so that training can move a value back inside.
     """
 
     domain = constraints.real
@@ -111,7 +111,10 @@ def _triangle(size: int, device: torch.device) -> Tensor:
 
 
 def named_links() -> dict[str, Transform]:
-    """Returns the links that have a name, as in a GLM: `"log"` says log(parameter) = output.
+    """Returns the links by name.
+
+    The names are those of a GLM: `"log"` means log(parameter) = output. Only `"softplus"` is named
+    after the inverse link: parameter = softplus(output) + 1e-6.
 
     Example:
         >>> sorted(named_links())
@@ -128,8 +131,8 @@ def named_links() -> dict[str, Transform]:
 def link_of(constraint: Constraint, link: Link | None = None) -> Transform:
     """Returns the map from unconstrained values to a constraint.
 
-    It is `transform_to(constraint)`, except for positive values: the unbounded exp overflows in
-    fresh networks, so they come from softplus(x) + 1e-6.
+    The map is `transform_to(constraint)`, except for positive values and the diagonals of lower
+    triangles. Those are softplus(x) + 1e-6, because exp overflows in untrained networks.
 
     Arguments:
         constraint: The constraint of the values.
@@ -151,7 +154,7 @@ def _named(name: str) -> Transform:
     links = named_links()
     if name not in links:
         raise ValueError(
-            f"Expected a link out of {sorted(links)}{perhaps(name, links)}; got {name!r}."
+            f"Expected link to be one of {sorted(links)}{perhaps(name, links)}; got {name!r}."
         )
     return links[name]
 
@@ -160,7 +163,7 @@ def base_of(constraint: Any) -> Any:
     """Returns a constraint without the event dims that `Independent` adds.
 
     Arguments:
-        constraint: A constraint, with the dims that `Independent` has put around it, or none.
+        constraint: A constraint, wrapped by `Independent` any number of times.
 
     Example:
         >>> base_of(constraints.independent(constraints.positive, 2))
@@ -182,7 +185,7 @@ def _default(constraint: Constraint) -> Transform:
         return transform_to(constraint)
     except NotImplementedError as error:
         raise ValueError(
-            f"Expected a link to be named for values in {constraint}; got none."
+            f"The constraint {constraint} has no default link: pass Predicted(link=...)."
         ) from error
 
 

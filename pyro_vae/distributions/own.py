@@ -15,13 +15,13 @@ __all__ = ["OwnLikelihood", "OwnPosterior", "OwnPrior"]
 
 
 class OwnPrior(Prior):
-    """Creates a prior of a module whose `forward()` returns a distribution.
+    """Creates a prior from a module whose `forward()` returns a distribution.
 
     Arguments:
         module: The module.
 
     Raises:
-        ValueError: If its `forward()` does not return a distribution.
+        ValueError: If the module's `forward()` does not return a distribution.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,7 +32,7 @@ class OwnPrior(Prior):
 
     @property
     def specification(self) -> nn.Module:
-        """The module."""
+        """The user's module."""
         return self.module
 
     def forward(self, features: Tensor | None = None) -> Distribution:
@@ -41,7 +41,7 @@ class OwnPrior(Prior):
 
 
 class OwnLikelihood(Likelihood):
-    """Creates a likelihood of a module whose `forward(features)` returns a distribution.
+    """Creates a likelihood from a module whose `forward(features)` returns a distribution.
 
     Arguments:
         module: The module.
@@ -53,7 +53,7 @@ class OwnLikelihood(Likelihood):
 
     @property
     def specification(self) -> nn.Module:
-        """The module."""
+        """The user's module."""
         return self.module
 
     def forward(self, features: Tensor | None = None) -> Distribution:
@@ -62,7 +62,7 @@ class OwnLikelihood(Likelihood):
 
 
 class OwnPosterior(Posterior):
-    """Creates a posterior of a module whose `forward(features)` returns a distribution.
+    """Creates a posterior from a module whose `forward(features)` returns a distribution.
 
     Arguments:
         module: The module.
@@ -74,7 +74,7 @@ class OwnPosterior(Posterior):
 
     @property
     def specification(self) -> nn.Module:
-        """The module."""
+        """The user's module."""
         return self.module
 
     def forward(self, features: Tensor | None = None) -> Distribution:
@@ -83,9 +83,9 @@ class OwnPosterior(Posterior):
 
 
 class _Completed(TorchDistribution):  # type: ignore[misc]
-    """A distribution over real vectors that states neither its support nor `sample`.
+    """Adds a support and `sample` to a distribution over real vectors that lacks them.
 
-    So is `pyro.contrib.zuko.ZukoToPyro`: it draws when it is called, and scores.
+    `pyro.contrib.zuko.ZukoToPyro` is one: it has only `log_prob`, and a call that draws.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -115,14 +115,14 @@ class _Completed(TorchDistribution):  # type: ignore[misc]
 
 
 def completed(distribution: Any, module: nn.Module) -> Distribution:
-    """Returns a distribution that has a support and `sample`, which a module may leave out.
+    """Returns the distribution, with a support and `sample` added if it lacks them.
 
     Arguments:
-        distribution: What the module returned.
-        module: The module.
+        distribution: The return value of the module's `forward`.
+        module: The module, for the message.
 
     Raises:
-        ValueError: If it is not a distribution.
+        ValueError: If the value is not a distribution.
     """
     if not isinstance(distribution, Distribution):
         raise ValueError(

@@ -19,7 +19,7 @@ def check_finite(x: Tensor) -> None:
         x: Rows (rows, *event_shape).
 
     Raises:
-        ValueError: If there are any; it names the first, its column and the rows that have some.
+        ValueError: If there are any. The message names the first, its column and the rows.
     """
     for bad, wanted in ((torch.isnan(x), "data without NaN"), (torch.isinf(x), "finite data")):
         if bad.any():
@@ -27,17 +27,17 @@ def check_finite(x: Tensor) -> None:
 
 
 def check_support(example: Distribution, x: Tensor, name: str) -> None:
-    """Refuses values outside the support of a distribution, or at an edge of infinite density.
+    """Refuses values outside the support, or at an edge where the log-density is infinite.
 
-    A support whose bounds are learned refuses nothing; neither does a distribution without one.
+    If the bounds of the support are learned, or the distribution has no support, it accepts all.
 
     Arguments:
         example: The distribution, at any features.
         x: Finite rows (rows, *event_shape).
-        name: What the distribution is called in the message.
+        name: The name of the distribution in the message.
 
     Raises:
-        ValueError: If there are such values; it names the first, its column and the rows.
+        ValueError: If there are such values. The message names the first, its column and the rows.
     """
     try:
         base = base_of(example.support)
@@ -59,7 +59,7 @@ def check_support(example: Distribution, x: Tensor, name: str) -> None:
 
 
 def _outside(base: Any, x: Tensor) -> Tensor:
-    """The elements outside the support; the rows, if it is a support of vectors."""
+    """Marks the elements outside the support, or whole rows if the support is one of vectors."""
     bad: Tensor = ~base.check(x)
     if base.is_discrete:
         bad = bad | _over_event(x != x.round(), bad)
@@ -69,7 +69,7 @@ def _outside(base: Any, x: Tensor) -> Tensor:
 
 
 def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
-    """The elements on an edge of the support, in rows whose log-density is infinite."""
+    """Marks the elements on an edge of the support, in rows whose log-density is infinite."""
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
     if isinstance(base, type(constraints.simplex)):
         edges = [0.0]
@@ -107,7 +107,7 @@ def _first(x: Tensor, bad: Tensor) -> str:
 
 def _hint(base: constraints.Constraint) -> str:
     is_binary = isinstance(base, type(constraints.boolean))
-    return " (binarize grey levels, or take ContinuousBernoulli or Beta)" if is_binary else ""
+    return " (binarize grey levels, or use ContinuousBernoulli or Beta)" if is_binary else ""
 
 
 def _describe(base: constraints.Constraint) -> str:

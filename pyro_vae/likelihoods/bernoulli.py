@@ -12,8 +12,8 @@ class Bernoulli(Family, Likelihood):
 
     .. math:: p(x \mid z) = \prod_j \sigma(\eta_j)^{x_j} (1 - \sigma(\eta_j))^{1 - x_j}
 
-    Grey levels in (0, 1) are refused: under a Bernoulli they have no density. Binarise them
-    (`pyro_vae.datasets.binarize`), or take :class:`ContinuousBernoulli` or :class:`Beta`.
+    Grey levels in (0, 1) are refused: a Bernoulli variable is 0 or 1. Binarise them
+    (`pyro_vae.datasets.binarize`), or use :class:`ContinuousBernoulli` or :class:`Beta`.
 
     Arguments:
         logits: The log-odds :math:`\eta` of a one.

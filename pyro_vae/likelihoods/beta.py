@@ -1,4 +1,4 @@
-"""The likelihood of shares in the open interval (0, 1)."""
+"""The likelihood of proportions in the open interval (0, 1)."""
 
 import pyro.distributions as dist
 
@@ -8,14 +8,15 @@ __all__ = ["Beta"]
 
 
 class Beta(Family, Likelihood):
-    r"""Creates the likelihood of shares in the open interval (0, 1).
+    r"""Creates the likelihood of proportions in the open interval (0, 1).
 
     .. math:: p(x \mid z) =
         \prod_j x_j^{\alpha_j - 1} (1 - x_j)^{\beta_j - 1} / B(\alpha_j, \beta_j)
 
     Arguments:
-        concentration1: :math:`\alpha > 0`.
-        concentration0: :math:`\beta > 0`.
+        concentration1: The first shape :math:`\alpha > 0`; the mean is
+            :math:`\alpha / (\alpha + \beta)`.
+        concentration0: The second shape :math:`\beta > 0`.
 
     Example:
         >>> Beta()

@@ -1,4 +1,4 @@
-"""The likelihood of counts out of a known total that vary more than a binomial's."""
+"""The likelihood of overdispersed counts out of a known total."""
 
 import pyro.distributions as dist
 
@@ -8,15 +8,16 @@ __all__ = ["BetaBinomial"]
 
 
 class BetaBinomial(Family, Likelihood):
-    r"""Creates the likelihood of counts out of a known total that vary more than a binomial's.
+    r"""Creates the likelihood of overdispersed counts out of a known total.
 
     .. math:: p(x \mid z) = \prod_j \binom{n}{x_j}
         \frac{B(x_j + \alpha_j, n - x_j + \beta_j)}{B(\alpha_j, \beta_j)}
 
     Arguments:
-        total_count: The number of trials :math:`n`.
-        concentration1: :math:`\alpha > 0`.
-        concentration0: :math:`\beta > 0`.
+        total_count: The number of trials :math:`n`, a number or a tensor of the event's shape.
+        concentration1: The first shape :math:`\alpha > 0`; the mean is
+            :math:`n \alpha / (\alpha + \beta)`.
+        concentration0: The second shape :math:`\beta > 0`.
 
     Example:
         >>> BetaBinomial(total_count=16)

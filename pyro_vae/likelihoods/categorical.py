@@ -1,4 +1,4 @@
-"""The likelihood of codes 0, ..., K - 1 without order."""
+"""The likelihood of unordered categories, coded 0, ..., K - 1."""
 
 import pyro.distributions as dist
 
@@ -8,7 +8,7 @@ __all__ = ["Categorical"]
 
 
 class Categorical(Family, Likelihood):
-    r"""Creates the likelihood of codes 0, ..., K - 1 without order.
+    r"""Creates the likelihood of unordered categories, coded 0, ..., K - 1.
 
     .. math:: p(x \mid z) = \prod_j \mathrm{softmax}(\eta_j)_{x_j}
 
@@ -17,7 +17,7 @@ class Categorical(Family, Likelihood):
         logits: The unnormalised log-probabilities :math:`\eta`; by default predicted.
 
     Raises:
-        ValueError: If neither of the two is given.
+        ValueError: If neither or both of the two are given.
 
     Example:
         >>> Categorical(17)
@@ -27,8 +27,8 @@ class Categorical(Family, Likelihood):
     def __init__(self, num_categories: int | None = None, *, logits: ParameterSpec = None) -> None:
         if (num_categories is None) == (logits is None):
             raise ValueError(
-                "Expected the number of categories, as in Categorical(10), or how the logits "
-                f"are obtained; got num_categories={num_categories!r}, logits={logits!r}."
+                "Expected either the number of categories, as in Categorical(10), or logits; "
+                f"got num_categories={num_categories!r}, logits={logits!r}."
             )
         spec = Predicted(shape=num_categories) if logits is None else logits
         super().__init__(dist.Categorical, logits=spec)

@@ -12,6 +12,8 @@ class ContinuousBernoulli(Family, Likelihood):
 
     .. math:: p(x \mid z) = \prod_j C(\lambda_j) \lambda_j^{x_j} (1 - \lambda_j)^{1 - x_j}
 
+    :math:`C(\lambda)` is the constant that normalises the density.
+
     References:
         The continuous Bernoulli (Loaiza-Ganem & Cunningham, 2019), arXiv 1907.06845.
 

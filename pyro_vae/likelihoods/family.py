@@ -1,4 +1,4 @@
-"""The likelihood of any Pyro distribution."""
+"""The likelihood from any Pyro distribution."""
 
 from .. import distributions
 from ..distributions import Likelihood
@@ -7,7 +7,7 @@ __all__ = ["Family"]
 
 
 class Family(distributions.Family, Likelihood):
-    r"""Creates the likelihood of any Pyro distribution.
+    r"""Creates a likelihood from any Pyro distribution.
 
     .. math:: p(x \mid z) = D(x;\ \theta_1(h), \theta_2(h), \dots), \qquad h = \mathrm{decoder}(z)
 
@@ -17,7 +17,8 @@ class Family(distributions.Family, Likelihood):
             features, which is the default, `Shared()`, or a fixed value.
 
     Raises:
-        ValueError: If there is no such parameter, or one without a default is missing.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, or a fixed value violates the constraint of its parameter.
 
     Example:
         >>> import pyro.distributions as dist

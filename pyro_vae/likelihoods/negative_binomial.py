@@ -1,4 +1,4 @@
-"""The likelihood of counts that vary more than a Poisson's."""
+"""The likelihood of overdispersed counts without a bound."""
 
 import pyro.distributions as dist
 
@@ -8,7 +8,7 @@ __all__ = ["NegativeBinomial"]
 
 
 class NegativeBinomial(Family, Likelihood):
-    r"""Creates the likelihood of counts that vary more than a Poisson's.
+    r"""Creates the likelihood of overdispersed counts without a bound.
 
     .. math:: p(x \mid z) = \prod_j \frac{\Gamma(x_j + r_j)}{x_j!\,\Gamma(r_j)}
         \sigma(\eta_j)^{x_j} (1 - \sigma(\eta_j))^{r_j}
@@ -20,7 +20,7 @@ class NegativeBinomial(Family, Likelihood):
 
     Arguments:
         total_count: The inverse dispersion :math:`r > 0`, learned for each column.
-        logits: :math:`\eta`.
+        logits: The log-odds :math:`\eta`, which is :math:`\log(\mathrm{mean} / r)`.
 
     Example:
         >>> NegativeBinomial()

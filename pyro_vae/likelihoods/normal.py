@@ -14,8 +14,8 @@ class Normal(Family, Likelihood):
 
     Arguments:
         loc: The mean :math:`\mu`.
-        scale: The standard deviation :math:`\sigma`, learned for each column. Predicted, it can
-            shrink to nothing on rows that are fitted exactly.
+        scale: The standard deviation :math:`\sigma`, learned for each column. If it is
+            `Predicted()`, it can shrink towards 0 on rows that are fitted exactly.
 
     Example:
         >>> Normal(scale=Shared(scalar=True))

@@ -13,7 +13,8 @@ class StudentT(Family, Likelihood):
     .. math:: p(x \mid z) = \prod_j t_{\nu}\left((x_j - \mu_j) / \sigma_j\right) / \sigma_j
 
     Arguments:
-        df: The degrees of freedom :math:`\nu > 0`.
+        df: The degrees of freedom :math:`\nu > 0`, learned for each column from the initial
+            value 4.
         loc: The centre :math:`\mu`.
         scale: The scale :math:`\sigma`, learned for each column.
 

@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out. They know no distribution, and infer their sizes."""
+"""Networks: modules from tensors to tensors, which infer the sizes of their layers."""
 
 from .convolution import Convolution as Convolution
 from .deconvolution import Deconvolution as Deconvolution

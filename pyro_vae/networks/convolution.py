@@ -16,7 +16,7 @@ class Convolution(Network):
 
     Arguments:
         channels: The numbers of channels of the layers, each a 3 x 3 convolution of stride 2.
-        activation: The class of the activation, built without arguments.
+        activation: The class of the activation, constructed without arguments.
 
     Raises:
         ValueError: If a number of channels is not a positive integer.
@@ -43,7 +43,14 @@ class Convolution(Network):
         return self.channels, {"activation": self.activation}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (rows, ..., height, width) to features (rows, units)."""
+        """Maps images (rows, ..., height, width) to features (rows, units).
+
+        Arguments:
+            x: The images.
+
+        Raises:
+            ValueError: If x has fewer than 3 dims.
+        """
         if x.ndim < 3:
             raise ValueError(
                 f"Expected images of shape (rows, ..., height, width); got {tuple(x.shape)}."

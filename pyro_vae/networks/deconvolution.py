@@ -14,15 +14,15 @@ __all__ = ["Deconvolution"]
 class Deconvolution(Network):
     """Creates a convolutional decoder to images: each layer doubles height and width.
 
-    Its features have shape (rows, channels, height, width), from which a family computes its
-    parameters pixel by pixel. The VAE gives it the size of the image.
+    It returns features of shape (rows, channels, height, width), from which a family predicts its
+    parameters pixel by pixel. The VAE sets the size of the image.
 
     Arguments:
-        channels: The numbers of channels, from the smallest image to the largest.
-        activation: The class of the activation, built without arguments.
+        channels: The numbers of channels of the layers, from the smallest image to the largest.
+        activation: The class of the activation, constructed without arguments.
 
     Raises:
-        ValueError: If a number of channels is not a positive integer, or x is not an image.
+        ValueError: If a number of channels is not a positive integer.
 
     Example:
         >>> network = Deconvolution(32, 16)
@@ -42,13 +42,13 @@ class Deconvolution(Network):
         return self.channels, {"activation": self.activation}
 
     def set_event_shape(self, event_shape: tuple[int, ...]) -> None:
-        """Makes the layers for images of a size.
+        """Creates the layers for images of one size.
 
         Arguments:
             event_shape: The shape of x, (..., height, width).
 
         Raises:
-            ValueError: If x is not an image.
+            ValueError: If `event_shape` has fewer than 2 dims.
         """
         if len(event_shape) < 2:
             raise ValueError(
@@ -64,7 +64,14 @@ class Deconvolution(Network):
         self.layers = nn.Sequential(*layers, self.activation())
 
     def forward(self, z: Tensor) -> Tensor:
-        """Maps latents (rows, *event) to features (rows, channels, height, width)."""
+        """Maps latents (rows, *event) to features (rows, channels, height, width).
+
+        Arguments:
+            z: The latents.
+
+        Raises:
+            ValueError: If `set_event_shape` was not called before.
+        """
         if self.event_shape is None:
             raise ValueError("Call set_event_shape first, with the size of the image.")
         height, width = self.event_shape[-2:]

@@ -14,12 +14,13 @@ class MLP(Network):
 
     .. math:: h_0 = \mathrm{flatten}(x), \qquad h_l = \sigma(W_l h_{l-1} + b_l)
 
-    The layers are made at the first batch; in a VAE that is when the VAE is made, from its seed. A
-    family adds a linear layer of its own.
+    The first batch determines the sizes of the layers. A VAE runs one when it is created, so that
+    its seed determines the weights. The likelihood or posterior adds the linear layers from the
+    last hidden layer to its parameters.
 
     Arguments:
-        hidden: The numbers of units of the layers; without any, the network only flattens.
-        activation: The class of the activation, built without arguments.
+        hidden: The number of units of each layer. If there are none, the network only flattens x.
+        activation: The class of the activation, constructed without arguments.
 
     Raises:
         ValueError: If a number of units is not a positive integer.

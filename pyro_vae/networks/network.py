@@ -11,10 +11,20 @@ __all__ = ["Network", "checked_sizes"]
 
 
 class Network(nn.Module, ABC):
-    """A network that says how it was made, and may be given the shape of x.
+    """The base class of the networks of this package, which a VAE can size and save.
 
-    To add one, subclass it and write `forward` and `arguments`; make layers that depend on the
-    size of their input from lazy ones. A VAE takes any other `nn.Module` as well.
+    To add one to the package, subclass it and write `forward` and `arguments`. Use torch's lazy
+    layers if their size depends on that of the input. A VAE accepts any other `nn.Module` as well.
+
+    Example:
+        >>> class Double(Network):
+        ...     def arguments(self):
+        ...         return (), {}
+        ...
+        ...     def forward(self, x):
+        ...         return 2.0 * x
+        >>> Double()(torch.ones(2)).tolist()
+        [2.0, 2.0]
     """
 
     @abstractmethod
@@ -22,10 +32,10 @@ class Network(nn.Module, ABC):
         """Returns the arguments of the constructor, positional and by name."""
 
     def set_event_shape(self, event_shape: tuple[int, ...]) -> None:
-        """Receives the shape of one row of x before the first call; by default it is not needed.
+        """Receives the shape of one row of x before the first call. By default it is ignored.
 
         Arguments:
-            event_shape: The shape.
+            event_shape: The shape of one row of x.
         """
 
     @abstractmethod
@@ -37,9 +47,9 @@ def checked_sizes(what: str, sizes: tuple[int, ...], *, at_least: int = 0) -> tu
     """Returns numbers of units or channels if they are positive integers.
 
     Arguments:
-        what: What is counted, in the plural.
+        what: The noun for the message, in the plural.
         sizes: The numbers.
-        at_least: How many there must be.
+        at_least: The least number of sizes.
 
     Raises:
         ValueError: If there are too few, or one is not a positive integer.

@@ -1,4 +1,4 @@
-"""The posterior that is a point: the plain autoencoder, for contrast."""
+"""The point posterior of a plain autoencoder."""
 
 import pyro.distributions as dist
 
@@ -8,11 +8,12 @@ __all__ = ["Delta"]
 
 
 class Delta(Family, Posterior):
-    r"""Creates the posterior that is a point: the plain autoencoder, for contrast.
+    r"""Creates a point posterior, which makes the model a plain autoencoder.
 
     .. math:: q(z \mid x) = \delta(z - \mu(x))
 
-    Its ELBO is :math:`\log p(x, \mu(x))`: no bound on log p(x), as the point has no density.
+    The ELBO becomes :math:`\log p(x, \mu(x))`. It is not a bound on log p(x), because the point
+    has no density.
 
     Arguments:
         v: The point :math:`\mu`.

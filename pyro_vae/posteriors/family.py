@@ -1,4 +1,4 @@
-"""The posterior of any Pyro distribution."""
+"""The posterior from any Pyro distribution."""
 
 from .. import distributions
 from ..distributions import Posterior
@@ -7,12 +7,12 @@ __all__ = ["Family"]
 
 
 class Family(distributions.Family, Posterior):
-    r"""Creates the posterior of any Pyro distribution.
+    r"""Creates a posterior from any Pyro distribution.
 
     .. math:: q(z \mid x) = D(z;\ \theta_1(h), \theta_2(h), \dots), \qquad h = \mathrm{encoder}(x)
 
-    A posterior on the real line serves a prior on another support too: its draws are mapped there
-    by `biject_to(prior.support)`, as in Stan and in Pyro's autoguides.
+    If the prior has another support, the draws of a posterior on the real line are mapped to it by
+    `biject_to(prior.support)`, as in Stan and in Pyro's autoguides.
 
     Arguments:
         distribution: A class of Pyro distributions.
@@ -20,7 +20,8 @@ class Family(distributions.Family, Posterior):
             features, which is the default, `Shared()`, or a fixed value.
 
     Raises:
-        ValueError: If there is no such parameter, or one without a default is missing.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, or a fixed value violates the constraint of its parameter.
 
     Example:
         >>> import pyro.distributions as dist

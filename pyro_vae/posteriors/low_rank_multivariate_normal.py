@@ -1,4 +1,4 @@
-"""The posterior whose covariance given x is diagonal plus low rank."""
+"""The normal posterior whose covariance is diagonal plus low rank."""
 
 import pyro.distributions as dist
 
@@ -8,14 +8,14 @@ __all__ = ["LowRankMultivariateNormal"]
 
 
 class LowRankMultivariateNormal(Family, Posterior):
-    r"""Creates the posterior whose covariance given x is diagonal plus low rank.
+    r"""Creates a normal posterior whose covariance is diagonal plus low rank.
 
     .. math:: q(z \mid x) = N(z;\ \mu(x), W(x) W(x)^\top + D(x))
 
     Arguments:
         rank: The number of columns of :math:`W`.
         loc: The mean :math:`\mu`.
-        cov_factor: :math:`W`; by default predicted, of that rank.
+        cov_factor: The factor :math:`W`; by default `Predicted()`, with `rank` columns.
         cov_diag: The diagonal of :math:`D`, positive.
 
     Raises:
@@ -36,8 +36,8 @@ class LowRankMultivariateNormal(Family, Posterior):
     ) -> None:
         if (rank is None) == (cov_factor is None):
             raise ValueError(
-                "Expected the rank, as in LowRankMultivariateNormal(2), or how cov_factor is "
-                f"obtained; got rank={rank!r}, cov_factor={cov_factor!r}."
+                "Expected either the rank, as in LowRankMultivariateNormal(2), or cov_factor; "
+                f"got rank={rank!r}, cov_factor={cov_factor!r}."
             )
         factor = Predicted(shape=rank) if cov_factor is None else cov_factor
         super().__init__(

@@ -1,4 +1,4 @@
-"""The posterior whose latents are normal with a full covariance given x."""
+"""The normal posterior with a full covariance matrix."""
 
 import pyro.distributions as dist
 
@@ -8,13 +8,13 @@ __all__ = ["MultivariateNormal"]
 
 
 class MultivariateNormal(Family, Posterior):
-    r"""Creates the posterior whose latents are normal with a full covariance given x.
+    r"""Creates a normal posterior with a full covariance matrix.
 
     .. math:: q(z \mid x) = N(z;\ \mu(x), L(x) L(x)^\top)
 
     Arguments:
         loc: The mean :math:`\mu`.
-        scale_tril: The lower triangle :math:`L`, its diagonal positive.
+        scale_tril: The Cholesky factor :math:`L`, lower triangular with a positive diagonal.
 
     Example:
         >>> from pyro_vae import Shared

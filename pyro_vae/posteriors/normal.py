@@ -1,4 +1,4 @@
-"""The posterior whose latents are normal and independent given x."""
+"""The normal posterior with independent latents."""
 
 import pyro.distributions as dist
 
@@ -8,7 +8,7 @@ __all__ = ["Normal"]
 
 
 class Normal(Family, Posterior):
-    r"""Creates the posterior whose latents are normal and independent given x.
+    r"""Creates a normal posterior with independent latents.
 
     .. math:: q(z \mid x) = \prod_j N(z_j;\ \mu_j(x), \sigma_j(x)^2)
 

@@ -1,4 +1,4 @@
-"""A posterior on the real line, transported to the support of a prior."""
+"""The posterior on the real line, transported to the support of a prior."""
 
 from collections.abc import Callable
 from typing import Self
@@ -13,16 +13,16 @@ __all__ = ["Transported"]
 
 
 class Transported(Posterior):
-    r"""Creates the posterior whose draws are those of another one, mapped to a support.
+    r"""Creates a posterior that maps the draws of another one to the support of the prior.
 
     .. math:: z = g(u), \quad u \sim q(u \mid x), \qquad g : \mathbb{R}^n \to \mathrm{support}
 
-    A program puts it around a posterior on the real line if the prior lies elsewhere.
+    A program wraps a posterior on the real line in this one if the prior has another support.
 
     Arguments:
         base: The posterior on the real line.
-        prior: A function that returns the prior; its support is read at each call, since its
-            bounds may be learned.
+        prior: A function that returns p(z). The support is read at each call, because its bounds
+            may be learned.
     """
 
     def __init__(self, base: Posterior, prior: Callable[[], Distribution]) -> None:
@@ -36,7 +36,7 @@ class Transported(Posterior):
         return self.base
 
     def build(self, event_shape: tuple[int, ...], features: Tensor | None = None) -> Self:
-        """Builds the posterior on the real line, for the shape that maps to `event_shape`.
+        """Builds the posterior on the real line with the shape that maps to `event_shape`.
 
         Arguments:
             event_shape: The shape of z.

@@ -19,7 +19,7 @@ from .traces import guide_trace, values_by_row
 
 __all__ = ["embed"]
 
-Moments: TypeAlias = dict[str, dict[str, Tensor]]  # by site: mean, sd and their errors
+Moments: TypeAlias = dict[str, dict[str, Tensor]]  # the mean, the sd and their errors of each site
 
 ATTRIBUTES = {
     "mean": "mean of z under the guide q(z | x)",
@@ -40,7 +40,7 @@ def embed(
     seed: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
-    r"""Returns where each row lies in latent space: the mean and the standard deviation of z.
+    r"""Returns the mean and the standard deviation of z for each row.
 
     .. math:: \mathrm{E}_{q(z \mid x)}[z_u], \qquad \mathrm{sd}_{q(z \mid x)}(z_u)
 
@@ -51,23 +51,25 @@ def embed(
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
-        x: The data, shape (rows, \*event), or a dict of such.
-        context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.
-        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        num_samples: The number of draws S of each row, 2 or more, if there is no closed form.
-        max_elements: About how many elements one tensor may have.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        x: The data, shape (rows, \*event), or a dict of tensors.
+        context: Covariates of the rows, shape (rows, \*context). The program reads them as
+            `row["context"]`.
+        weights: The weight of each row, shape (rows,). The program reads it as `row["weight"]`.
+        num_samples: The number of draws S for each row, 2 or more, if there is no closed form.
+        max_elements: The approximate maximum number of elements of one tensor, to limit memory.
+        seed: The seed of the draws; if `None`, torch's global generator is used.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `program` is not a program, the data do not fit it, or it has no latent
-            site in the plate `"data"`.
+        ValueError: If `program` has no `model` and `guide`, the data do not fit it, or it has
+            no latent site in the plate `"data"`.
 
     Returns:
-        Over `datum` and `latent` (labelled `z[0]`, `z[1]`, ..., through all latent sites of a
-        row): `mean` and `sd` of z, and the Monte Carlo standard errors `mean_mcse`,
-        sd / sqrt(S), and `sd_mcse`, that of the variance divided by 2 sd. The attribute `method`
-        is `"closed form"` or `"draws"`.
+        A dataset with dims `datum` and `latent`. The elements of all latent sites of a row are
+        labelled `z[0]`, `z[1]`, ... Its variables are `mean` and `sd` of z, and their Monte Carlo
+        standard errors, all in the units of z: `mean_mcse` is sd / sqrt(S), and `sd_mcse` is the
+        standard error of the variance divided by 2 sd. The attribute `method` is
+        `"closed form"` or `"draws"`.
 
     Example:
         >>> import pyro_vae as pv

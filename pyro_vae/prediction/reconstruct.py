@@ -1,4 +1,4 @@
-"""Reconstructions: what the posteriors of rows predict for the same rows."""
+"""Reconstructions: the posterior predictive distribution of each row."""
 
 import math
 from typing import Any
@@ -51,25 +51,27 @@ def reconstruct(
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
-        x: The data, shape (rows, \*event), or a dict of such.
-        context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.
-        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
+        x: The data, shape (rows, \*event), or a dict of tensors.
+        context: Covariates of the rows, shape (rows, \*context). The program reads them as
+            `row["context"]`.
+        weights: The weight of each row, shape (rows,). The program reads it as `row["weight"]`.
         site: The name of the observed site that is predicted. It is needed only if the model has
             several.
         num_samples: The number of draws S of x' for each row, 2 or more.
         prob: The probability of the central interval.
-        max_elements: About how many elements one tensor may have.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        max_elements: The approximate maximum number of elements of one tensor, to limit memory.
+        seed: The seed of the draws; if `None`, torch's global generator is used.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If `program` is not a program, the data do not fit it, an argument is out of
-            range, or the model has several observed sites and none is named.
+        ValueError: If `program` has no `model` and `guide`, the data do not fit it, an argument
+            is out of range, or the model has several observed sites and `site` is `None`.
 
     Returns:
-        Over `datum` and the dims of the site, `{site}_dim_0`, ..., labelled by the rows and
-        columns of x, in the units of x: the `mean` of x', the bounds `lower` and `upper` of the
-        interval, and their Monte Carlo standard errors `mcse`, `lower_mcse`, `upper_mcse`. The
+        A dataset with the dims `datum` and those of the site, `{site}_dim_0`, ..., labelled by
+        the rows and columns of x. Its variables, in the units of x, are the `mean` of x', the
+        bounds `lower` and `upper` of the interval, and their Monte Carlo standard errors `mcse`,
+        `lower_mcse`, `upper_mcse`. The
         error of a bound is half the distance between the order statistics one binomial standard
         deviation, sqrt(S p (1 - p)), below and above its rank, where p is the probability outside
         the interval on one side. If fewer draws lie outside, the distance to the outermost draw

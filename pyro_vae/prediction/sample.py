@@ -30,22 +30,23 @@ def sample(
 
     z is drawn from the prior and x from the likelihood at that z, with the program in evaluation
     mode. A model that can run without data takes the number of rows as `size=`, as the model of a
-    `VAE` does. Any other model, one with covariates for example, runs on the rows given as `x=`:
-    what it reads from them is kept, and what it observes is drawn anew. Latent sites that all rows
+    `VAE` does. Any other model, one with covariates for example, runs on the rows `x`: it reads
+    its covariates from them, and its observed sites are drawn anew. Latent sites that all rows
     share are drawn once, for all new rows.
 
     Arguments:
         program: A module with the Pyro programs `model` and `guide`.
         num_rows: The number of rows n.
-        x: Rows to run the model on. New row i is drawn under row i of x; if x has fewer than n
-            rows, it is started again from its first.
-        context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.
-        weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        x: Rows to run the model on. New row i is drawn given the covariates of row i of x. If x
+            has fewer than n rows, they are repeated in order.
+        context: Covariates of the rows, shape (rows, \*context). The program reads them as
+            `row["context"]`.
+        weights: The weight of each row, shape (rows,). The program reads it as `row["weight"]`.
+        seed: The seed of the draws; if `None`, torch's global generator is used.
 
     Raises:
-        ValueError: If `program` is not a program, `num_rows` is not a positive integer, the model
-            needs rows x and gets none, or it has no observed site.
+        ValueError: If `program` has no `model` and `guide`, `num_rows` is not a positive integer,
+            the model needs rows and `x` is `None`, or it has no observed site.
 
     Returns:
         The new rows, shape (n, \*event), if the model has one observed site; otherwise a dict of
@@ -77,7 +78,7 @@ def sample_sites(
         program: A module with the Pyro programs `model` and `guide`.
         num_rows: The number of rows n.
         x: Rows to run the model on, or `None`.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        seed: The seed of the draws; if `None`, torch's global generator is used.
         context: Covariates of the rows x.
         weights: The weight of each row of x.
     """
@@ -108,7 +109,7 @@ def _latents(guide: Program, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
             raise
         raise ValueError(
             f"The program cannot run without data ({error}). Pass rows as x=: new "
-            "rows are drawn under their covariates, and what the model observes is drawn anew."
+            "rows are drawn given their covariates, and the observed sites are drawn anew."
         ) from error
 
 

@@ -105,7 +105,7 @@ def values_by_row(site: Any, values: Tensor | None = None) -> Tensor:
 
     Arguments:
         site: A site of a trace, in the plate `"data"`.
-        values: Other numbers of the same shape, if not the site's own value.
+        values: Values of the same shape to use instead of the site's own.
     """
     dims = {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
     leading = [dims.pop(name) for name in (_DRAWS, PLATE) if name in dims]

@@ -1,4 +1,4 @@
-"""Priors p(z): any Pyro distribution, fixed or learned, and what is more than one."""
+"""Priors p(z): any Pyro distribution, fixed or learned, mixtures, and the VampPrior."""
 
 from .family import Family as Family
 from .from_distribution import from_distribution as from_distribution

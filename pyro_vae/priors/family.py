@@ -1,4 +1,4 @@
-"""The prior of any Pyro distribution, its parameters fixed or learned."""
+"""The prior from any Pyro distribution, with fixed or learned parameters."""
 
 from torch.distributions import Distribution
 
@@ -10,7 +10,7 @@ __all__ = ["Family"]
 
 
 class Family(distributions.Family, Prior):
-    r"""Creates the prior of any Pyro distribution, its parameters fixed or learned.
+    r"""Creates a prior from any Pyro distribution, with fixed or learned parameters.
 
     .. math:: p(z) = D(z;\ \theta_1, \theta_2, \dots)
 
@@ -21,7 +21,9 @@ class Family(distributions.Family, Prior):
             value.
 
     Raises:
-        ValueError: If there is no such parameter, or one without a default is missing.
+        ValueError: If the distribution has no parameter of that name, a parameter without a
+            default is missing, a fixed value violates its constraint, or a size is not a positive
+            integer.
 
     Example:
         >>> import pyro.distributions as dist

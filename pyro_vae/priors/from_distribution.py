@@ -1,4 +1,4 @@
-"""A distribution, taken apart into a prior of fixed parameters."""
+"""Conversion of a distribution to a prior with fixed parameters."""
 
 import inspect
 
@@ -13,15 +13,17 @@ __all__ = ["check_prior_shape", "from_distribution"]
 
 
 def from_distribution(distribution: Distribution) -> Family:
-    """Takes a distribution apart into a prior of fixed parameters.
+    """Converts a distribution to a prior with fixed parameters.
 
-    The parameters become buffers, so that the prior moves, casts and saves with its program.
+    The parameters become buffers: they follow the program to another device or dtype, and are
+    saved with it.
 
     Arguments:
         distribution: A distribution over z, of batch shape () and event shape (*event).
 
     Raises:
-        ValueError: If its shapes are others, or its parameters cannot be read.
+        ValueError: If its batch shape is not (), its event shape is (), or its parameters cannot
+            be read.
 
     Example:
         >>> import pyro.distributions as dist
@@ -44,7 +46,7 @@ def from_distribution(distribution: Distribution) -> Family:
 
 
 def check_prior_shape(distribution: Distribution) -> None:
-    """Refuses a distribution that is not over one vector of latents.
+    """Refuses a distribution with a batch shape, or one of a scalar.
 
     Arguments:
         distribution: A distribution over z.

@@ -1,4 +1,4 @@
-"""A prior that is a mixture of learned components."""
+"""The mixture prior."""
 
 import copy
 
@@ -15,15 +15,15 @@ __all__ = ["Mixture", "mixture_of"]
 
 
 class Mixture(Prior):
-    r"""Creates the prior that is a mixture of K learned components.
+    r"""Creates a prior that is a mixture of K learned components.
 
     .. math:: p(z) = \sum_{k=1}^{K} \mathrm{softmax}(\eta)_k\, D(z;\ \theta_k)
 
     Arguments:
         num_components: The number of components :math:`K`.
         event_shape: The shape of z, an int or a tuple.
-        component: The family of the components, its parameters `Shared` or fixed; normal by
-            default, independent in the latents.
+        component: The family of the components, whose parameters are `Shared()` or fixed; by
+            default a normal with independent latents.
 
     Raises:
         ValueError: If a size is not a positive integer.
@@ -60,7 +60,7 @@ class Mixture(Prior):
 
 
 class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
-    """A mixture whose support is its components', so that NUTS can sample from it."""
+    """A mixture with the support of its components, which NUTS needs."""
 
     @property
     def support(self) -> Constraint:
@@ -68,7 +68,7 @@ class _Mixture(dist.MixtureSameFamily):  # type: ignore[misc]
 
 
 def mixture_of(logits: Tensor, components: Distribution) -> Distribution:
-    """Returns the mixture of the distributions along the last batch dim.
+    """Returns the mixture of K distributions, of batch shape ().
 
     Arguments:
         logits: The unnormalised log-weights, shape (K,).

@@ -15,11 +15,12 @@ __all__ = ["VampPrior"]
 
 
 class VampPrior(Prior):
-    r"""Creates the prior that is the mixture of the posteriors of K learned pseudo-inputs.
+    r"""Creates a prior that is the mixture of the posteriors of K learned pseudo-inputs.
 
     .. math:: p(z) = \frac{1}{K} \sum_{k=1}^{K} q(z \mid u_k)
 
-    A program connects it to its encoder. The prior owns the pseudo-inputs :math:`u_k` alone.
+    A program connects the prior to its encoder. The pseudo-inputs :math:`u_k` are the only
+    parameters that the prior adds.
 
     References:
         VAE with a VampPrior (Tomczak & Welling, 2018), arXiv 1705.07120.
@@ -27,11 +28,11 @@ class VampPrior(Prior):
     Arguments:
         num_components: The number of pseudo-inputs :math:`K`.
         event_shape: The shape of z, an int or a tuple.
-        data: Rows of x from which the pseudo-inputs are drawn without replacement at the start;
-            by default they start uniform in (0, 1).
+        data: Rows of x, shape (rows, \*event). K of them, drawn without replacement, are the
+            initial pseudo-inputs; by default these are uniform on (0, 1).
 
     Raises:
-        ValueError: If a size is not a positive integer, or there are fewer rows than K.
+        ValueError: If a size is not a positive integer, or `data` has fewer than K rows.
 
     Example:
         >>> import pyro_vae as pv
@@ -49,31 +50,31 @@ class VampPrior(Prior):
         self.data = None if data is None else self._drawn(read(data).field("x"))
 
     def arguments(self) -> Arguments:
-        """Returns the arguments of the constructor, but for the data that it started from."""
+        """Returns the arguments of the constructor, except `data`."""
         return (self.num_components, size_of(self.event_shape)), {}
 
     def _drawn(self, rows: Tensor) -> Tensor:
         if len(rows) < self.num_components:
             raise ValueError(
-                f"Expected at least {self.num_components} rows of x to start from; got "
-                f"{len(rows)}."
+                f"Expected the data of the VampPrior to have at least {self.num_components} rows; "
+                f"got {len(rows)}."
             )
         return rows[torch.randperm(len(rows))[: self.num_components]]
 
     def connect(self, x_shape: tuple[int, ...], encode: Encode) -> None:
-        """Makes the pseudo-inputs, and keeps the encoder of the program.
+        """Creates the pseudo-inputs, and stores the encoder of the program.
 
         Arguments:
             x_shape: The shape of one row of x.
             encode: The map from rows to q(z | x).
 
         Raises:
-            ValueError: If the data that it starts from have another shape.
+            ValueError: If the rows of `data` have another shape than `x_shape`.
         """
         shape = (self.num_components, *x_shape)
         if self.data is not None and self.data.shape != shape:
             raise ValueError(
-                f"Expected rows of event shape {tuple(x_shape)} for the VampPrior to start from; "
+                f"Expected the data of the VampPrior to have event shape {tuple(x_shape)}; "
                 f"got {tuple(self.data.shape[1:])}."
             )
         start = torch.rand(shape) if self.data is None else self.data.to(torch.get_default_dtype())
@@ -82,7 +83,7 @@ class VampPrior(Prior):
 
     @property
     def support(self) -> None:
-        """`None`: z lies where the posterior's draws lie."""
+        """`None`, because z has the support of the posterior."""
         return None
 
     def forward(self, features: Tensor | None = None) -> Distribution:

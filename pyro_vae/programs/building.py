@@ -1,4 +1,4 @@
-"""How a program is built of members: they are copied, sized, connected and checked."""
+"""Building a VAE from members, which are copied, sized, connected and checked."""
 
 import copy
 from collections.abc import Callable
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 def as_prior(prior: Any) -> Prior:
-    """Returns a copy of what a user gave as prior, as a member.
+    """Returns the user's prior as a member, which is a copy.
 
     Arguments:
         prior: A member, a distribution, a module whose `forward()` returns a distribution, or the
@@ -60,7 +60,7 @@ def as_prior(prior: Any) -> Prior:
 
 
 def as_likelihood(likelihood: Any) -> Likelihood:
-    """Returns a copy of what a user gave as likelihood, as a member.
+    """Returns the user's likelihood as a member, which is a copy.
 
     Arguments:
         likelihood: A member, a class of Pyro distributions, or a module whose `forward(features)`
@@ -75,7 +75,7 @@ def as_likelihood(likelihood: Any) -> Likelihood:
 
 
 def as_posterior(posterior: Any) -> Posterior:
-    """Returns a copy of what a user gave as posterior, as a member.
+    """Returns the user's posterior as a member, which is a copy.
 
     Arguments:
         posterior: As for :func:`as_likelihood`.
@@ -94,7 +94,7 @@ def _in_role(member: Any, role: Any, adapt: Callable[[nn.Module], Any]) -> Any:
         return _copied(member)
     if isinstance(member, ConditionalDistribution):
         raise ValueError(
-            f"Expected a {name}, a pyro_vae.{role.__name__}; got {member!r}, which is of another "
+            f"Expected a {name}, a pyro_vae.{role.__name__}; got {member!r}, which has another "
             "role."
         )
     if isinstance(member, nn.Module):
@@ -108,7 +108,7 @@ def _in_role(member: Any, role: Any, adapt: Callable[[nn.Module], Any]) -> Any:
 
 
 def as_network(network: Any, role: str, x_shape: tuple[int, ...]) -> nn.Module:
-    """Returns a copy of a network that knows the shape of x.
+    """Returns a copy of a network, and passes the shape of x to it.
 
     Arguments:
         network: A module.
@@ -127,7 +127,7 @@ def as_network(network: Any, role: str, x_shape: tuple[int, ...]) -> nn.Module:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A deep copy; lazy buffers, which refuse to be copied, are made anew."""
+    """A deep copy; lazy buffers, which refuse to be copied, are created anew."""
     lazy = [buffer for buffer in module.buffers() if isinstance(buffer, UninitializedBuffer)]
     make: Any = UninitializedBuffer
     memo = {id(b): make(device=b.device, dtype=b.dtype) for b in lazy}
@@ -144,7 +144,7 @@ def features_of(network: nn.Module, shape: tuple[int, ...], like: Tensor, role: 
         role: `"encoder"` or `"decoder"`, for the message.
 
     Raises:
-        ValueError: If the network does not take such rows, or returns no features of them.
+        ValueError: If the network fails on such rows, or does not return features of 2 rows.
     """
     inputs = like.new_zeros((2, *shape))
     try:
@@ -164,7 +164,7 @@ def features_of(network: nn.Module, shape: tuple[int, ...], like: Tensor, role: 
 def built_posterior(posterior: Posterior, prior: Prior, features: Tensor) -> Posterior:
     """Builds a posterior over the latents of a prior.
 
-    A posterior on the real line under a prior on another support is transported there.
+    If the prior has another support, a posterior on the real line is transported to it.
 
     Arguments:
         posterior: The posterior, not built yet.
@@ -191,7 +191,7 @@ def check_latents(posterior: Any, prior: Any, members: str) -> Tensor:
     Arguments:
         posterior: q(z | x) of two rows.
         prior: p(z).
-        members: What the two are called in messages.
+        members: The names of the two in messages.
 
     Raises:
         ValueError: If shapes or supports differ, or a density is infinite.
@@ -217,7 +217,7 @@ def check_latents(posterior: Any, prior: Any, members: str) -> Tensor:
         )
     if many.support.check(prior.expand((64, 2)).sample()).double().mean() < 0.9:
         raise ValueError(
-            f"The posterior lies on {many.support} alone and cannot reach where the prior is "
+            f"The posterior lies on {many.support} and does not cover the support of the prior "
             f"({members}). Use a posterior on the real line, which is transported to the prior's "
             "support."
         )
@@ -230,7 +230,7 @@ def check_latents(posterior: Any, prior: Any, members: str) -> Tensor:
 
 
 def check_likelihood(likelihood: Any, x_shape: torch.Size, member: Likelihood) -> None:
-    r"""Refuses a likelihood of another shape, or one that cannot stand in a plate.
+    r"""Refuses a likelihood of another shape, or one that does not work in a plate.
 
     Arguments:
         likelihood: p(x | z) of two rows.
@@ -238,7 +238,7 @@ def check_likelihood(likelihood: Any, x_shape: torch.Size, member: Likelihood) -
         member: The member that it comes from, for the message.
 
     Raises:
-        ValueError: If it is so.
+        ValueError: If its event shape is not that of x, or it cannot be expanded.
     """
     if likelihood.event_shape != x_shape:
         raise ValueError(
@@ -262,7 +262,7 @@ def fitting(call: Callable[..., T], *args: Any) -> T:
         return call(*args)
     except (RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
-            f"Expected members that fit each other; got {type(error).__name__}: {error}"
+            f"The members of the VAE do not fit each other: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -278,12 +278,12 @@ def _check_placed(distribution: Any, role: str) -> None:
         shape = tuple(draws.shape)
     except Exception as error:
         raise ValueError(
-            f"Expected a {role} that stands in a plate, with an expand() that works; got "
+            f"Expected a {role} that works in a plate, which needs expand() and log_prob(); got "
             f"{distribution}: {type(error).__name__}: {error}"
         ) from error
     if shape != (3, 2, *distribution.event_shape):
         raise ValueError(
-            f"Expected a {role} that stands in a plate, with draws of shape "
+            f"Expected a {role} that works in a plate, with draws of shape "
             f"{(3, 2, *distribution.event_shape)}; got {shape} from {distribution}."
         )
 

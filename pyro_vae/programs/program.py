@@ -1,4 +1,4 @@
-"""Program: one module made of a model and a guide as Pyro's tutorials write them."""
+"""Program: one module from a model and a guide that are written as in Pyro's tutorials."""
 
 import contextlib
 import copy
@@ -30,37 +30,38 @@ __all__ = ["Program", "owner_of"]
 
 
 class Program(nn.Module):
-    r"""Creates a program from a model and a guide as Pyro's tutorials write them.
+    r"""Creates a program from a model and a guide that are written as in Pyro's tutorials.
 
     Both may be functions, methods or modules (a `PyroModule`, an AutoGuide) with `pyro.param` and
     `pyro.module` statements. The program has the methods `model(x)` and `guide(x)`, so that
-    :func:`pyro_vae.fit`, :func:`pyro_vae.log_evidence` and all else take it.
+    :func:`pyro_vae.fit`, :func:`pyro_vae.log_evidence` and all other functions accept it.
 
-    The parameters belong to the program, not to Pyro's global store, which stays as it is. They
-    are collected in dry runs on a few rows, by :meth:`prepare` or at the first call:
+    The parameters belong to the program, not to Pyro's global store, which does not change.
+    They are collected in dry runs on a few rows, by :meth:`prepare` or at the first call:
 
     - each `pyro.param` becomes a parameter `params.<name>`, with a `/` for each dot of the name.
-      The program holds its unconstrained value, and gives the constrained one to the statement;
-    - a module becomes a submodule `parts.<name>` if model or guide is it or a method of it, if
-      they state it by `pyro.module`, or if they use it as a variable from outside the function.
+      The program stores the unconstrained value; the statement returns the constrained one;
+    - a module becomes a submodule `parts.<name>` if the model or the guide is that module or
+      one of its methods, passes it to `pyro.module`, or uses it as a variable from outside the
+      function.
 
     Such a module is not copied: training the program trains it, and two programs of one module
     share it. `copy.deepcopy` of a prepared program copies its modules too.
 
-    Model and guide get one argument, the rows: a tensor, or a dict of tensors. A pair of several
-    arguments takes one line: `pv.Program(lambda row: model(row["x"], row["y"]), ...)`.
+    The model and the guide take one argument, the rows: a tensor, or a dict of tensors. If yours
+    take several, wrap them: `pv.Program(lambda row: model(row["x"], row["y"]), ...)`.
 
     Arguments:
         model: The model.
-        guide: The guide. An AutoGuide can be the guide of latents that all rows share; it has no
-            parameters for rows that it did not see, so that it cannot be one of latents per row.
-        plate: The name that the pair gives to the plate of the rows. The package sees it under
-            the name `"data"`.
+        guide: The guide. An AutoGuide can be the guide of latents that all rows share. It cannot
+            be the guide of latents per row, because it has no parameters for new rows.
+        plate: The name of the plate of the rows in your model and guide. The program renames this
+            plate to `"data"` when it runs.
 
     Raises:
-        ValueError: If the model or the guide cannot be called, or `plate` is no name. In the dry
-            runs: if no site stands in the plate of the rows, or if a parameter has the size of
-            the batch.
+        ValueError: If the model or the guide cannot be called, or `plate` is not a name. In the
+            dry runs: if no site is in the plate of the rows, or if the shape of a parameter
+            depends on the number of rows.
 
     Example:
         >>> import pyro_vae as pv
@@ -112,8 +113,11 @@ class Program(nn.Module):
         """Runs the model.
 
         Arguments:
-            args: What the model is called with: the rows.
-            kwargs: Its arguments by name.
+            args: The arguments of the model: the rows.
+            kwargs: The keyword arguments of the model.
+
+        Returns:
+            The return value of the model.
         """
         return self._run(self._pair[0], args, kwargs)
 
@@ -121,8 +125,11 @@ class Program(nn.Module):
         """Runs the guide.
 
         Arguments:
-            args: What the guide is called with: the rows.
-            kwargs: Its arguments by name.
+            args: The arguments of the guide: the rows.
+            kwargs: The keyword arguments of the guide.
+
+        Returns:
+            The return value of the guide.
         """
         return self._run(self._pair[1], args, kwargs)
 
@@ -132,19 +139,20 @@ class Program(nn.Module):
         return self._is_prepared
 
     def prepare(self, *args: Any, **kwargs: Any) -> Self:
-        """Collects the parameters, if that was not done before, in dry runs on a few rows.
+        """Collects the parameters in dry runs on a few rows. A second call does nothing.
 
-        The first call of the program does it too. Call it by hand before anything that needs the
-        parameters but no data: `parameters()`, `state_dict()`, `pyro_vae.load(path, into=...)`.
+        The first run of the program does this too. Call `prepare` yourself before anything that
+        needs the parameters and does not run the program: `parameters()`, `state_dict()`,
+        `pyro_vae.load(path, into=...)`.
 
         Arguments:
-            args: What model and guide are called with. One argument is rows as `fit` takes them,
-                of which a few are used.
-            kwargs: Their arguments by name.
+            args: The arguments of the model and the guide. If there is one, it is rows as for
+                `fit`, and the dry runs use the first few.
+            kwargs: Their keyword arguments.
 
         Raises:
-            ValueError: If no site stands in the plate of the rows, or if a parameter has the size
-                of the batch.
+            ValueError: If no site is in the plate of the rows, or if the shape of a parameter
+                depends on the number of rows.
 
         Returns:
             The program itself.
@@ -177,49 +185,49 @@ class Program(nn.Module):
     def check(self, x: Any) -> None:
         """Prepares the program, and leaves the state of torch's generators as it is.
 
-        `fit` and all that evaluates a program calls it before it runs the program.
+        `fit` and all functions that evaluate a program call this method first.
 
         Arguments:
             x: Rows.
 
         Raises:
-            ValueError: As of :meth:`prepare`.
+            ValueError: If :meth:`prepare` raises one.
         """
         with kept_generators():
             self.prepare(x)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the parameters and buffers by name, as of every module.
+        """Returns the parameters and buffers by name, as `nn.Module.state_dict` does.
 
         Arguments:
-            args: As of every module.
-            kwargs: As of every module.
+            args: The arguments of `nn.Module.state_dict`.
+            kwargs: The keyword arguments of `nn.Module.state_dict`.
 
         Raises:
-            ValueError: If the parameters were not collected yet.
+            ValueError: If the parameters are not collected yet; call :meth:`prepare` first.
         """
         self._check_prepared()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes the parameters and buffers of a dict, as of every module.
+        """Loads parameters and buffers from a dict, as `nn.Module.load_state_dict` does.
 
         Arguments:
-            args: As of every module.
-            kwargs: As of every module.
+            args: The arguments of `nn.Module.load_state_dict`.
+            kwargs: The keyword arguments of `nn.Module.load_state_dict`.
 
         Raises:
-            ValueError: If the parameters were not collected yet.
+            ValueError: If the parameters are not collected yet; call :meth:`prepare` first.
         """
         self._check_prepared()
         return super().load_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The name of the plate."""
+        """The name of the plate of the rows."""
         return f"plate={self.plate!r}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copies the program; an AutoGuide, which forgets its model when copied, gets it back."""
+        """Copies the program, and restores the model of an AutoGuide, which Pyro does not copy."""
         guides = [(part, part._model) for part in self.modules() if isinstance(part, AutoGuide)]
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -232,8 +240,8 @@ class Program(nn.Module):
     def _check_prepared(self) -> None:
         if not self._is_prepared:
             raise ValueError(
-                "This Program has no parameters yet: it creates them when it first sees rows. "
-                "Call program.prepare(x) before."
+                "This Program has no parameters yet: it creates them when it first runs on rows. "
+                "Call program.prepare(x) first."
             )
 
     def _run(self, pyro_program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -246,10 +254,10 @@ class Program(nn.Module):
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
-        """Puts the program's modules in the place of those that the pair refers to.
+        """Makes the model and the guide use the modules of this program.
 
-        They are the same until the program is copied. A copied function still refers to the
-        modules of the first program.
+        A copy of a program has modules of its own, but its model and guide are functions that
+        still refer to the modules of the original.
         """
         before = []
         for path, referenced in self._referenced:
@@ -264,7 +272,7 @@ class Program(nn.Module):
                 outside.__dict__ = attributes
 
     def _dry_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Found":
-        """Runs guide and model in evaluation mode and notes what they state."""
+        """Runs guide and model in evaluation mode; records parameters, modules and plates."""
         model, guide = self._pair
         noted = _Noted()
         with (
@@ -284,7 +292,7 @@ class Program(nn.Module):
         return _Found(noted.modules, dict(state["params"]), dict(state["constraints"]))
 
     def _own(self, found: "_Found") -> None:
-        """Takes over the modules and the parameters that a dry run found."""
+        """Registers the modules and the parameters of a dry run."""
         for name, module in found.modules.items():
             self._refer_to(name, module)
             module.train(self.training)
@@ -297,7 +305,7 @@ class Program(nn.Module):
                 self.params._parameters[_key(name)] = tensor
 
     def _refer_to(self, name: str, module: nn.Module) -> None:
-        """Notes a module that the pair refers to, and takes it over if no other part has it."""
+        """Records a module that the pair refers to, and adds it unless a part contains it."""
         if any(referenced.module is module for _, referenced in self._referenced):
             return
         self._add_part(name, module)
@@ -313,14 +321,14 @@ class Program(nn.Module):
         self.parts._modules[name] = module
 
     def _param(self, name: str) -> Tensor:
-        """Returns the constrained value of one of the pair's `pyro.param`s."""
+        """Returns the constrained value of a parameter of the model or the guide."""
         unconstrained: Any = self.params._parameters[_key(name)]
         return _stated(unconstrained, transform_to(self._constraints[name])(unconstrained))
 
 
 @dataclass(frozen=True, eq=False)
 class _Referenced:
-    """A module that the code of the pair refers to, whatever program is copied."""
+    """A module that the code of the pair refers to. A copy of the program refers to it too."""
 
     module: nn.Module
 
@@ -330,7 +338,7 @@ class _Referenced:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What a dry run found: modules, and the unconstrained parameters in the store, by name."""
+    """The modules and the unconstrained parameters of a dry run, by name."""
 
     modules: dict[str, nn.Module]
     params: dict[str, Tensor]
@@ -338,7 +346,7 @@ class _Found:
 
 
 class _Noted(Messenger):  # type: ignore[misc]
-    """Notes the plates and the `pyro.module` statements of a dry run."""
+    """Records the plates and the `pyro.module` statements of a dry run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,7 +356,7 @@ class _Noted(Messenger):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def kept_modes(self) -> Iterator[None]:
-        """Puts the modes of the modules that it notes back at the end."""
+        """Restores the training modes of the recorded modules at the end."""
         try:
             yield
         finally:
@@ -367,7 +375,7 @@ class _Noted(Messenger):  # type: ignore[misc]
 
 
 class _Owned(Messenger):  # type: ignore[misc]
-    """Answers the parameter statements of a program, and renames the plate of its rows."""
+    """Supplies the values of `pyro.param` statements, and renames the plate of the rows."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -401,13 +409,13 @@ class _Owned(Messenger):  # type: ignore[misc]
         else:
             raise ValueError(
                 f"The statement pyro.param({name!r}) did not run when the Program collected its "
-                "parameters on its first rows, so it is not trained: state every parameter in "
-                "each call of model or guide."
+                "parameters on its first rows, so it is not trained: every call of the model "
+                "or the guide must run the same pyro.param statements."
             )
 
 
 def _stated(unconstrained: Tensor, value: Tensor) -> Tensor:
-    """Marks a value as that of a parameter, as Pyro's store does, but leaves the parameter."""
+    """Marks a value as the value of a parameter, as Pyro's store does; returns the value."""
     value = value.view_as(value) if value is unconstrained else value
     value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
     return value
@@ -417,7 +425,7 @@ _param_site: Any = effectful(lambda parameter: _stated(parameter, parameter), ty
 
 
 def _module_in_statement() -> nn.Module | None:
-    """The module of the `pyro.module` statement that is running: Pyro tells handlers its name."""
+    """The module of the running `pyro.module` statement. Pyro passes handlers only its name."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not pyro.primitives.module.__code__:
         frame = frame.f_back
@@ -425,10 +433,10 @@ def _module_in_statement() -> nn.Module | None:
 
 
 def owner_of(pyro_program: Callable[..., Any]) -> nn.Module | None:
-    """Returns the module that a Pyro program is, or is a method of, if it is one.
+    """Returns the module that a Pyro program is or is a method of, or `None`.
 
     Arguments:
-        pyro_program: The program, under handlers of Pyro's or not.
+        pyro_program: The program, with or without handlers of Pyro.
     """
     plain = inspect.unwrap(pyro_program)
     owner = getattr(plain, "__self__", plain)
@@ -459,10 +467,10 @@ def _wrong_plate(plate: str, plates: set[str]) -> ValueError:
     if plate in plates:
         return ValueError(
             f"The plate of the rows is {plate!r}, and another plate is named {PLATE!r}, which "
-            "stands for the rows here: give that one another name."
+            "is the name of the plate of the rows in this package: rename the latter plate."
         )
     return ValueError(
-        f"No site of the program stands in a plate named {plate!r}: its plates are "
+        f"No site of the program is in a plate named {plate!r}: its plates are "
         f"{sorted(plates)}. Name the plate of the rows: pv.Program(model, guide, plate=...)."
     )
 
@@ -481,8 +489,8 @@ def _check_guides(modules: Iterator[nn.Module], plate: str) -> None:
             if per_row:
                 raise ValueError(
                     f"{type(guide).__name__} has parameters of its own for each row of "
-                    f"{', '.join(per_row)}, so it cannot take minibatches or other rows: write a "
-                    "guide that computes them from the row."
+                    f"{', '.join(per_row)}, so it cannot run on minibatches or other rows: "
+                    "write a guide that computes them from each row."
                 )
 
 
@@ -492,6 +500,7 @@ def _check_sizes(two: Mapping[str, Tensor], three: Mapping[str, Tensor]) -> None
         if two[name].shape != three[name].shape:
             raise ValueError(
                 f"The shape of pyro.param({name!r}) depends on the number of rows, "
-                f"{tuple(two[name].shape)} for 2 rows and {tuple(three[name].shape)} for 3, so it "
-                "cannot take minibatches or other rows: compute it from the row by a network."
+                f"{tuple(two[name].shape)} for 2 rows and {tuple(three[name].shape)} for 3, so "
+                "the program cannot run on minibatches or other rows: compute it from each row by "
+                "a network."
             )

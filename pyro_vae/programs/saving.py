@@ -1,4 +1,4 @@
-"""Programs on disk: a folder of safetensors beside a readable specification."""
+"""Saved programs: a folder with weights as safetensors and a specification as JSON."""
 
 import hashlib
 import json
@@ -43,23 +43,25 @@ _KEYS: dict[str, type] = {
     "versions": dict,
     "sha256": dict,
 }
-_PARTS = {"members": 1}  # what a program consists of, each with the version of its form
+_PARTS = {"members": 1}  # the parts of a specification, and the version of each
 
 
 def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path:
-    """Writes a program to a folder: `spec.json`, which a person can read, and its weights.
+    """Writes a program to a folder: a readable specification, `spec.json`, and the weights.
 
     The specification names the members and their arguments, the dtype, the versions and the
-    SHA-256 of every file. The folder takes its name once all is written.
+    SHA-256 of every file. All files are written to a temporary folder first,
+    which is renamed at the end.
 
     Arguments:
-        program: A :class:`pyro_vae.VAE`, or another module: its weights alone can be loaded back.
+        program: A :class:`pyro_vae.VAE`, or another module, of which only the weights are saved:
+            load it with `into=`.
         path: The folder.
-        overwrite: Whether a program saved under that name may be replaced.
+        overwrite: Whether to replace a program that was saved to the same folder before.
 
     Raises:
         ValueError: If the folder exists already, or the program is not a module.
-        OSError: If the operating system refuses.
+        OSError: If the folder cannot be written.
 
     Returns:
         The folder.
@@ -82,11 +84,11 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
 
 
 def write_program(program: nn.Module, folder: Path) -> None:
-    """Writes the files of :func:`save` to a folder, and records what else lies in it.
+    """Writes the files of :func:`save` to a folder, and records the SHA-256 of the others.
 
     Arguments:
         program: The program.
-        folder: A folder that is there.
+        folder: An existing folder.
     """
     values: dict[str, Tensor] = {}
     spec = _encode(program, values)
@@ -108,22 +110,32 @@ def write_program(program: nn.Module, folder: Path) -> None:
 def load(
     path: PathLike, *, into: nn.Module | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Reads a program that :func:`save` wrote. A file cannot run code or import anything.
+    """Reads a program that :func:`save` wrote. No code from the files runs.
 
     Arguments:
         path: The folder.
-        into: A program built like the saved one, whose weights are replaced. It is needed if the
-            saved program is not made of members of this package alone.
-        device: The device of a program that is built anew; `"auto"` is CUDA if there is one.
+        into: A program built like the saved one, whose weights are replaced. It is needed if
+            the saved program contains modules or distributions of your own.
+        device: The device of the program if `into` is `None`; `"auto"` is CUDA if there is one.
 
     Raises:
-        ValueError: If the folder is not a saved program, a file is altered or missing, the
-            specification names something that is not a member of this package, or `into` is
-            another program.
-        OSError: If the operating system refuses.
+        ValueError: If the folder is not a saved program, a file was altered or is missing, the
+            specification names something that is not a member of this package, or the
+            weights do not fit `into`.
+        OSError: If a file cannot be read.
 
     Returns:
         The program.
+
+    Example:
+        >>> import tempfile, pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save(vae, f"{folder}/vae")
+        ...     same = pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=1)
+        ...     loaded = load(path, into=same)
+        >>> bool((loaded.sample(3, seed=0) == vae.sample(3, seed=0)).all())
+        True
     """
     if into is not None and not isinstance(into, nn.Module):
         raise ValueError(f"Expected a program to load into, an nn.Module; got {into!r}.")
@@ -292,7 +304,7 @@ def _decode(spec: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _only(spec: dict[str, Any], key: str) -> str:
-    """The one entry of a small object."""
+    """The value of the only entry of a specification."""
     if spec.keys() != {key} or not isinstance(spec[key], str):
         raise _unknown(spec)
     return str(spec[key])

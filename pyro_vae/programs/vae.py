@@ -1,4 +1,4 @@
-"""The variational autoencoder: a Pyro model (decoder) and guide (encoder), built of members."""
+"""The variational autoencoder: a Pyro model (decoder) and guide (encoder)."""
 
 import weakref
 from typing import Any
@@ -42,8 +42,9 @@ class VAE(nn.Module):
     .. math:: p(x, z) = p(z)\, p(x \mid \mathrm{decoder}(z)), \qquad q(z \mid \mathrm{encoder}(x))
 
     `model` and `guide` are Pyro programs with the sites `"z"` and `"x"` in the plate `"data"`.
-    The VAE copies its members: two VAEs made of the same ones share no weight. The latent size is
-    the prior's; the sizes of all layers between networks and distributions follow from it.
+    The VAE copies its members (the prior, likelihood, posterior and networks), so two VAEs that
+    are made of the same members share no weights. The prior determines the latent size. The sizes
+    of the layers between networks and distributions are inferred.
 
     References:
         Auto-encoding variational Bayes (Kingma & Welling, 2014), arXiv 1312.6114.
@@ -55,14 +56,16 @@ class VAE(nn.Module):
         likelihood: p(x | z): a member of `pyro_vae.likelihoods`, a class of Pyro distributions, or
             a module whose `forward(features)` returns a distribution.
         posterior: q(z | x): a member of `pyro_vae.posteriors`, a class of Pyro distributions, or
-            such a module; `Normal()` by default.
+            a module as for the likelihood; `Normal()` by default.
         encoder: A network from rows (rows, \*event_shape) to features; `MLP(256, 256)` by default.
-        decoder: A network from latents (rows, \*latent_shape) to features; likewise.
+        decoder: A network from latents (rows, \*latent_shape) to features; `MLP(256, 256)` by
+            default.
         context: Covariates are not supported yet: only `None` is accepted.
-        seed: The seed of the initial weights; with `None` torch's generator runs on.
+        seed: The seed of the initial weights; if `None`, torch's global generator is used.
 
     Raises:
-        ValueError: If an argument is of the wrong role, or the members do not fit each other.
+        ValueError: If an argument cannot take its role, or the shapes or supports of the members
+            do not fit each other.
 
     Example:
         >>> import pyro_vae as pv
@@ -139,11 +142,15 @@ class VAE(nn.Module):
         r"""Draws z from the prior and x from the likelihood, or observes x.
 
         Arguments:
-            x: Rows (rows, \*event_shape) to observe.
-            size: Without x, how many rows to draw.
+            x: Rows (rows, \*event_shape) to observe; `None` to draw them.
+            size: The number of rows to draw if x is `None`.
 
         Raises:
-            ValueError: If neither is given.
+            ValueError: If x is `None` and `size` is not a positive integer, or if a row has other
+                fields than x.
+
+        Returns:
+            The values of x, shape (rows, \*event_shape).
         """
         x = None if x is None else _x_of(x)
         self._state(self.prior, self.likelihood, self.decoder, self.posterior, self.encoder)
@@ -155,11 +162,15 @@ class VAE(nn.Module):
         r"""Draws z from the posterior given x.
 
         Arguments:
-            x: Rows (rows, \*event_shape).
-            size: As in the model; without x, z is drawn from the prior.
+            x: Rows (rows, \*event_shape); `None` to draw z from the prior.
+            size: The number of rows to draw if x is `None`.
 
         Raises:
-            ValueError: If neither is given.
+            ValueError: If x is `None` and `size` is not a positive integer, or if a row has other
+                fields than x.
+
+        Returns:
+            The values of z, shape (rows, \*latent_shape).
         """
         x = None if x is None else _x_of(x)
         self._state(self.posterior, self.encoder)
@@ -167,7 +178,7 @@ class VAE(nn.Module):
             return pyro.sample("z", self.prior() if x is None else self.encode(x))
 
     def _state(self, *modules: nn.Module) -> None:
-        """Makes each parameter a Pyro site, so that `pyro.infer.SVI` trains it where it is."""
+        """Makes each parameter a Pyro site, so that `pyro.infer.SVI` trains it in place."""
         if parameters_are_local():
             return
         for module in modules:
@@ -177,12 +188,12 @@ class VAE(nn.Module):
                 )
 
     def _encode_pseudo_inputs(self, x: Tensor) -> Distribution:
-        """q(z | x), without a trace in the running statistics of layers that normalise."""
+        """Returns q(z | x) without updating the running statistics of normalisation layers."""
         with unmoved_statistics(self.encoder, self.posterior):
             return self.encode(x)
 
     def encode(self, x: Row) -> Any:
-        r"""Returns q(z | x).
+        r"""Returns q(z | x), of batch shape (...) and event shape (\*latent_shape).
 
         Arguments:
             x: Rows (..., \*event_shape).
@@ -192,7 +203,7 @@ class VAE(nn.Module):
         return self.posterior(features)
 
     def decode(self, z: Tensor) -> Any:
-        r"""Returns p(x | z).
+        r"""Returns p(x | z), of batch shape (...) and event shape (\*event_shape).
 
         Arguments:
             z: Latents (..., \*latent_shape).
@@ -202,14 +213,14 @@ class VAE(nn.Module):
         return self.likelihood(features)
 
     def check(self, x: Any) -> None:
-        r"""Refuses data that the model cannot have produced.
+        r"""Refuses data that the model cannot produce.
 
         Arguments:
             x: Rows (rows, \*event_shape).
 
         Raises:
-            ValueError: If the shape is another, or a value is NaN, infinite or outside the
-                likelihood's support.
+            ValueError: If the rows have another shape than `event_shape`, or a value is NaN,
+                infinite or outside the likelihood's support.
         """
         rows = read(x, self, check=False)
         shape = _x_of(rows.head(len(rows))).shape
@@ -225,10 +236,10 @@ class VAE(nn.Module):
 
         Arguments:
             num_rows: The number of rows.
-            seed: The seed of the draws.
+            seed: The seed of the draws; if `None`, torch's global generator is used.
 
         Raises:
-            ValueError: If the number is not a positive integer.
+            ValueError: If `num_rows` is not a positive integer.
         """
         return sample_sites(self, num_rows, x=None, seed=seed)["x"]
 
@@ -236,8 +247,11 @@ class VAE(nn.Module):
         """Predicts replicates of rows from their posterior, as :func:`pyro_vae.reconstruct` does.
 
         Arguments:
-            x: Rows: a tensor, an array, a frame.
-            options: Those of :func:`pyro_vae.reconstruct`.
+            x: Rows: a tensor, an array or a data frame.
+            options: Keyword arguments of :func:`pyro_vae.reconstruct`.
+
+        Returns:
+            The dataset that :func:`pyro_vae.reconstruct` returns.
         """
         return reconstruct(self, x, **options)
 
@@ -245,7 +259,7 @@ class VAE(nn.Module):
         return x.to(self._like.dtype)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments of the constructor; members as they are now."""
+        """Returns the arguments of the constructor, with the members in their present state."""
         members = {
             "likelihood": self.likelihood.specification,
             "posterior": self.posterior.specification,
@@ -260,7 +274,7 @@ class VAE(nn.Module):
 
 
 def _x_of(row: Row) -> Tensor:
-    """Takes x out of a row, which must hold nothing else."""
+    """Returns the field x of a row, which must have no other fields."""
     if not isinstance(row, dict):
         return row
     if "x" not in row:
