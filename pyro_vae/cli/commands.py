@@ -112,7 +112,7 @@ def _say_version(*, asked: bool) -> None:
 
 
 Seed = Annotated[int, typer.Option(help="Seed of the split, the weights, the draws.", min=0)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes CUDA where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto is CUDA if there is one.")]
 Samples = Annotated[int, typer.Option(help="Draws S a row for log p(x).", min=4)]
 Label = Annotated[
     str | None, typer.Option(help="Column of a table, or array of an npz, with labels.")
@@ -134,7 +134,7 @@ Test = Annotated[float, typer.Option(help="Share, or number, of rows held out fo
 Validation = Annotated[
     float, typer.Option(help="Share of the others for early stopping; 0: none.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from where the run stands.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
 Version = Annotated[
     bool,
@@ -275,7 +275,7 @@ def _compare_elbos(
     ] = 100,
     num_repeats: Annotated[int, typer.Option(help="How often each is asked.", min=4)] = 100,
     num_samples: Annotated[
-        int, typer.Option(help="Draws of the reference, where log p(x) is not known.", min=16)
+        int, typer.Option(help="Draws of the reference, if log p(x) has no closed form.", min=16)
     ] = 5000,
     plot: Annotated[
         Path | None, typer.Option(help="The picture; else pictures/estimators.png of the run.")

@@ -24,7 +24,7 @@ MOST_OVER = 0.1
 
 @dataclass(frozen=True)
 class Judgement:
-    """The evidence of rows, where the posterior has a density, and the latent dims in use.
+    """The evidence of rows, if the posterior has a density, and the latent dims in use.
 
     Arguments:
         evidence: As `log_evidence` returns it; `None` for a point mass.
@@ -42,7 +42,7 @@ class Judgement:
             program: The program.
             rows: Rows that it was not trained on.
             num_samples: Draws a row.
-            seed: Starts the draws.
+            seed: The seed of the draws.
         """
         shown = Console().is_terminal
         rows = read(rows, program, check=False, move=True)
@@ -59,7 +59,7 @@ class Judgement:
         """The evidence, a line a row.
 
         Raises:
-            ValueError: Where there is none.
+            ValueError: If there is none.
         """
         if self.evidence is None:
             raise ValueError("Expected a posterior with a density; got a point mass.")
@@ -89,7 +89,7 @@ class Judgement:
         if over <= MOST_OVER:
             return "s.e.: over rows and draws, for these weights; training seeds are not in it."
         return (
-            "Where Pareto k is over its limit, log p(x) is too low by an unknown amount: take "
+            "If Pareto k is over its limit, log p(x) is too low by an unknown amount: take "
             "more draws, a richer posterior, or a likelihood that leaves more spread."
         )
 

@@ -34,10 +34,10 @@ def member(text: str, what: str, **given: Any) -> Any:
         text: The name of a member of the package, or of a Pyro distribution, with literal
             arguments, `"Mixture(10, 8)"`; or `"module:Object"`, which is imported.
         what: `"prior"`, `"likelihood"`, `"posterior"` or `"ELBO"`.
-        given: Arguments for a member that takes them, where the text says none.
+        given: Arguments for a member that takes them, unless the text contains them.
 
     Raises:
-        ValueError: Where there is nothing of that name, or the arguments do not fit.
+        ValueError: If nothing has that name, or the arguments do not fit.
 
     Example:
         >>> member("StudentT(df=4.0, scale=Shared(scalar=True))", "likelihood")
@@ -71,7 +71,7 @@ def members(text: str, what: str) -> dict[str, Any]:
         what: What they are.
 
     Raises:
-        ValueError: Where one is nothing, or stands there twice.
+        ValueError: If one does not exist, or is named twice.
 
     Example:
         >>> list(members("Trace_ELBO, PIWAE(2, 3)", "ELBO"))

@@ -230,7 +230,7 @@ class Run:
         }
 
     def report(self, out: Path, seconds: float) -> None:
-        """Prints how the fit went, and where its files lie.
+        """Prints how the fit ended, and the paths of its files.
 
         Arguments:
             out: The folder.
@@ -282,8 +282,8 @@ def run(ask: Settings, out: Path, *, resume: bool, overwrite: bool, command: str
         command: The command that asks.
 
     Raises:
-        ValueError: Where anything asked for is refused; nothing is written then.
-        KeyboardInterrupt: Where the fit was interrupted before the first epoch was over.
+        ValueError: If a setting is refused; nothing is written then.
+        KeyboardInterrupt: If the fit was interrupted before the end of the first epoch.
     """
     start = time.perf_counter()
     working = out.with_name(f"{out.name}.unfinished")
@@ -351,7 +351,7 @@ def _check_free(out: Path, working: Path, *, replaced: bool) -> None:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Returns what `fit.json` of a run folder says, nothing where there is none.
+    """Returns the content of `fit.json` of a run folder, empty if there is no such file.
 
     Arguments:
         folder: The folder.

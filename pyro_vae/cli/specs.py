@@ -42,7 +42,7 @@ def parse(text: str, words: Words | None = None) -> Call:
         words: What may stand as an argument under its name, with arguments of its own.
 
     Raises:
-        ValueError: Where the text is something else.
+        ValueError: If the text is something else.
 
     Example:
         >>> parse("Mixture(10, 8)")
@@ -64,10 +64,10 @@ def build(target: Callable[..., Any], call: Call, **given: Any) -> Any:
     Arguments:
         target: What is called.
         call: The arguments, as they were written.
-        given: Further ones, handed on where the target takes them and nothing was written.
+        given: Further arguments, used if the target takes them and the text has none.
 
     Raises:
-        ValueError: Where they do not fit its signature.
+        ValueError: If they do not fit its signature.
 
     Example:
         >>> build(dict.fromkeys, Call("fromkeys", ("ab",), {}), iterable="cd", size=3)

@@ -46,15 +46,15 @@ def active_units(
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         threshold: The variance over which a unit is active.
         max_elements: About how many elements one tensor may have.
-        seed: Starts the draws.
+        seed: The seed of the draws; with `None` torch's generator continues.
 
     Returns:
         A row a latent dimension (`z[0]`, `z[1]`, ...): `variance`, its standard error over rows
         `se`, `within`, the mean variance of q(z | x) itself, and whether it is `active`.
 
     Raises:
-        ValueError: Where `program` is none, there are less than two rows or draws, or the data
-            do not fit.
+        ValueError: If `program` is not a program, there are fewer than two rows or draws, or the
+            data do not fit.
 
     Example:
         >>> import pyro_vae as pv

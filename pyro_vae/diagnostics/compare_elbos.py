@@ -87,16 +87,17 @@ def compare_elbos(
       `snr_floor` = 0.6745 / sqrt(R): what is not well above it is not known. Parameters with
       m = s = 0 (of dead units) are left out;
     - `grad_bias` is \|E g - r\| / \|r\|, the Euclidean distance over the group's parameters to a
-      reference r. The square is estimated without bias, products of a batch of repeats with
-      itself left out, and what falls below 0 is set to 0. `grad_bias_se` is such that
-      grad_bias / grad_bias_se is how many standard errors the squared distance lies from 0, at
-      most 1 where that is none. The error is a jackknife's, that of r in it; it is on the large
-      side. Where r itself is not known from 0, at an optimum, both are NaN.
+      reference r. The square is estimated without bias, from products of different batches
+      of repeats; a negative estimate is set to 0. `grad_bias_se` is defined so that
+      grad_bias / grad_bias_se is the number of standard errors between the squared distance and
+      0. It is a jackknife error, includes the error of r, and is rather too large. If r cannot
+      be distinguished from 0, as at an optimum, both are NaN.
 
-    For decoder and prior r is the gradient of log p(x), exact where that is known, else the
-    mean of four importance-sampling estimates: `grad_bias` tells what the objective costs there,
-    `IWAE(5)` has some and the ELBO more. log p(x) has no gradient in the encoder: r is that of
-    the estimator's own objective by autograd, where there is one, else NaN (`RWS`, `TVO`, ...).
+    For decoder and prior, r is the gradient of log p(x): the exact one if log p(x) has a closed
+    form, otherwise the mean of four importance-sampling estimates. There `grad_bias` is the bias
+    of the objective: that of the ELBO is larger than that of `IWAE(5)`. log p(x) has no gradient
+    in the encoder. There r is the gradient of the estimator's own objective by autograd, or NaN
+    if there is none (`RWS`, `TVO`, ...).
     So an unbiased one has a `grad_bias_encoder` of 0 within its error.
 
     References:
@@ -110,19 +111,20 @@ def compare_elbos(
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         num_repeats: How often each is asked, R, 4 or more.
-        reference: What bias is counted from. By default log p(x) is exact where the program is
-            linear and Gaussian, else `IWAE(5000)`. An int is another number of samples (16 or
+        reference: The reference of the bias. By default it is the exact log p(x) if the program is
+            linear and Gaussian, otherwise `IWAE(5000)`. An int is another number of samples (16 or
             more), an array the exact log p(x) of each row, an estimator its own value and
             gradient.
-        seed: Starts the draws; with `None` torch's generators run on.
+        seed: The seed of the draws; with `None` torch's generator continues.
         progress: Whether to show a bar.
 
     Returns:
         A :class:`Comparison`.
 
     Raises:
-        ValueError: Where `program` is none, or has no parameters; where an estimator is none, or
-            is wrong for it (the message names it); where data or numbers do not fit.
+        ValueError: If `program` is not a program or has no parameters, an estimator is none of
+            `pyro_vae.elbos` or cannot take the program (the message names it), or the data do
+            not fit.
 
     Example:
         >>> import pyro_vae as pv
@@ -166,7 +168,7 @@ class Comparison:
               Monte Carlo error of the repeats for these rows;
             - `bias`, the value less the reference's, and `bias_se`;
             - `direction`, what the value is to log p(x);
-            - for `encoder`, `decoder` and `prior`, where they have parameters, `grad_bias_*`,
+            - for `encoder`, `decoder` and `prior`, if they have parameters, `grad_bias_*`,
               `grad_bias_*_se`, `sd_*`, `snr_*` and `snr_floor_*`;
             - `ms`, the median time of a step (value and gradient), asked in turn, and `ms_se`;
             - `memory_mb`, the most memory that a step takes beside parameters and data, in 10^6
@@ -203,7 +205,7 @@ class Comparison:
             Of an estimator without K the row is that of `table`, its `num_particles` NaN.
 
         Raises:
-            ValueError: Where there are no numbers, or one is no positive integer.
+            ValueError: If there are no numbers, or one is not a positive integer.
         """
         counts = [checked_count("num_particles", count) for count in num_particles]
         if not counts:
@@ -251,10 +253,10 @@ class Comparison:
             num_particles: The numbers of draws.
             num_repeats: How often each is asked; by default as often as in the comparison.
             progress: Whether to show a bar.
-            figure: Where to draw.
+            figure: The figure or subfigure to draw into; a new one by default.
 
         Raises:
-            ValueError: Where there are no numbers, or one is no positive integer.
+            ValueError: If there are no numbers, or one is not a positive integer.
         """
         curves = self.curves(num_particles, num_repeats=num_repeats, progress=progress)
         return plots.estimators(curves, figure=figure)
@@ -501,7 +503,7 @@ class _Run:
         return [twin[id(parameter)] for parameter in parameters]
 
     def _without_evidence(self) -> str | None:
-        """Why there is no log p(x) of each row, if there is none."""
+        """The reason why there is no log p(x) of each row, or `None`."""
         if self.known.global_latents or self.known.global_observed:
             return "none: there are sites that all rows share"
         with torch.no_grad(), kept_generators():

@@ -1,4 +1,4 @@
-"""The memory of tensors on a CPU, where torch keeps no count of its own."""
+"""The memory of tensors on a CPU, which torch does not count itself."""
 
 import weakref
 from typing import Any

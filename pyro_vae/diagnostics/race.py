@@ -57,8 +57,9 @@ class Race:
             order run: `log_evidence`, its `se` over rows, `elbo`, `seconds`, `epochs`,
             `pareto_k_over` and `stopped`, why it ended: as :class:`pyro_vae.History` says, or
             `"not finite"`.
-        stopped: `"finished"`; `"interrupted"` where Ctrl-C came before the last training was
-            evaluated, whose means are then over the seeds that each has; `"running"` between two.
+        stopped: `"finished"`; `"interrupted"` if Ctrl-C came before the last training was
+            evaluated (the means are then over the seeds that each estimator has); `"running"`
+            between two trainings.
     """
 
     table: pd.DataFrame
@@ -103,8 +104,8 @@ def race(
 
     :math:`\hat\sigma^2` being the mean square of what seeds and rows do not explain, which both
     variances have in them and which is counted once; that of a difference is the same of the
-    differences :math:`d_{sn}` from the first estimator. Where the maximum is 0 it is rather too
-    large than too small. It rests on few seeds, so it is itself
+    differences :math:`d_{sn}` from the first estimator. If the maximum is 0, the error is too
+    large rather than too small. It rests on few seeds, so it is itself
     rough: of three, by some 50%. With one seed it is over rows alone, and `remark` says so.
 
     Ctrl-C ends the race, and what had been trained and evaluated till then is returned. A training
@@ -126,14 +127,14 @@ def race(
             held out.
         batch_size: The rows of a minibatch.
         lr: The learning rate of Adam.
-        device: Where to train; `"auto"` takes CUDA where there is one.
+        device: The device; `"auto"` is CUDA if there is one.
         seed: Starts the choice and the transform of the rows held out, and the draws of log p(x).
         progress: Whether to show a bar, on a terminal.
         after_each: Called after each training with the race so far, to write it down, say.
 
     Raises:
-        ValueError: Where an argument is refused, or an estimator would be wrong for the program:
-            before anything is trained.
+        ValueError: If an argument is refused, or an estimator cannot take the program. Nothing is
+            trained then.
 
     Example:
         >>> import pyro_vae as pv
@@ -175,7 +176,7 @@ def race(
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """One training and its evidence, which it lacks where the loss was not finite."""
+    """One training and its evidence, or `None` if the loss was not finite."""
 
     history: History
     evidence: xr.Dataset | None
@@ -217,7 +218,7 @@ class _Entrants:
             return self.build(seed)
 
     def checked(self, x: Any, parts: dict[str, Any], held_out: Any) -> tuple[Rows, Rows]:
-        """The rows to train on and those held out, where nothing of the race is to be refused."""
+        """Checks all arguments; returns the rows to train on and the rows held out."""
         if not callable(self.build) or isinstance(self.build, nn.Module):
             raise ValueError(f"Expected a function of a seed as build; got {self.build!r}.")
         program, again = (self.program(self.seeds[0]) for _ in range(2))

@@ -107,7 +107,8 @@ def to_arviz(
     with evaluating(program):
         known = structure(program, rows.head(2, program))
     if known.global_latents or known.global_observed:
-        return _shared_tree(program, rows, known, num_samples, num_predictive, seed)
+        options = num_samples, num_predictive, max_elements, seed
+        return _shared_tree(program, rows, known, *options)
     with seeded(seed), evaluating(program):
         plan = Plan.of(program, rows, num_samples, max_elements)
         run = _Run(program, plan, num_samples)
@@ -135,22 +136,24 @@ def _shared_tree(
     known: Structure,
     num_samples: int,
     num_predictive: int | None,
+    max_elements: int,
     seed: int | None,
 ) -> Any:
     """The tree of a program with sites that all rows share."""
-    most = MAX_PREDICTIVE if num_predictive is None else num_predictive
-    num_predictive = min(checked_count("num_predictive", most), num_samples)
-    with seeded(seed), evaluating(program):
-        draws = shared_draws(program, rows, known, num_samples, num_predictive)
-        trace = poutine.trace(programs_of(program)[0]).get_trace(
-            rows.to_like(program).head(len(rows))
+    row = rows.to_like(program).head(len(rows))
+    with evaluating(program), seeded(seed):
+        with seeded(0):
+            nodes = poutine.trace(programs_of(program)[0]).get_trace(row).nodes
+        values = {name: _by_rows(nodes[name], known) for name in data_sites(known)}
+        observed = {name: value.cpu().numpy() for name, value in values.items()}
+        num_predictive = _num_predictive(
+            num_predictive, num_samples, {"observed_data": observed}, max_elements
         )
-        values = {name: _by_rows(trace.nodes[name], known) for name in data_sites(known)}
+        draws = shared_draws(program, rows, known, num_samples, num_predictive)
     shared = known.global_latents
     groups = {
         name: _dataset(found, rows, sampled=True, shared=shared) for name, found in draws.items()
     }
-    observed = {name: value.cpu().numpy() for name, value in values.items()}
     groups["observed_data"] = _dataset(observed, rows, sampled=False)
     return _wrapped(groups, SHARED_NOTE.format(sites=", ".join(shared + known.global_observed)))
 
@@ -160,7 +163,7 @@ def _num_predictive(
 ) -> int:
     if asked is not None:
         return min(checked_count("num_predictive", asked), num_samples)
-    elements = max(values.size for values in observed["observed_data"].values())
+    elements = max((values.size for values in observed["observed_data"].values()), default=1)
     return max(1, min(num_samples, MAX_PREDICTIVE, max_elements // elements))
 
 
