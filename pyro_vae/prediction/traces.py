@@ -26,7 +26,7 @@ __all__ = [
 _DRAWS = "_draws"
 
 
-def trace_of(function: Program, *args: Any, **kwargs: Any) -> Trace:
+def trace_of(function: Program, *args: object, **kwargs: object) -> Trace:
     """Runs a Pyro program and returns its trace, without the indices of its plates.
 
     Arguments:

@@ -109,7 +109,7 @@ class Program(nn.Module):
             for name, module in _modules_used(pyro_program).items():
                 self._refer_to(name, module)
 
-    def model(self, *args: Any, **kwargs: Any) -> Any:
+    def model(self, *args: object, **kwargs: object) -> Any:
         """Runs the model.
 
         Arguments:
@@ -121,7 +121,7 @@ class Program(nn.Module):
         """
         return self._run(self._pair[0], args, kwargs)
 
-    def guide(self, *args: Any, **kwargs: Any) -> Any:
+    def guide(self, *args: object, **kwargs: object) -> Any:
         """Runs the guide.
 
         Arguments:
@@ -138,7 +138,7 @@ class Program(nn.Module):
         """Whether the parameters were collected, by :meth:`prepare` or at the first call."""
         return self._is_prepared
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Self:
+    def prepare(self, *args: object, **kwargs: object) -> Self:
         """Collects the parameters in dry runs on a few rows. A second call does nothing.
 
         The first run of the program does this too. Call `prepare` yourself before anything that
