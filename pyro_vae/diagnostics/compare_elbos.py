@@ -1,20 +1,19 @@
-"""Estimators of the ELBO on one program at one state: value, gradient, noise and cost."""
+"""Bias, noise and cost of the gradients of several estimators, on one program."""
 
 import copy
 import html
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from .. import plots
@@ -22,29 +21,28 @@ from ..data.checks import checked_count
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
-from ..elbos import (
-    IWAE,
-    MIWAE,
-    Estimate,
-    Estimator,
-    Objective,
-    Trace_ELBO,
-)
+from ..elbos import IWAE, MIWAE, Estimate, Estimator, Objective, Trace_ELBO
 from ..elbos.chunks import Plan, give_memory_back, point_masses
-from ..elbos.log_densities import Structure, draw, latent_sites, programs_of, structure
+from ..elbos.log_densities import (
+    Scale,
+    Structure,
+    draw,
+    latent_sites,
+    programs_of,
+    structure,
+)
+from ..engine.progress import progress_bar
 from ..engine.running import evaluating, kept_buffers, kept_generators, seeded
 from ..evidence.linear_gaussian import doubled, marginal
 from ..evidence.log_evidence import estimates
 from ..evidence.pareto_k import good_k
+from ..prediction.traces import trace_of
 from .memory import LiveBytes
-from .moments import (
-    Moments,
-    Variance,
-    efficiency,
-    median,
-    relative_distance,
-    signal_to_noise,
-)
+from .moments import Moments, Variance, efficiency, median, relative_distance, signal_to_noise
+from .naming import checked_names, naming
+
+if TYPE_CHECKING:
+    from ..plots.canvas import Canvas
 
 __all__ = ["Comparison", "compare_elbos"]
 
@@ -56,49 +54,50 @@ MEDIAN_OF_ABS_NORMAL = 0.6744897501960817
 NUM_SAMPLES = 5000
 QUARTERS = 4
 ROUNDS = 20
-MAX_ELEMENTS = 2**22  # of one tensor, of which a gradient keeps many
+MAX_ELEMENTS = 2**22  # of one tensor; a gradient needs many tensors at a time
 DEFAULT_PARTICLES = (1, 4, 16, 64)
+CLEAR = 3.0  # standard errors
 
 
 def compare_elbos(
     program: nn.Module,
-    x: Any,
+    x: object,
     elbos: Mapping[str, Estimator],
     *,
-    context: Any = None,
-    weights: Any = None,
+    context: object = None,
+    weights: object = None,
     num_repeats: int = 100,
     reference: Reference = None,
-    seed: int | None = 0,
-    progress: bool = False,
+    seed: int | None = None,
+    progress: bool = True,
 ) -> "Comparison":
-    r"""Compares estimators on one program as it stands: bias, noise and cost of their gradients.
+    r"""Compares estimators on one program with fixed weights: bias, noise and cost of gradients.
 
-    Nothing is trained: weights, their `.grad`, buffers, modes and generators are as before. The
-    program runs in evaluation mode, on all rows at once. Gradients are those of the objective
-    per row, in nats, in the unconstrained parameters. These fall into groups, told by what
-    depends on what: those of q(z | x) are the `encoder`; of the others, those of p(z) are the
-    `prior`, those of p(x | z) the `decoder`.
+    Nothing is trained: weights, their `.grad`, buffers and modes do not change, and only the draw
+    of a seed advances torch's generator. The program runs in evaluation mode, on all rows at
+    once. Gradients are those of the objective per row, in nats, with respect to the unconstrained
+    parameters. The parameters form three groups: the `encoder` are those that q(z | x) depends
+    on; of the others, the `prior` are those of p(z) and the `decoder` those of p(x | z).
 
-    Of the gradient g in R repeats, with mean m and standard deviation s of each parameter:
+    Let g be the gradient in R repeats, with mean m and standard deviation s for each parameter:
 
     - `sd` is the root of the mean of s squared;
-    - `snr`, the signal-to-noise ratio, is the median of \|m\| / s. Without any signal it would be
-      `snr_floor` = 0.6745 / sqrt(R): what is not well above it is not known. Parameters with
+    - `snr`, the signal-to-noise ratio, is the median of \|m\| / s. Pure noise has a ratio of about
+      `snr_floor` = 0.6745 / sqrt(R), so a ratio near it does not show a signal. Parameters with
       m = s = 0 (of dead units) are left out;
     - `grad_bias` is \|E g - r\| / \|r\|, the Euclidean distance over the group's parameters to a
-      reference r. The square is estimated without bias, from products of different batches
-      of repeats; a negative estimate is set to 0. `grad_bias_se` is defined so that
+      reference r. Its square is estimated without bias, from products of different batches
+      of repeats; a negative estimate is set to 0. `grad_bias_se` is defined such that
       grad_bias / grad_bias_se is the number of standard errors between the squared distance and
-      0. It is a jackknife error, includes the error of r, and is rather too large. If r cannot
-      be distinguished from 0, as at an optimum, both are NaN.
+      0. It is a jackknife error that includes the error of r, and tends to be too large. If r
+      cannot be distinguished from 0, as at an optimum, both are NaN.
 
     For decoder and prior, r is the gradient of log p(x): the exact one if log p(x) has a closed
     form, otherwise the mean of four importance-sampling estimates. There `grad_bias` is the bias
-    of the objective: that of the ELBO is larger than that of `IWAE(5)`. log p(x) has no gradient
-    in the encoder. There r is the gradient of the estimator's own objective by autograd, or NaN
-    if there is none (`RWS`, `TVO`, ...).
-    So an unbiased one has a `grad_bias_encoder` of 0 within its error.
+    of the objective: that of the ELBO is larger than that of `IWAE(5)`. For the encoder, log p(x)
+    has no gradient, and r is the gradient of the estimator's own objective by autograd; it is NaN
+    if autograd cannot compute it (`RWS`, `TVO`, ...). The `grad_bias_encoder` of an unbiased
+    estimator is therefore 0 within its error.
 
     References:
         Tighter variational bounds are not necessarily better (Rainforth et al., 2018),
@@ -106,50 +105,52 @@ def compare_elbos(
 
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
-        x: The data, shape (rows, *event), or a dict of such: a minibatch or more, held out.
-        elbos: By name, estimators of `pyro_vae.elbos`.
+        x: The data, shape (rows, *event), or a dict of such arrays: a minibatch or more, held out.
+        elbos: Estimators of `pyro_vae.elbos` by name.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        num_repeats: How often each is asked, R, 4 or more.
+        num_repeats: The number of gradients R of each estimator, 4 or more.
         reference: The reference of the bias. By default it is the exact log p(x) if the program is
             linear and Gaussian, otherwise `IWAE(5000)`. An int is another number of samples (16 or
             more), an array the exact log p(x) of each row, an estimator its own value and
             gradient.
-        seed: The seed of the draws; with `None` torch's generator continues.
-        progress: Whether to show a bar.
+        seed: The seed of the draws. With `None` one is drawn from torch's generator.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         A :class:`Comparison`.
 
     Raises:
-        ValueError: If `program` is not a program or has no parameters, an estimator is none of
-            `pyro_vae.elbos` or cannot take the program (the message names it), or the data do
-            not fit.
+        ValueError: If `program` is not a program or has no parameters, if an estimator is not one
+            of `pyro_vae.elbos` or does not support the program (the message names it), or if the
+            data do not fit the program.
 
     Example:
         >>> import pyro_vae as pv
         >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
         >>> elbos = {"ELBO": pv.elbos.Trace_ELBO(), "IWAE": pv.elbos.IWAE(5)}
-        >>> found = compare_elbos(vae, torch.ones(3, 64), elbos, num_repeats=10, reference=100)
-        >>> found.reference[:24]
+        >>> x = torch.ones(3, 64)
+        >>> comparison = compare_elbos(vae, x, elbos, num_repeats=10, reference=100, seed=0)
+        >>> comparison.reference[:24]
         'IWAE(100), a lower bound'
-        >>> found.table.index.to_list()
+        >>> comparison.table.index.to_list()
         ['ELBO', 'IWAE']
     """
     checked_count("num_repeats", num_repeats, least=4)
     programs_of(program)
-    rows = read(x, program, context=context, weights=weights)
-    run = _Run(program, rows.to_like(program), _checked(elbos), num_repeats, seed)
-    target = _checked_reference(reference, len(rows))
-    run.check()
-    with run.fixed(), _bar(run.passes(), shown=progress) as bar:
-        known = run.log_evidence(target)
-        gradient = run.gradient_reference(target, known)
-        table = run.table(known, gradient, bar)
-    run.forget()
+    rows = read(x, program, context=context, weights=weights).to_like(program)
+    chosen, target = _checked_elbos(elbos), _checked_reference(reference, len(rows))
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    run = _Run(program, rows, chosen, num_repeats, seed, _setup(program, rows, chosen, seed))
+    with (
+        _fixed(program, seed),
+        progress_bar(run.steps, "estimators", " steps", progress=progress) as bar,
+    ):
+        known = run.reference(target)
+        table = run.table(known, bar.update)
     table.attrs = {
         "reference": known.label,
-        "gradient_reference": gradient.label,
+        "gradient_reference": known.gradient_label,
         "num_repeats": num_repeats,
         "seed": seed,
         "num_rows": len(rows),
@@ -159,82 +160,131 @@ def compare_elbos(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Estimators of the ELBO side by side, as :func:`compare_elbos` returns them.
+    """The comparison of estimators of the ELBO that :func:`compare_elbos` returns.
 
     Arguments:
-        table: A row an estimator, in the order given:
+        table: A line an estimator, in the order of the argument `elbos`:
 
-            - `value`, the mean over rows and repeats, in nats per row, and `value_se`, the
-              Monte Carlo error of the repeats for these rows;
-            - `bias`, the value less the reference's, and `bias_se`;
-            - `direction`, what the value is to log p(x);
+            - `value`, the mean over rows and repeats, in nats per row, and `value_se`, its
+              Monte Carlo error over the repeats, for these rows;
+            - `bias`, the value minus that of the reference, and `bias_se`;
+            - `direction`, how the expected value relates to log p(x): `"lower bound"`, ...;
             - for `encoder`, `decoder` and `prior`, if they have parameters, `grad_bias_*`,
               `grad_bias_*_se`, `sd_*`, `snr_*` and `snr_floor_*`;
-            - `ms`, the median time of a step (value and gradient), asked in turn, and `ms_se`;
-            - `memory_mb`, the most memory that a step takes beside parameters and data, in 10^6
-              bytes: on a CPU that of tensors, without what an operation takes for itself;
-            - `efficiency`, (sd^2 ms) of the first / (sd^2 ms), over all parameters: how many
-              times less compute gives the same noise, larger is better; `efficiency_se`. It
-              compares estimators of one objective: it knows nothing of bias.
+            - `ms`, the median time of a step (value and gradient), and `ms_se`; the estimators
+              take turns;
+            - `memory_mb`, the peak memory of a step without parameters and data, in 10^6 bytes;
+              on a CPU it counts tensors, not the workspace of an operation;
+            - `efficiency`, (sd^2 ms) of the first estimator / (sd^2 ms), over all parameters: by
+              which factor less compute gives the same noise, larger is better; and
+              `efficiency_se`. It compares estimators of one objective, and ignores bias.
 
             Its `attrs` hold `reference`, `gradient_reference`, `num_repeats`, `seed` and
             `num_rows`.
-        reference: What `bias` is counted from: `"exact"`, `"IWAE(5000), a lower bound"`, ...
+        reference: The reference of `bias`: `"exact"`, `"IWAE(5000), a lower bound"`, ...
     """
 
     table: pd.DataFrame
     reference: str
     _run: "_Run" = field(repr=False)
 
+    def summary(self) -> str:
+        """Describes in sentences the values, and the bias, noise and cost of the gradients."""
+        attrs = self.table.attrs
+        lines = [
+            f"Each estimator was evaluated {attrs['num_repeats']} times on {attrs['num_rows']} "
+            "rows."
+        ]
+        if self.reference.startswith("none: "):
+            lines.append(f"There is no reference of log p(x): {self.reference[6:]}.")
+        else:
+            lines.append(
+                f"The reference of log p(x) is {self.reference}; that of the gradients of decoder "
+                f"and prior is {attrs['gradient_reference']}."
+            )
+        for name, line in self.table.iterrows():
+            distance = f", which is {abs(line['bias']):.3f} (s.e. {line['bias_se']:.3f}) "
+            distance += f"{'below' if line['bias'] < 0 else 'above'} the reference"
+            lines.append(
+                f"{name!r} ({line['direction']}) is {line['value']:.3f} (s.e. "
+                f"{line['value_se']:.3f}) nats per row"
+                f"{'' if math.isnan(line['bias']) else distance}."
+            )
+        for group in self._run.setup.groups:
+            bias, snr = self.table[f"grad_bias_{group}"], self.table[f"snr_{group}"]
+            is_clear = bias > CLEAR * self.table[f"grad_bias_{group}_se"]
+            is_noise = snr < 2 * self.table[f"snr_floor_{group}"]
+            for found, sentence in (
+                (is_clear, f"The gradient of the {group} has a clear bias for"),
+                (is_noise, f"The gradient of the {group} does not stand out from its noise for"),
+            ):
+                if names := ", ".join(map(repr, self.table.index[found])):
+                    lines.append(f"{sentence} {names}.")
+        place = int(np.argmax(self.table["efficiency"].fillna(-math.inf)))
+        best, price = self.table.index[place], self.table["efficiency"].iloc[place]
+        lines.append(
+            f"{best!r} needs the least compute for the same noise: its efficiency is "
+            f"{price:.3g}, that of {self.table.index[0]!r} is 1. "
+            "Efficiency compares estimators of one objective, and ignores bias."
+        )
+        return " ".join(lines)
+
     def curves(
         self,
         num_particles: Sequence[int] = DEFAULT_PARTICLES,
         *,
         num_repeats: int | None = None,
-        progress: bool = False,
+        progress: bool = True,
     ) -> pd.DataFrame:
-        """Asks the multi-sample estimators again, at other numbers of draws K.
+        """Evaluates the multi-sample estimators again, at other numbers of draws K.
+
+        The program is evaluated with the weights that it has now.
 
         Arguments:
-            num_particles: The numbers of draws. Of `MIWAE` and `PIWAE`, M stays.
-            num_repeats: How often each is asked; by default as often as in the comparison.
-            progress: Whether to show a bar.
+            num_particles: The numbers of draws K. `MIWAE` and `PIWAE` do not change their M.
+            num_repeats: The number of gradients of each estimator; by default that of the
+                comparison.
+            progress: Whether to show a progress bar, on a terminal or in a notebook.
 
         Returns:
-            A row an estimator and K: `estimator`, `num_particles`, `snr_*`, `snr_floor_*`, `ms`.
-            Of an estimator without K the row is that of `table`, its `num_particles` NaN.
+            A line an estimator and K: `estimator`, `num_particles`, `snr_*`, `snr_floor_*`, `ms`.
+            An estimator without K has one line, copied from `table`, with a `num_particles` of
+            NaN.
 
         Raises:
-            ValueError: If there are no numbers, or one is not a positive integer.
+            ValueError: If `num_particles` is empty, or one is not a positive integer.
         """
         counts = [checked_count("num_particles", count) for count in num_particles]
         if not counts:
             raise ValueError("Expected at least one number of particles; got none.")
-        kept = [*(str(c) for c in self.table if str(c).startswith("snr_")), "ms"]
-        elbos = self._run.elbos
-        fixed = [name for name, elbo in elbos.items() if elbo.with_particles(2) is None]
-        made = {
-            (name, count): made
-            for name, elbo in elbos.items()
-            for count in counts
-            if count >= elbo.least_particles and (made := elbo.with_particles(count)) is not None
-        }
         repeats = self._run.num_repeats if num_repeats is None else num_repeats
-        run = self._run.of(made, checked_count("num_repeats", repeats, least=4))
-        found: dict[tuple[str, float], Any] = {
-            (name, math.nan): self.table.loc[name] for name in fixed
-        }
-        with run.fixed(), _bar(run.passes(), shown=progress) as bar:
-            times = run.times(bar)
+        checked_count("num_repeats", repeats, least=4)
+        columns = [*(str(c) for c in self.table if str(c).startswith("snr_")), "ms"]
+        made: dict[Hashable, Estimator] = {}
+        keys: list[tuple[str, float]] = []
+        for name, elbo in self._run.elbos.items():
+            if elbo.with_particles(2) is None:
+                keys.append((str(name), math.nan))
+            for count in counts:
+                other = elbo.with_particles(count) if count >= elbo.least_particles else None
+                if other is not None:
+                    keys.append((str(name), count))
+                    made[str(name), count] = other
+        run = replace(self._run, elbos=made, num_repeats=repeats)
+        found: dict[Hashable, dict[str, float]] = {}
+        with (
+            _fixed(run.program, run.seed),
+            progress_bar(run.steps, "estimators", " steps", progress=progress) as bar,
+        ):
+            times = run.times(bar.update)
             for key, elbo in made.items():
-                moments = run.repeats(elbo, bar)
-                found[key] = run.statistics(elbo, moments) | {"ms": times[key][0]}
-        lines = [
-            {"estimator": name, "num_particles": count} | {k: found[name, count][k] for k in kept}
-            for own in self._run.elbos
-            for name, count in found
-            if name == own
-        ]
+                moments = run.repeats(elbo, tick=bar.update)
+                found[key] = run.statistics(moments) | {"ms": times[key][0]}
+        lines = []
+        for key in keys:
+            line = found.get(key, self.table.loc[key[0]])
+            parts = {column: line[column] for column in columns}
+            lines.append({"estimator": key[0], "num_particles": key[1]} | parts)
         return pd.DataFrame(lines)
 
     def plot(
@@ -242,36 +292,37 @@ class Comparison:
         num_particles: Sequence[int] = DEFAULT_PARTICLES,
         *,
         num_repeats: int | None = None,
-        progress: bool = False,
-        figure: Any = None,
-    ) -> Any:
-        """Draws signal-to-noise and cost against the number of draws K, and returns the figure.
-
-        The program is asked again, as it is now.
+        progress: bool = True,
+        figure: "Canvas | None" = None,
+    ) -> "Canvas":
+        """Plots :meth:`curves`, signal-to-noise ratio and cost against the number of draws K.
 
         Arguments:
-            num_particles: The numbers of draws.
-            num_repeats: How often each is asked; by default as often as in the comparison.
-            progress: Whether to show a bar.
+            num_particles: The numbers of draws K.
+            num_repeats: The number of gradients of each estimator; by default that of the
+                comparison.
+            progress: Whether to show a progress bar, on a terminal or in a notebook.
             figure: The figure or subfigure to draw into; a new one by default.
 
+        Returns:
+            The figure.
+
         Raises:
-            ValueError: If there are no numbers, or one is not a positive integer.
+            ValueError: If `num_particles` is empty, or one is not a positive integer.
         """
         curves = self.curves(num_particles, num_repeats=num_repeats, progress=progress)
         return plots.estimators(curves, figure=figure)
 
     def blocks(self) -> dict[str, pd.DataFrame]:
-        """The table in pieces that fit on a page: by title some of its columns."""
-        groups = [group for group in GROUPS if f"sd_{group}" in self.table]
-        said = ["grad_bias_{}", "grad_bias_{}_se", "sd_{}", "snr_{}", "snr_floor_{}"]
+        """Returns groups of columns of the table that each fit on a page, by title."""
+        gradient = ["grad_bias_{}", "grad_bias_{}_se", "sd_{}", "snr_{}", "snr_floor_{}"]
         values = ["value", "value_se", "bias", "bias_se", "direction"]
         cost = ["ms", "ms_se", "memory_mb", "efficiency", "efficiency_se"]
         return {
             f"objective, nats per row; bias to: {self.reference}": self.table[values],
             **{
-                f"gradient of the {group}": self.table[[name.format(group) for name in said]]
-                for group in groups
+                f"gradient of the {group}": self.table[[c.format(group) for c in gradient]]
+                for group in self._run.setup.groups
             },
             "cost of a step": self.table[cost],
         }
@@ -289,454 +340,409 @@ class Comparison:
         )
 
 
-class _Evidence(NamedTuple):
-    """log p(x) per row: its mean over the rows, its error, and what it is."""
+class _Target(NamedTuple):
+    """The argument `reference` after its check; at most one field is not `None`."""
+
+    elbo: Estimator | None = None
+    log_evidence: np.ndarray | None = None
+    num_samples: int | None = None
+
+
+class _Reference(NamedTuple):
+    """The mean log p(x) per row with its error, and independent estimates of its gradient.
+
+    `gradients` has a tensor of shape (estimates, parameters) for each group.
+    """
 
     value: float
     se: float
     label: str
+    gradients: dict[str, Tensor]
+    gradient_label: str
 
 
-class _Gradients(NamedTuple):
-    """The gradient of the reference by group, independent estimates (n, parameters) of it."""
+class _Setup(NamedTuple):
+    """Properties of a program and its rows that do not depend on the estimator.
 
-    draws: dict[str, Tensor]
-    label: str
+    `scale` is the scale of the loss, such as N / B of a subsample; `groups` has the groups that
+    are not empty; `is_tied` is whether log p(x, z) depends on parameters of the encoder.
+    """
+
+    structure: Structure
+    scale: Scale
+    groups: Parameters
+    is_tied: bool
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A program at a fixed state, rows, and the estimators that are asked."""
+    """The evaluation of estimators on a program with fixed weights, and on fixed rows."""
 
     program: nn.Module
     rows: Rows
-    elbos: dict[Any, Estimator]
+    elbos: Mapping[Hashable, Estimator]
     num_repeats: int
-    seed: int | None
-    notes: dict[str, Any] = field(default_factory=dict)
+    seed: int
+    setup: _Setup
 
-    def of(self, elbos: dict[Any, Estimator], num_repeats: int) -> "_Run":
-        return _Run(self.program, self.rows, elbos, num_repeats, self.seed, self.notes)
+    @property
+    def rounds(self) -> int:
+        """The number of times that a step of each estimator is timed."""
+        return max(5, min(ROUNDS, self.num_repeats))
 
-    @contextmanager
-    def fixed(self) -> Iterator[None]:
-        """Runs the program as it is evaluated, with gradients, and puts all back."""
-        with (
-            kept_buffers(self.program),
-            seeded(self.seed),
-            evaluating(self.program),
-            torch.enable_grad(),
-        ):
-            yield
-
-    def check(self) -> None:
-        """Refuses what could not be asked, before anything is asked for long."""
-        known = structure(self.program, self.x)
-        for name, elbo in self.elbos.items():
-            with _naming(name):
-                elbo.check(known)
-        with self.fixed(), kept_generators():
-            self.notes["known"] = known
-            self.notes["scale"] = self._scale(known)
-            self.notes["parameters"], self.notes["is_tied"] = _parameters(self.program, self.x)
-            self._check_parameters()
-            for name, elbo in self.elbos.items():
-                with _naming(name):
-                    self.step(self.objective(elbo))
-
-    def forget(self) -> None:
-        """Lets go of what was kept for one table."""
-        for name in self.notes.keys() - {"known", "scale", "parameters", "is_tied"}:
-            del self.notes[name]
-
-    def _scale(self, known: Structure) -> Any:
-        """The scale of the loss, N / B of a subsampling plate, say."""
-        if known.global_latents or known.global_observed:
-            return 1.0
-        nesting = known.max_plate_nesting
-        particles = draw(*programs_of(self.program), (self.x,), {}, 1, nesting)
-        return particles.scale()
-
-    def _check_parameters(self) -> None:
-        if not any(self.groups.values()):
-            raise ValueError(
-                "Expected a program with parameters that take a gradient; got "
-                f"{type(self.program).__name__}, which has none."
-            )
+    @property
+    def steps(self) -> int:
+        """The number of steps of all estimators, for the progress bar."""
+        return len(self.elbos) * (self.num_repeats + self.rounds)
 
     @property
     def x(self) -> Row:
         return self.rows.head(len(self.rows))
 
     @property
-    def known(self) -> Structure:
-        found: Structure = self.notes["known"]
-        return found
-
-    @property
-    def groups(self) -> Parameters:
-        """The parameters of each group that has any."""
-        found: Parameters = self.notes["parameters"]
-        return found
-
-    @property
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.groups.values() for parameter in group]
-
-    def passes(self) -> int:
-        """How many steps a bar counts."""
-        return len(self.elbos) * (self.num_repeats + self._rounds())
-
-    def _rounds(self) -> int:
-        return max(5, min(ROUNDS, self.num_repeats))
+        return [parameter for group in self.setup.groups.values() for parameter in group]
 
     def objective(self, elbo: Estimator) -> Objective:
         return Objective(*programs_of(self.program), elbo)
 
-    def step(
-        self, objective: Objective, parameters: list[nn.Parameter] | None = None
-    ) -> tuple[Estimate, tuple[Tensor, ...]]:
-        """One value and its gradient, as an optimiser would have it."""
-        objective.at_step(getattr(objective.elbo, "steps", 0))
-        before = getattr(objective.elbo, "steps", 0)
-        estimate = objective(self.x)
-        objective.at_step(before)
-        wanted = self.parameters if parameters is None else parameters
-        found = torch.autograd.grad(estimate.loss, wanted, materialize_grads=True)
-        return estimate, found
-
     def repeats(
         self,
         elbo: Estimator,
-        bar: Any = None,
         parameters: list[nn.Parameter] | None = None,
-        num_repeats: int | None = None,
-    ) -> "Moments":
+        tick: Callable[[], object] = lambda: None,
+    ) -> Moments:
         """The moments of the gradient of the objective per row, and of its value."""
-        objective = self.objective(elbo)
-        count = num_repeats or self.num_repeats
-        moments = Moments(count)
-        for _ in range(count):
-            estimate, gradients = self.step(objective, parameters)
-            flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
-            moments.add(self._value(estimate), flat / -(len(self.rows) * self.notes["scale"]))
-            if bar is not None:
-                bar.update()
+        objective, moments = self.objective(elbo), Moments(self.num_repeats)
+        wanted = self.parameters if parameters is None else parameters
+        scale = len(self.rows) * self.setup.scale
+        for _ in range(self.num_repeats):
+            estimate, gradients = _step(objective, self.x, wanted)
+            if estimate.per_row is None:
+                value = -estimate.loss.detach().double() / scale
+            else:
+                value = estimate.per_row.detach().double().mean()
+            moments.add(value, _flat(gradients) / -scale)
+            tick()
         return moments
 
-    def _value(self, estimate: Estimate) -> Tensor:
-        if estimate.per_row is not None:
-            return estimate.per_row.detach().double().mean()
-        return -estimate.loss.detach().double() / (len(self.rows) * self.notes["scale"])
+    def reference(self, target: _Target) -> _Reference:
+        """The mean log p(x), and its gradient with respect to decoder and prior."""
+        groups = {k: group for k, group in self.setup.groups.items() if k in GROUPS[1:]}
+        wanted = [parameter for group in groups.values() for parameter in group]
+        if target.elbo is not None:
+            return self._reference_by(target.elbo, groups)
+        obstacle = self._obstacle()
+        samples = NUM_SAMPLES if target.num_samples is None else target.num_samples
+        value, se, label, gradients = math.nan, math.nan, f"none: {obstacle}", torch.empty(0)
+        gradient_label = f"IWAE({samples // QUARTERS}), the mean of {QUARTERS}"
+        exact = self._exact(wanted) if target.num_samples is None else None
+        if exact is not None:
+            value, gradients = exact
+            se, label, gradient_label = 0.0, "exact", "exact"
+        elif obstacle is None and (wanted or target.log_evidence is None):
+            value, se, label, gradients = self._sampled(samples, wanted)
+        if target.log_evidence is not None:
+            value, se, label = float(target.log_evidence.mean()), 0.0, "given, as exact"
+        if obstacle is not None or not wanted:
+            return _Reference(value, se, label, {}, "none")
+        return _Reference(value, se, label, _split(gradients, groups), gradient_label)
 
-    def log_evidence(self, reference: Any) -> _Evidence:
-        """log p(x) of the rows, as it is asked for."""
-        if isinstance(reference, np.ndarray):
-            return _Evidence(reference.mean(), 0.0, "given, as exact")
-        if isinstance(reference, Estimator):
-            moments = self._own_reference(reference)
-            label = f"{reference}, {_article(reference.direction)}"
-            return _Evidence(*moments.value(), label)
-        if reference is None and (exact := self._exact()) is not None:
-            return _Evidence(float(exact.detach()), 0.0, "exact")
-        if (why := self._without_evidence()) is not None:
-            return _Evidence(math.nan, math.nan, why)
-        found = self._sampled(reference or NUM_SAMPLES)[0]
-        over = (~(found["pareto_k"] <= good_k(reference or NUM_SAMPLES))).mean()
-        error = np.sqrt(np.square(found["mcse"]).sum()) / len(self.rows)
-        label = f"IWAE({reference or NUM_SAMPLES}), a lower bound"
-        if over > 0.1:
-            label = f"{label} (too low: Pareto k over its limit in {over:.0%} of rows)"
-        return _Evidence(float(found["log_evidence"].mean()), float(error), label)
+    def _reference_by(self, elbo: Estimator, groups: Parameters) -> _Reference:
+        wanted = [parameter for group in groups.values() for parameter in group]
+        with naming("reference"):
+            elbo.check(self.setup.structure)
+            moments = self.repeats(elbo, wanted or self.parameters)
+        article = "an " if elbo.direction.startswith("upper") else "a "
+        label = f"{elbo}, {'' if elbo.direction == 'no bound' else article}{elbo.direction}"
+        if not wanted:
+            return _Reference(*moments.value(), label, {}, "none")
+        return _Reference(*moments.value(), label, _split(moments.batches(), groups), label)
 
-    def gradient_reference(self, reference: Any, known: _Evidence) -> _Gradients:
-        """The gradient of log p(x) in decoder and prior."""
-        groups = {name: self.groups[name] for name in GROUPS[1:] if name in self.groups}
-        if not groups:
-            return _Gradients({}, "none")
-        if isinstance(reference, Estimator):
-            draws = self._own_reference(reference).batches()
-            return _Gradients(self._split(draws, groups), known.label)
-        if self._without_evidence() is not None:
-            return _Gradients({}, "none")
-        exact = self._exact()
-        if exact is not None and not isinstance(reference, int):
-            wanted = self._of_double([p for group in groups.values() for p in group])
-            found = torch.autograd.grad(exact, wanted, materialize_grads=True)
-            draws = torch.cat([gradient.flatten() for gradient in found])[None]
-            return _Gradients(self._split(draws, groups), "exact")
-        samples = reference if isinstance(reference, int) else NUM_SAMPLES
-        label = f"IWAE({samples // QUARTERS}), the mean of {QUARTERS}"
-        return _Gradients(self._split(self._sampled(samples)[1], groups), label)
+    def _exact(self, wanted: list[nn.Parameter]) -> tuple[float, Tensor] | None:
+        """The exact mean log p(x) and its gradient, in float64, if it has a closed form."""
+        if (double := doubled(self.program)) is None:
+            return None
+        with evaluating(double), torch.enable_grad():
+            if (normal := marginal(double)) is None:
+                return None
+            value = normal.log_prob(self.rows.to_like(double).field("x").flatten(1)).mean()
+        if not wanted:
+            return float(value.detach()), torch.empty(1, 0)
+        pairs = zip(self.program.parameters(), double.parameters(), strict=True)
+        twins = {id(own): twin for own, twin in pairs}
+        parameters = [twins[id(parameter)] for parameter in wanted]
+        gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
+        return float(value.detach()), _flat(gradients)[None]
 
-    def _split(self, draws: Tensor, groups: Parameters) -> dict[str, Tensor]:
-        sizes = [sum(p.numel() for p in group) for group in groups.values()]
-        return dict(zip(groups, draws.split(sizes, dim=1), strict=True))
-
-    def _own_reference(self, elbo: Estimator) -> "Moments":
-        if "own reference" not in self.notes:
-            wanted = [p for name in GROUPS[1:] for p in self.groups.get(name, ())]
-            with _naming("reference"):
-                elbo.check(self.known)
-                moments = self.repeats(elbo, parameters=wanted or self.parameters)
-            self.notes["own reference"] = moments
-        found: Moments = self.notes["own reference"]
-        return found
-
-    def _exact(self) -> Tensor | None:
-        """The mean log p(x) in float64, with its gradient in a copy of the program."""
-        if "exact" not in self.notes:
-            self.notes["exact"] = None
-            if (double := doubled(self.program)) is not None:
-                with evaluating(double), torch.enable_grad():
-                    if (found := marginal(double)) is not None:
-                        x = self.rows.to_like(double).field("x").flatten(1)
-                        self.notes["exact"] = found.log_prob(x).mean()
-                        self.notes["double"] = double
-        exact: Tensor | None = self.notes["exact"]
-        return exact
-
-    def _of_double(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        double: nn.Module = self.notes["double"]
-        own = zip(self.program.parameters(), double.parameters(), strict=True)
-        twin = {id(one): other for one, other in own}
-        return [twin[id(parameter)] for parameter in parameters]
-
-    def _without_evidence(self) -> str | None:
-        """The reason why there is no log p(x) of each row, or `None`."""
-        if self.known.global_latents or self.known.global_observed:
-            return "none: there are sites that all rows share"
+    def _obstacle(self) -> str | None:
+        """The reason why log p(x) of each row cannot be estimated, or `None`."""
+        if self.setup.structure.global_latents or self.setup.structure.global_observed:
+            return "there are sites that all rows share"
         with torch.no_grad(), kept_generators():
             points = point_masses(self.program, self.rows)
-        return f"none: a point mass at {', '.join(points)}" if points else None
+        return f"a point mass at {', '.join(points)}" if points else None
 
-    def _sampled(self, num_samples: int) -> tuple[dict[str, np.ndarray], Tensor]:
-        """log p(x) of each row from S draws, and its gradient from each quarter of them."""
-        if "sampled" in self.notes:
-            return self.notes["sampled"]  # type: ignore[no-any-return]
-        wanted = [p for name in GROUPS[1:] for p in self.groups.get(name, ())]
+    def _sampled(
+        self, num_samples: int, wanted: list[nn.Parameter]
+    ) -> tuple[float, float, str, Tensor]:
+        """The mean log p(x), its error, its label, and its gradient from each quarter of draws."""
         quarter, parts = num_samples // QUARTERS, []
-        gradients: list[Any] = [0.0] * QUARTERS
+        size = sum(parameter.numel() for parameter in wanted)
+        gradients = torch.zeros(QUARTERS, size, dtype=torch.float64, device=self.rows.device)
         with torch.no_grad():
             plan = Plan.of(self.program, self.rows, quarter, MAX_ELEMENTS)
         for piece in plan.pieces():
             x, weights = self.rows[piece].x, []
             for i in range(QUARTERS):
-                log_weights, gradient = self._of_piece(x, quarter, wanted)
-                gradients[i] = gradients[i] + gradient / len(self.rows)
+                log_weights, gradient = self._weights_and_gradient(x, quarter, wanted)
+                gradients[i] += gradient / len(self.rows)
                 weights.append(log_weights)
             parts.append(estimates(torch.cat(weights).cpu().numpy()))
             give_memory_back()
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        self.notes["sampled"] = found, (torch.stack(gradients) if wanted else torch.empty(4, 0))
-        return self.notes["sampled"]  # type: ignore[no-any-return]
+        over = (~(found["pareto_k"] <= good_k(num_samples))).mean()
+        label = f"IWAE({num_samples}), a lower bound"
+        if over > 0.1:
+            label = f"{label} (too low: Pareto k over its limit in {over:.0%} of rows)"
+        error = np.sqrt(np.square(found["mcse"]).sum()) / len(self.rows)
+        return float(found["log_evidence"].mean()), float(error), label, gradients
 
-    def _of_piece(
+    def _weights_and_gradient(
         self, x: Row, count: int, wanted: list[nn.Parameter]
-    ) -> tuple[Tensor, Tensor | float]:
-        nesting = self.known.max_plate_nesting
+    ) -> tuple[Tensor, Tensor]:
+        """The log importance weights of draws, and the gradient of the sum of log p(x)."""
+        nesting = self.setup.structure.max_plate_nesting
         with torch.set_grad_enabled(bool(wanted)):
             particles = draw(*programs_of(self.program), (x,), {}, count, nesting)
             densities = particles.densities()
         log_weights = densities.log_weights.detach()
         if not wanted:
-            return log_weights, 0.0
+            return log_weights, torch.empty(0, dtype=torch.float64, device=log_weights.device)
         total = (log_weights.softmax(0) * densities.log_joint).sum()
-        found = torch.autograd.grad(total, wanted, materialize_grads=True)
-        return log_weights, torch.cat([gradient.flatten() for gradient in found]).double()
+        return log_weights, _flat(torch.autograd.grad(total, wanted, materialize_grads=True))
 
-    def table(self, known: _Evidence, gradient: _Gradients, bar: Any) -> pd.DataFrame:
+    def table(self, known: _Reference, tick: Callable[[], object]) -> pd.DataFrame:
         """The table of a comparison."""
-        times = self.times(bar)
-        lines: dict[str, dict[str, Any]] = {}
+        times = self.times(tick)
+        lines: dict[Hashable, dict[str, float | str]] = {}
         variances: list[Variance] = []
+        by_autograd: dict[str, Tensor] = {}
         for name, elbo in self.elbos.items():
-            moments = self.repeats(elbo, bar)
+            moments = self.repeats(elbo, tick=tick)
+            references = dict(known.gradients)
+            if (own := self._encoder_reference(elbo, by_autograd)) is not None:
+                references["encoder"] = own
             value, error = moments.value()
-            line: dict[str, Any] = {
+            ms, ms_se = times[name]
+            variances.append(Variance(*moments.variance(), ms, ms_se))
+            lines[name] = {
                 "value": value,
                 "value_se": error,
                 "bias": value - known.value,
                 "bias_se": math.hypot(error, known.se),
                 "direction": elbo.direction,
+                **self.statistics(moments, references),
+                "ms": ms,
+                "ms_se": ms_se,
+                "memory_mb": self._memory(elbo) / 1e6,
+                **efficiency(variances[0], variances[-1]),
             }
-            line |= self.statistics(elbo, moments, gradient)
-            ms, ms_se = times[name]
-            line |= {"ms": ms, "ms_se": ms_se, "memory_mb": self._memory(elbo) / 1e6}
-            variances.append(Variance(*moments.variance(), ms, ms_se))
-            lines[name] = line | efficiency(variances[0], variances[-1])
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("estimator")
 
     def statistics(
-        self, elbo: Estimator, moments: "Moments", gradient: _Gradients | None = None
+        self, moments: Moments, references: Mapping[str, Tensor] | None = None
     ) -> dict[str, float]:
-        """What is said of the gradient of each group."""
-        found: dict[str, float] = {}
-        means, variances, batches = (
-            self._split(part, self.groups)
-            for part in (moments.mean[None], moments.variances()[None], moments.batches())
-        )
-        for group in self.groups:
-            if gradient is not None:
-                bias = self._bias(elbo, group, batches[group], gradient)
-                found |= {f"grad_bias_{group}": bias[0], f"grad_bias_{group}_se": bias[1]}
-            found[f"sd_{group}"] = float(variances[group].mean().sqrt())
-            found[f"snr_{group}"] = signal_to_noise(means[group], variances[group])
-            found[f"snr_floor_{group}"] = MEDIAN_OF_ABS_NORMAL / math.sqrt(self.num_repeats)
-        return found
+        """The columns of each group; those of the bias only if there are references."""
+        columns: dict[str, float] = {}
+        groups = self.setup.groups
+        means = _split(moments.mean[None], groups)
+        variances = _split(moments.variances()[None], groups)
+        batches = _split(moments.batches(), groups)
+        for group in groups:
+            if references is not None:
+                bias = math.nan, math.nan
+                if group in references:
+                    reference = references[group].to(batches[group])
+                    bias = relative_distance(batches[group], reference)
+                columns |= {f"grad_bias_{group}": bias[0], f"grad_bias_{group}_se": bias[1]}
+            columns[f"sd_{group}"] = float(variances[group].mean().sqrt())
+            columns[f"snr_{group}"] = signal_to_noise(means[group], variances[group])
+            columns[f"snr_floor_{group}"] = MEDIAN_OF_ABS_NORMAL / math.sqrt(self.num_repeats)
+        return columns
 
-    def _bias(
-        self, elbo: Estimator, group: str, batches: Tensor, gradient: _Gradients
-    ) -> tuple[float, float]:
-        reference = gradient.draws.get(group)
-        if group == "encoder":
-            reference = self._encoder_reference(elbo)
-        if reference is None:
-            return math.nan, math.nan
-        return relative_distance(batches, reference.to(batches))
-
-    def _encoder_reference(self, elbo: Estimator) -> Tensor | None:
-        """The gradient of an estimator's own objective in the encoder, by autograd."""
+    def _encoder_reference(self, elbo: Estimator, cache: dict[str, Tensor]) -> Tensor | None:
+        """The gradient of an estimator's objective with respect to the encoder, by autograd."""
         plain = elbo.plain()
-        if plain is None or (elbo.is_split and self.notes.get("is_tied")):
+        if "encoder" not in self.setup.groups or plain is None:
+            return None
+        if elbo.is_split and self.setup.is_tied:
             return None
         plain.kl_weight = elbo.kl_weight
-        if self.known.unreparameterised and plain.needs_rsample:
+        if self.setup.structure.unreparameterised and plain.needs_rsample:
             return None
         is_common = type(plain) in (Trace_ELBO, IWAE, MIWAE) and float(plain.kl_weight) == 1.0
         key = repr(plain) if is_common else f"{plain!r}, {id(elbo)}"
-        if key not in self.notes:
-            moments = self.repeats(plain, parameters=self.groups["encoder"])
-            self.notes[key] = moments.batches()
-        return self.notes[key]  # type: ignore[no-any-return]
+        if key not in cache:
+            cache[key] = self.repeats(plain, self.setup.groups["encoder"]).batches()
+        return cache[key]
 
-    def times(self, bar: Any) -> dict[Any, tuple[float, float]]:
-        """The median time of a step of each, asked in turn, and its error, in ms."""
+    def times(self, tick: Callable[[], object]) -> dict[Hashable, tuple[float, float]]:
+        """The median time of a step of each estimator in turn, and its error, in ms."""
         objectives = {name: self.objective(elbo) for name, elbo in self.elbos.items()}
-        spent: dict[Any, list[float]] = {name: [] for name in objectives}
+        spent: dict[Hashable, list[float]] = {name: [] for name in objectives}
         for objective in objectives.values():
-            self.step(objective)
-        for _ in range(self._rounds()):
+            _step(objective, self.x, self.parameters)
+        for _ in range(self.rounds):
             for name, objective in objectives.items():
-                self._wait()
+                _synchronise(self.rows.device)
                 start = time.perf_counter()
-                self.step(objective)
-                self._wait()
+                _step(objective, self.x, self.parameters)
+                _synchronise(self.rows.device)
                 spent[name].append(1000 * (time.perf_counter() - start))
-                bar.update()
+                tick()
         return {name: median(np.array(values)) for name, values in spent.items()}
 
-    def _wait(self) -> None:
-        if self.rows.device.type == "cuda":
-            torch.cuda.synchronize(self.rows.device)
-
     def _memory(self, elbo: Estimator) -> int:
-        """The most bytes of tensors that a step makes at a time."""
+        """The largest number of bytes of the tensors that exist at a time in a step."""
         objective, device = self.objective(elbo), self.rows.device
         with kept_generators():
-            self.step(objective)
+            _step(objective, self.x, self.parameters)
             if device.type != "cuda":
                 with LiveBytes() as live:
-                    self.step(objective)
+                    _step(objective, self.x, self.parameters)
                 return live.most
-            self._wait()
+            _synchronise(device)
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            self.step(objective)
-            self._wait()
+            _step(objective, self.x, self.parameters)
+            _synchronise(device)
             return torch.cuda.max_memory_allocated(device) - before
+
+
+@contextmanager
+def _fixed(program: nn.Module, seed: int) -> Iterator[None]:
+    """Puts a program in evaluation mode with gradients, and restores its state at the end."""
+    with kept_buffers(program), seeded(seed), evaluating(program), torch.enable_grad():
+        yield
+
+
+def _setup(
+    program: nn.Module, rows: Rows, elbos: Mapping[Hashable, Estimator], seed: int
+) -> _Setup:
+    """Checks that each estimator supports the program, by one step of each."""
+    x = rows.head(len(rows))
+    known = structure(program, x)
+    for name, elbo in elbos.items():
+        with naming(f"estimator {name!r}"):
+            elbo.check(known)
+    scale: Scale = 1.0
+    with _fixed(program, seed):
+        if not known.global_latents and not known.global_observed:
+            particles = draw(*programs_of(program), (x,), {}, 1, known.max_plate_nesting)
+            scale = particles.scale()
+        groups, is_tied = _parameters(program, x)
+        if not groups:
+            raise ValueError(
+                "Expected a program with parameters that take a gradient; got "
+                f"{type(program).__name__}, which has none."
+            )
+        parameters = [parameter for group in groups.values() for parameter in group]
+        for name, elbo in elbos.items():
+            with naming(f"estimator {name!r}"):
+                _step(Objective(*programs_of(program), elbo), x, parameters)
+    return _Setup(known, scale, groups, is_tied)
+
+
+def _step(
+    objective: Objective, x: Row, parameters: list[nn.Parameter]
+) -> tuple[Estimate, tuple[Tensor, ...]]:
+    """One value and its gradient, as in training; schedules do not advance."""
+    steps = getattr(objective.elbo, "steps", 0)
+    objective.at_step(steps)
+    estimate = objective(x)
+    objective.at_step(steps)
+    return estimate, torch.autograd.grad(estimate.loss, parameters, materialize_grads=True)
+
+
+def _flat(gradients: Iterable[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients]).double()
+
+
+def _split(draws: Tensor, groups: Parameters) -> dict[str, Tensor]:
+    sizes = [sum(p.numel() for p in group) for group in groups.values()]
+    return dict(zip(groups, draws.split(sizes, dim=1), strict=True))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _parameters(program: nn.Module, x: Row) -> tuple[Parameters, bool]:
     """The parameters of each group, and whether log p(x, z) depends on those of the guide."""
     parameters = [p for p in program.parameters() if p.requires_grad]
-    runs: Any = programs_of(program)
-    guide = prune_subsample_sites(poutine.trace(runs[1]).get_trace(x))
-    guide.compute_log_prob()
-    drawn = [site for _, site in latent_sites(guide)]
+    model, guide = programs_of(program)
+    guided = trace_of(guide, x)
+    guided.compute_log_prob()
+    drawn = [site for _, site in latent_sites(guided)]
     encoder = _used([part for s in drawn for part in (s["value"], s["log_prob"])], parameters)
     for site in drawn:
         site["value"] = site["value"].detach()
-    replayed = poutine.replay(runs[0], trace=guide)
-    model = prune_subsample_sites(poutine.trace(replayed).get_trace(x))
-    model.compute_log_prob()
-    sites = [site for site in model.nodes.values() if site["type"] == "sample"]
+    scored = trace_of(poutine.replay(model, trace=guided), x)
+    scored.compute_log_prob()
+    sites = [site for site in scored.nodes.values() if site["type"] == "sample"]
     prior = _used([s["log_prob"] for s in sites if not s["is_observed"]], parameters)
     decoder = _used([s["log_prob"] for s in sites if s["is_observed"]], parameters)
-    found = dict(zip(GROUPS, (encoder, decoder - prior - encoder, prior - encoder), strict=True))
-    groups = {k: [p for i, p in enumerate(parameters) if i in v] for k, v in found.items() if v}
+    places = dict(zip(GROUPS, (encoder, decoder - prior - encoder, prior - encoder), strict=True))
+    groups = {k: [p for i, p in enumerate(parameters) if i in v] for k, v in places.items() if v}
     return groups, bool(encoder & (prior | decoder))
 
 
-def _used(results: Iterable[Any], parameters: list[nn.Parameter]) -> set[int]:
-    """The places of the parameters that any result depends on."""
+def _used(results: Iterable[object], parameters: list[nn.Parameter]) -> set[int]:
+    """The positions of the parameters that at least one result depends on."""
     traced = [r.sum() for r in results if isinstance(r, Tensor) and r.requires_grad]
     if not traced or not parameters:
         return set()
-    found = torch.autograd.grad(traced, parameters, allow_unused=True, retain_graph=True)
-    return {i for i, gradient in enumerate(found) if gradient is not None}
+    gradients = torch.autograd.grad(traced, parameters, allow_unused=True, retain_graph=True)
+    return {i for i, gradient in enumerate(gradients) if gradient is not None}
 
 
-def _checked(elbos: Any) -> dict[str, Estimator]:
-    if not isinstance(elbos, Mapping) or not elbos:
-        raise ValueError(f"Expected a dict of estimators by name; got {elbos!r}.")
-    if len({str(name) for name in elbos}) < len(elbos):
-        raise ValueError(f"Expected names that differ as text; got {list(elbos)}.")
-    for name, elbo in elbos.items():
-        if isinstance(elbo, type):
-            raise ValueError(
-                f"Expected an estimator, as {elbo.__name__}(...); got the class {elbo.__name__}. "
-                f"({name!r})"
-            )
+def _checked_elbos(elbos: Mapping[str, Estimator]) -> dict[Hashable, Estimator]:
+    chosen = checked_names("estimators", elbos)
+    if len({str(name) for name in chosen}) < len(chosen):
+        raise ValueError(f"Expected names that differ as text; got {list(chosen)}.")
+    for name, elbo in chosen.items():
         if not isinstance(elbo, Estimator):
             raise ValueError(
-                f"Expected an estimator of pyro_vae.elbos, as pyro_vae.elbos.Trace_ELBO(); got "
-                f"{elbo!r}. ({name!r})"
+                "Expected an object of a class of pyro_vae.elbos, such as "
+                f"pyro_vae.elbos.Trace_ELBO(); got {elbo!r}. (estimator {name!r})"
             )
-    return {str(name): copy.deepcopy(elbo) for name, elbo in elbos.items()}
+    return {str(name): copy.deepcopy(elbo) for name, elbo in chosen.items()}
 
 
-def _checked_reference(reference: Any, count: int) -> Any:
+def _checked_reference(reference: Reference, count: int) -> _Target:
+    if reference is None:
+        return _Target()
     if isinstance(reference, IWAE):
         reference = reference.num_particles
-    if reference is None or isinstance(reference, Estimator):
-        return copy.deepcopy(reference)
-    is_count = isinstance(reference, Integral)
+    if isinstance(reference, Estimator):
+        return _Target(elbo=copy.deepcopy(reference))
+    if isinstance(reference, Integral):
+        return _Target(num_samples=checked_count("reference", reference, least=4 * QUARTERS))
     try:
         values = reference.detach().cpu() if isinstance(reference, Tensor) else reference
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         array = np.empty(())
-    if not is_count and array.ndim == 0:
+    if array.ndim == 0:
         raise ValueError(
-            "Expected as reference None, a number of samples, log p(x) of each row, or an "
+            "Expected reference to be None, a number of samples, log p(x) of each row, or an "
             f"estimator; got {reference!r}."
         )
-    if is_count:
-        return checked_count("reference", reference, least=4 * QUARTERS)
     if array.shape != (count,) or not np.isfinite(array).all():
         raise ValueError(
             f"Expected a reference of {count} finite numbers, log p(x) of each row; got shape "
-            f"{array.shape}, {np.isnan(array).sum()} of them NaN."
+            f"{array.shape}, with {np.isnan(array).sum()} NaN."
         )
-    return array
-
-
-def _article(direction: str) -> str:
-    if direction == "no bound":
-        return direction
-    return f"{'an' if direction.startswith('upper') else 'a'} {direction}"
-
-
-@contextmanager
-def _naming(name: Any) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error} ({name!r})") from error
-
-
-def _bar(total: int, *, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="estimators", unit=" steps", disable=not shown)
+    return _Target(log_evidence=array)
