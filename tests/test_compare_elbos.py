@@ -222,7 +222,7 @@ def test_the_bias_of_the_decoder_falls_with_the_number_of_draws() -> None:
 
 
 class StickingInside(Weighted):
-    """The mistake that DReG corrects: only the path derivative, inside the importance-weighted bound."""
+    """The mistake that DReG corrects: only the path derivative in an importance-weighted bound."""
 
     def bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.logsumexp(0) - math.log(len(log_weights))
@@ -233,7 +233,7 @@ class StickingInside(Weighted):
 
 
 def test_a_wrong_gradient_is_detected() -> None:
-    """With 200 repeats the bias of a wrong gradient is many errors, that of a right one is none."""
+    """With 200 repeats the bias of a wrong gradient is many errors, that of a right one 0."""
     chosen = {"wrong": StickingInside(5), "right": E.DReG(5)}
     table = pv.compare_elbos(linear(), X, chosen, num_repeats=200).table
     assert table.loc["wrong", "grad_bias_encoder"] > 8 * table.loc["wrong", "grad_bias_encoder_se"]
@@ -273,7 +273,7 @@ def test_efficiency_is_variance_times_time_of_the_first() -> None:
 
 @pytest.mark.parametrize("distance", [0.0, 0.3, 3.0])
 def test_a_squared_distance_and_its_error_are_unbiased(distance: float) -> None:
-    """Means of 600 simulations within 4.5 errors; at 0 the jackknife is too wide by up to sqrt(2)."""
+    """600 simulations, within 4.5 errors; at 0 the jackknife is too wide by up to sqrt(2)."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64) / 6
     there = torch.full((6,), distance / math.sqrt(6), dtype=torch.float64)
@@ -344,9 +344,7 @@ def test_a_point_mass_has_no_reference() -> None:
     assert found.reference == "none: a point mass at z"
     assert math.isnan(found.table.loc["ELBO", "bias"])
     assert math.isnan(found.table.loc["ELBO", "grad_bias_decoder"])
-    assert (
-        found.table.loc["ELBO", "sd_encoder"] == 0.0
-    )  # the parameters still belong to the encoder
+    assert found.table.loc["ELBO", "sd_encoder"] == 0.0  # they still are the encoder's
 
 
 class Shared(nn.Module):

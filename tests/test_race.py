@@ -1,4 +1,4 @@
-"""race: one start for all, held-out log p(x) in pairs, its standard errors, how it ends."""
+"""race: the same start for all, paired differences, standard errors, and how it ends."""
 
 import datetime
 import importlib
@@ -40,11 +40,11 @@ ELBOS = {"one": Trace_ELBO(), "analytic": TraceMeanField_ELBO(), "three": IWAE(3
 def race(
     build: Any = small, x: Any = TRAIN, elbos: Any = None, **options: Any
 ) -> pv.diagnostics.Race:
-    asked = {"seeds": [3, 5], "budget": 2} | QUICK | options
+    asked = {"seeds": [3, 5], "budget": 2, "seed": 0} | QUICK | options
     return pv.race(build, x, ELBOS if elbos is None else elbos, **asked)
 
 
-# What it reports
+# Results
 
 
 def by_hand(name: str, seed: int) -> np.ndarray:
@@ -55,7 +55,7 @@ def by_hand(name: str, seed: int) -> np.ndarray:
     return pv.log_evidence(vae, TEST, 20, seed=0)["log_evidence"].to_numpy()
 
 
-def test_it_is_fit_and_log_evidence_in_turns() -> None:
+def test_it_calls_fit_and_log_evidence_in_turns() -> None:
     found = race()
     values = {name: np.array([by_hand(name, s) for s in (3, 5)]) for name in ELBOS}
     order = [("one", 3), ("analytic", 3), ("three", 3), ("one", 5), ("analytic", 5), ("three", 5)]
@@ -95,7 +95,7 @@ def test_a_build_that_takes_its_weights_from_torchs_generator_starts_alike() -> 
     assert found.runs.log_evidence.nunique() == 2
 
 
-def test_what_it_says_of_itself() -> None:
+def test_attributes_and_remark() -> None:
     found = race(seeds=[4], seed=7)
     attrs = found.table.attrs
     assert (attrs["num_samples"], attrs["num_rows"], attrs["seeds"]) == (20, len(TEST), [4])
@@ -107,7 +107,33 @@ def test_what_it_says_of_itself() -> None:
     assert all(name in repr(found) for name in (*ELBOS, "difference_se", attrs["remark"]))
 
 
-def test_a_share_is_held_out_once_for_all() -> None:
+def test_a_summary_and_a_plot() -> None:
+    found = race()
+    table, text = found.table, found.summary()
+    best = table.iloc[0]
+    assert text.startswith(f"{best.name!r} has the largest mean log p(x): {best.log_evidence:.3f}")
+    assert "over 10 held-out rows and 2 training seeds, with a budget of 2 epochs." in text
+    assert text.endswith(f"{table.attrs['remark']}.")
+    for name in ("analytic", "three"):
+        line = table.loc[name]
+        side = "below" if line.difference < 0 else "above"
+        error = f"(s.e. {line.difference_se:.3f}) nats per row {side} 'one'"
+        assert f"{name!r} is {abs(line.difference):.3f} {error}" in text
+    figure = found.plot()
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == table.index.to_list()
+    assert axes.get_xlabel() == "difference from one ± 2 s.e., nats per row"
+    assert found.plot(ax=axes) is figure
+
+
+def test_a_seed_is_drawn_and_recorded() -> None:
+    one, two = (race(seeds=[3], seed=None) for _ in range(2))
+    assert one.table.attrs["seed"] != two.table.attrs["seed"]
+    again = race(seeds=[3], seed=one.table.attrs["seed"])
+    assert again.table.log_evidence.equals(one.table.log_evidence)
+
+
+def test_the_held_out_rows_are_the_same_for_all() -> None:
     seen: list[Tensor] = []
 
     def look(rows: Tensor) -> Tensor:
@@ -144,7 +170,7 @@ def test_after_each_sees_the_race_so_far() -> None:
     assert {each.stopped for each in seen} == {"running"}
     assert seen[0].table.log_evidence.notna().to_list() == [True, False, False]
     assert (
-        "of 'analytic', 'three', of one seed"
+        "for 'analytic', 'three', which have one seed"
         in seen[3].table.attrs["remark"].replace("'one', ", "")
         or len(seen[3].runs) == 4
     )
@@ -156,20 +182,20 @@ def test_after_each_sees_the_race_so_far() -> None:
 
 @pytest.mark.parametrize("spreads", [(1.0, 2.0, 0.5), (2.0, 0.0, 1.0), (0.0, 1.0, 0.0)])
 def test_the_standard_error_of_crossed_effects(spreads: tuple[float, float, float]) -> None:
-    """Its square is unbiased for the variance of the mean; z of 4000 repeats, |z| < 4.5."""
+    """Its square is unbiased for the variance of the mean; 4000 repeats, within 4.5 errors."""
     squares, exact = squared_errors(*spreads)
     error = squares.std(ddof=1) / math.sqrt(len(squares))
     assert abs(squares.mean() - exact) < 4.5 * error
 
 
-def test_the_standard_error_is_too_large_where_seeds_do_not_differ() -> None:
-    """Their part of the variance is taken as 0 or more: its square is a fifth too large here."""
+def test_the_standard_error_is_too_large_if_seeds_do_not_differ() -> None:
+    """The part of the seeds cannot be negative: the square is too large, here by a fifth."""
     squares, exact = squared_errors(0.0, 1.0, 2.0)
     assert exact < squares.mean() < 1.5 * exact
 
 
 def squared_errors(of_seeds: float, of_rows: float, of_rest: float) -> tuple[np.ndarray, float]:
-    """Those of the means of 3 seeds and 20 rows, and the variance of these means."""
+    """The squared errors of means over 3 seeds and 20 rows, and the variance of these means."""
     normal = np.random.default_rng(0).standard_normal
     seeds, rows = 3, 20
     errors = [
@@ -192,7 +218,7 @@ def test_the_standard_error_of_one_seed_is_that_over_rows() -> None:
     assert math.isnan(crossed_error(values[:, :1]))
 
 
-# How it ends
+# The end of a race
 
 
 def test_equal_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +253,7 @@ def pressing_in_training(at: int) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("at", "finished"), [(1, 0), (6, 1), (17, 4)])
-def test_ctrl_c_returns_what_is_finished(at: int, finished: int) -> None:
+def test_ctrl_c_returns_the_finished_trainings(at: int, finished: int) -> None:
     """A training takes two epochs of two minibatches of 16."""
     with ctrl_c_interrupts():
         found = race(transform=pressing_in_training(at))
@@ -250,6 +276,7 @@ def test_ctrl_c_while_evaluating() -> None:
 
     found = race(after_each=press)
     assert (found.stopped, len(found.runs)) == ("interrupted", 2)
+    assert found.summary().startswith("The race is interrupted, after 2 of 6 trainings.")
 
 
 class Bad(Trace_ELBO):
@@ -258,16 +285,17 @@ class Bad(Trace_ELBO):
         return estimate._replace(loss=estimate.loss * math.nan)
 
 
-def test_a_loss_that_is_not_finite_costs_its_own_result_alone() -> None:
+def test_a_loss_that_is_not_finite_does_not_stop_the_others() -> None:
     with pytest.warns(UserWarning, match="'bad' at seed 3, 'bad' at seed 5"):
         found = race(elbos={"one": ELBOS["one"], "bad": Bad(), "three": ELBOS["three"]})
     assert found.table.index[-1] == "bad"
     assert found.table.loc["bad"][["log_evidence", "difference_se", "elbo"]].isna().all()
     assert found.runs.loc[("bad", 3)].stopped == "not finite"
     assert found.table.loc["three"].log_evidence == race().table.loc["three"].log_evidence
+    assert "'bad' has no result." in found.summary()
 
 
-# What it refuses
+# Bad input
 
 
 class Discrete(nn.Module):
@@ -300,8 +328,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a number of seeds": ({"seeds": 3}, "list of integers"),
     "a negative seed": ({"seeds": [-1]}, "each seed"),
     "no build": ({"build": ONCE}, "function of a seed"),
-    "one program for all": ({"build": lambda seed: ONCE}, "new program"),
-    "other weights": ({"build": lambda seed: small(next(SEEDS))}, "same weights"),
+    "one program for all": ({"build": lambda seed: ONCE}, "the same program twice"),
+    "other weights": (
+        {"build": lambda seed: small(next(SEEDS))},
+        "other weights for the same seed",
+    ),
     "nothing of a program": ({"build": lambda seed: nn.Linear(2, 2)}, "program"),
     "all held out": ({"held_out": 1.0}, "share"),
     "rows of another width": ({"held_out": X[:, :3]}, "6"),
@@ -318,17 +349,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_anything_is_trained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_before_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained")
 
     monkeypatch.setattr(pv.svi.SVI, "update", train)
-    wrong, said = REFUSED[name]
-    with pytest.raises(ValueError, match=said):
+    wrong, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
         race(**wrong)
 
 
-def test_no_bar_but_on_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_there_is_a_bar_on_a_terminal_only(capfd: pytest.CaptureFixture[str]) -> None:
     race(seeds=[0], progress=True)
     assert capfd.readouterr().err == ""
     assert not sys.stderr.isatty()

@@ -1,13 +1,15 @@
-"""The same program trained under several estimators, compared by log p(x) of rows held out."""
+"""Trains a program under several estimators, and compares log p(x) of held-out rows."""
+
+from __future__ import annotations
 
 import copy
 import datetime
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -15,19 +17,26 @@ import pyro.infer
 import torch
 import xarray as xr
 from torch import nn
-from tqdm.auto import tqdm
 
+from .. import plots
 from ..data.checks import checked_count
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
 from ..elbos import Objective
 from ..elbos.log_densities import programs_of, structure
+from ..engine.progress import progress_bar
 from ..engine.running import seeded
 from ..evidence.log_evidence import log_evidence
 from ..evidence.pareto_k import good_k
 from ..training.fit import Transform, fit
 from ..training.history import History, NonFiniteError
+from .naming import checked_names, naming
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..plots.canvas import Canvas
 
 __all__ = ["Race", "race"]
 
@@ -36,27 +45,38 @@ Budget: TypeAlias = int | datetime.timedelta
 
 UNLIMITED = 2**31
 REMARK = "log_evidence is a lower bound of log p(x) in expectation; differences are from {first!r}"
-OVER_ROWS = "the standard errors are over rows alone: one training seed tells nothing of others"
+OVER_ROWS = "the standard errors are over rows alone, without the variation of training seeds"
 OVER_BOTH = "the standard errors are over training seeds and rows"
+COLUMNS = [
+    "log_evidence",
+    "se",
+    "difference",
+    "difference_se",
+    "elbo",
+    "seconds",
+    "epochs",
+    "pareto_k_over",
+]
+RUN_COLUMNS = ["log_evidence", "se", "elbo", "seconds", "epochs", "pareto_k_over", "stopped"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Race:
-    """What a race came to.
+    """The result of :func:`race`.
 
     Arguments:
-        table: A row an estimator, the best first; equal ones, and those without a result, in the
-            order given. In nats per row: `log_evidence`, the mean over seeds and rows, and its
-            standard error `se`; `difference` from the first estimator given, in pairs of seeds
-            and rows, and its `difference_se`; `elbo`, the bound at one draw, of the rows held out
-            like log p(x). Then, means over seeds, the `seconds` of training, the `epochs` done and
-            `pareto_k_over`, the share of rows whose Pareto k is over its limit `good_k`. Its
-            `attrs` hold `num_samples`, `num_rows`, `seeds`, `budget`, `seed`, `good_k` and a
-            `remark`.
-        runs: The same for each training by itself, indexed by `estimator` and `seed`, in the
-            order run: `log_evidence`, its `se` over rows, `elbo`, `seconds`, `epochs`,
-            `pareto_k_over` and `stopped`, why it ended: as :class:`pyro_vae.History` says, or
-            `"not finite"`.
+        table: A line an estimator, the best first; equal ones, and those without a result, in the
+            order of the argument `elbos`. In nats per row: `log_evidence`, the mean over seeds and
+            rows, and its standard error `se`; `difference` from the first of `elbos`, in pairs of
+            seeds and rows, and its `difference_se`; `elbo`, the bound at one draw, of the held-out
+            rows like log p(x). Means over seeds are the `seconds` of training, the number of
+            `epochs`, and `pareto_k_over`, the share of rows whose Pareto k is over `good_k`. Its
+            `attrs` hold `num_samples`, `num_rows`, `seeds`, `budget`, `seed`, `good_k`, `first`
+            (the estimator of the differences) and a `remark`.
+        runs: The same for each training, indexed by `estimator` and `seed`, in the order of the
+            trainings: `log_evidence`, its `se` over rows, `elbo`, `seconds`, `epochs`,
+            `pareto_k_over` and `stopped`, the reason why it ended: one of
+            :class:`pyro_vae.History`, or `"not finite"`.
         stopped: `"finished"`; `"interrupted"` if Ctrl-C came before the last training was
             evaluated (the means are then over the seeds that each estimator has); `"running"`
             between two trainings.
@@ -69,114 +89,173 @@ class Race:
     def __repr__(self) -> str:
         return f"{self.table.to_string()}\n{self.table.attrs['remark']}."
 
+    def summary(self) -> str:
+        """Describes in sentences which estimator leads, by how much, and with which errors."""
+        attrs, lines = self.table.attrs, []
+        if self.stopped != "finished":
+            total = len(self.table) * len(attrs["seeds"])
+            lines.append(
+                f"The race is {self.stopped}, after {len(self.runs)} of {total} trainings."
+            )
+        ranked = self.table[self.table["log_evidence"].notna()]
+        for name, line in ranked.head(1).iterrows():
+            lines.append(
+                f"{name!r} has the largest mean log p(x): {line['log_evidence']:.3f} (s.e. "
+                f"{line['se']:.3f}) nats per row, over {attrs['num_rows']} held-out rows and "
+                f"{len(attrs['seeds'])} training seeds, with a budget of {attrs['budget']}."
+            )
+        for name, line in ranked.drop(index=attrs["first"], errors="ignore").iterrows():
+            difference, error = line["difference"], line["difference_se"]
+            note = ", which is within two standard errors" if abs(difference) <= 2 * error else ""
+            lines.append(
+                f"{name!r} is {abs(difference):.3f} (s.e. {error:.3f}) nats per row "
+                f"{'below' if difference < 0 else 'above'} {attrs['first']!r}{note}."
+            )
+        for name in self.table.index.difference(ranked.index, sort=False):
+            lines.append(f"{name!r} has no result.")
+        return " ".join([*lines, f"Remark: {attrs['remark']}."])
+
+    def plot(self, *, ax: Axes | None = None) -> Canvas:
+        """Plots the difference of each estimator from the first, with two standard errors.
+
+        Arguments:
+            ax: The axes of matplotlib to draw into; a new figure by default.
+
+        Returns:
+            The figure.
+        """
+        figure = plots.ranking(self.table, ax=ax)
+        axes = figure.axes[0] if ax is None else ax
+        label = f"difference from {self.table.attrs['first']} ± 2 s.e."
+        axes.containers[-1].set_label(label)
+        axes.set(xlabel=f"{label}, nats per row", title="Mean log p(x) of held-out rows")
+        return figure
+
 
 def race(
     build: Build,
-    x: Any,
+    x: object,
     elbos: Mapping[str, pyro.infer.ELBO],
     seeds: Iterable[int],
     budget: Budget,
     *,
-    context: Any = None,
-    weights: Any = None,
-    held_out: float | Any = 0.1,
+    context: object = None,
+    weights: object = None,
+    held_out: object = 0.1,
     num_samples: int = 1000,
     transform: Transform | None = None,
     batch_size: int = 128,
     lr: float = 1e-3,
     device: str | torch.device = "auto",
-    seed: int = 0,
-    progress: bool = False,
-    after_each: Callable[[Race], Any] | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    after_each: Callable[[Race], object] | None = None,
 ) -> Race:
-    r"""Trains the same program under each estimator, and compares log p(x) of rows held out.
+    r"""Trains the same program under each estimator, and compares log p(x) of held-out rows.
 
-    Each seed gives each estimator the same weights to start from and the same order of
-    minibatches; estimators take turns within a seed. Log p(x) is estimated by :func:`log_evidence`
-    from the guide that the estimator trained, the same draws for all: a lower bound in
-    expectation, lower for a worse guide, so a part of a difference may be one of guides.
+    For each seed, all estimators start from the same weights and use the same order of
+    minibatches; estimators take turns within a seed. Log p(x) is estimated by
+    :func:`log_evidence` with the trained guide and the same random numbers for all. It is a lower
+    bound in expectation, and lower for a worse guide, so a part of a difference may come from the
+    guides.
 
-    With values :math:`v_{sn}` of S seeds and N rows the standard error of their mean counts both,
+    With values :math:`v_{sn}` of S seeds and N rows, the standard error of their mean is
 
     .. math::
         \mathrm{se}^2 = \frac{1}{N} \mathrm{Var}_n\, \bar v_{\cdot n} + \max\Big(0,
             \frac{1}{S} \mathrm{Var}_s\, \bar v_{s \cdot} - \frac{1}{S N} \hat\sigma^2\Big),
 
-    :math:`\hat\sigma^2` being the mean square of what seeds and rows do not explain, which both
-    variances have in them and which is counted once; that of a difference is the same of the
-    differences :math:`d_{sn}` from the first estimator. If the maximum is 0, the error is too
-    large rather than too small. It rests on few seeds, so it is itself
-    rough: of three, by some 50%. With one seed it is over rows alone, and `remark` says so.
+    where :math:`\hat\sigma^2` is the mean square of the residuals from the effects of seeds and
+    rows. Both variances contain it, and it is counted once. The error of a difference is the same
+    formula for the differences :math:`d_{sn}` from the first estimator. If the maximum is 0, the
+    error tends to be too large. An error from few seeds is itself uncertain, for three seeds by
+    some 50%. With one seed it is over rows alone, and `remark` says so.
 
-    Ctrl-C ends the race, and what had been trained and evaluated till then is returned. A training
-    whose loss is no longer finite has no result (NaN), and a warning names it; the others go on.
+    Ctrl-C ends the race, and returns what was trained and evaluated until then. A training whose
+    loss becomes NaN or infinite has no result (NaN), and a warning names it; the others go on.
 
     Arguments:
-        build: A function of a seed that makes the program, anew at each call and with the same
-            weights for the same seed. It is called with torch's generators started from the seed.
+        build: A function of a seed that returns a new program at each call, with the same weights
+            for the same seed. Torch's generators are seeded with it before the call.
         x: The rows to train on.
-        elbos: By name the estimators; differences are from the first.
+        elbos: The estimators by name; differences are from the first.
         seeds: The seeds of the weights and of the trainings.
-        budget: The number of epochs, the same steps for all; or a `datetime.timedelta`, the same
-            time of training for all, which ends with the epoch in which it runs out.
+        budget: The number of epochs, which gives all the same steps; or a `datetime.timedelta`,
+            which gives all the same time of training, up to the end of the epoch.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         held_out: The share of x to hold out, or the number of rows, or the rows themselves.
-        num_samples: The number of draws a row that log p(x) is estimated by.
-        transform: Applied to each minibatch, as in :func:`pyro_vae.fit`, and once to the rows
-            held out.
-        batch_size: The rows of a minibatch.
+        num_samples: The number of draws of each row for log p(x).
+        transform: Applied to each minibatch, as in :func:`pyro_vae.fit`, and once to the held-out
+            rows.
+        batch_size: The number of rows of a minibatch.
         lr: The learning rate of Adam.
-        device: The device; `"auto"` is CUDA if there is one.
-        seed: Starts the choice and the transform of the rows held out, and the draws of log p(x).
-        progress: Whether to show a bar, on a terminal.
-        after_each: Called after each training with the race so far, to write it down, say.
+        device: The device; `"auto"` is CUDA if it is available.
+        seed: The seed for the choice and the transform of the held-out rows, and for the draws of
+            log p(x). With `None` one is drawn from torch's generator.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
+        after_each: Called after each training with the race so far, for example to save it.
+
+    Returns:
+        A :class:`Race`.
 
     Raises:
-        ValueError: If an argument is refused, or an estimator cannot take the program. Nothing is
-            trained then.
+        ValueError: If an argument is invalid, or an estimator does not support the program. Then
+            nothing is trained.
 
     Example:
         >>> import pyro_vae as pv
         >>> def build(seed):
         ...     return pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=seed)
         >>> elbos = {"ELBO": pv.elbos.Trace_ELBO(), "IWAE": pv.elbos.IWAE(5)}
-        >>> found = race(build, torch.ones(64, 4), elbos, seeds=[0, 1], budget=2, num_samples=10)
-        >>> sorted(found.table.index), found.runs.shape
+        >>> options = {"seeds": [0, 1], "budget": 2, "num_samples": 10, "seed": 0}
+        >>> result = race(build, torch.ones(64, 4), elbos, **options)
+        >>> sorted(result.table.index), result.runs.shape
         (['ELBO', 'IWAE'], (4, 7))
     """
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
     entrants = _Entrants(
         build=build,
-        elbos=_checked_elbos(elbos),
+        elbos=checked_names("estimators", elbos),
         seeds=_checked_seeds(seeds),
-        limits=_limits_of(budget),
+        budget=_checked_budget(budget),
         num_samples=checked_count("num_samples", num_samples, least=4),
         seed=checked_count("seed", seed, least=0),
-        options={"batch_size": batch_size, "lr": lr, "transform": transform, "device": device},
+        transform=transform,
+        batch_size=batch_size,
+        lr=lr,
+        device=device,
     )
-    parts = {"context": context, "weights": weights}
-    train, rows = entrants.checked(x, parts, held_out)
-    found = _Found(entrants, budget, len(rows))
+    program = entrants.checked_program()
+    given = read(x, program, check=False, context=context, weights=weights)
+    train, rows = entrants.checked_rows(program, given, held_out)
+    results = _Results(entrants, len(rows))
     pairs = [(name, s) for s in entrants.seeds for name in entrants.elbos]
     stopped = "finished"
-    on_terminals = None if progress else True
-    with tqdm(total=len(pairs), unit="training", disable=on_terminals) as bar:
+    with progress_bar(len(pairs), "race", " trainings", progress=progress) as bar:
         try:
             for name, s in pairs:
                 bar.set_postfix_str(f"{name}, seed {s}")
-                found.runs[name, s] = entrants.run(name, s, train, rows)
+                results.runs[name, s] = entrants.run(name, s, train, rows)
                 bar.update()
                 if after_each is not None:
-                    after_each(found.race("running"))
+                    after_each(results.race("running"))
         except KeyboardInterrupt:
             stopped = "interrupted"
-    found.warn_of_bad()
-    return found.race(stopped)
+    bad = [f"{n!r} at seed {s}" for (n, s), run in results.runs.items() if run.evidence is None]
+    if bad:
+        warnings.warn(
+            f"The loss or its gradient became NaN or infinite under {', '.join(bad)}: no result "
+            "(NaN). Try a smaller lr.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return results.race(stopped)
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """One training and its evidence, or `None` if the loss was not finite."""
+    """One training and its evidence, which is `None` if the loss became NaN or infinite."""
 
     history: History
     evidence: xr.Dataset | None
@@ -184,7 +263,7 @@ class _Run:
     def values(self, name: str, rows: int) -> np.ndarray:
         return np.full(rows, math.nan) if self.evidence is None else self.evidence[name].to_numpy()
 
-    def line(self, rows: int) -> dict[str, Any]:
+    def line(self, rows: int) -> dict[str, float | str]:
         log_evidence = self.values("log_evidence", rows)
         over = math.nan
         if self.evidence is not None:
@@ -203,30 +282,43 @@ class _Run:
 
 @dataclass(frozen=True, eq=False)
 class _Entrants:
-    """All that the trainings of a race have in common."""
+    """What the trainings of a race have in common."""
 
     build: Build
     elbos: dict[str, pyro.infer.ELBO]
     seeds: list[int]
-    limits: dict[str, Any]
+    budget: Budget
     num_samples: int
     seed: int
-    options: dict[str, Any]
+    transform: Transform | None
+    batch_size: int
+    lr: float
+    device: str | torch.device
 
     def program(self, seed: int) -> nn.Module:
         with seeded(seed):
             return self.build(seed)
 
-    def checked(self, x: Any, parts: dict[str, Any], held_out: Any) -> tuple[Rows, Rows]:
-        """Checks all arguments; returns the rows to train on and the rows held out."""
+    def checked_program(self) -> nn.Module:
+        """Checks that `build` returns new programs with the same weights, and returns one."""
         if not callable(self.build) or isinstance(self.build, nn.Module):
             raise ValueError(f"Expected a function of a seed as build; got {self.build!r}.")
         program, again = (self.program(self.seeds[0]) for _ in range(2))
-        pair = programs_of(program)
-        _check_same(program, again)
-        given = read(x, program, check=False, **parts)
+        programs_of(program)
+        if program is again:
+            raise ValueError("build returned the same program twice. Make a new program in it.")
+        one, other = program.state_dict(), again.state_dict()
+        if one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one):
+            raise ValueError(
+                "build returned other weights for the same seed. Use the seed, or torch's "
+                "generator, for all random numbers in it."
+            )
+        return program
+
+    def checked_rows(self, program: nn.Module, given: Rows, held_out: object) -> tuple[Rows, Rows]:
+        """Checks data and estimators, and returns the rows to train on and those held out."""
         train, kept = split(given, held_out, program, seed=self.seed)
-        change = self.options["transform"] or (lambda data: data)
+        change = self.transform or (lambda data: data)
         if not callable(change):
             raise ValueError(f"Expected a function of rows as transform; got {change!r}.")
         with seeded(self.seed):
@@ -235,19 +327,32 @@ class _Entrants:
             few = change(train.head(2, program))
         known = structure(program, few)
         for name, elbo in self.elbos.items():
-            try:
-                Objective(*pair, elbo).check(known)
-            except ValueError as error:
-                raise ValueError(f"{error} (estimator {name!r})") from error
+            with naming(f"estimator {name!r}"):
+                Objective(*programs_of(program), elbo).check(known)
         log_evidence(program, rows[:2], 4, seed=self.seed, progress=False)
         return train, rows
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:
         program = self.program(seed)
-        elbo = copy.deepcopy(self.elbos[name])
-        options = self.options | self.limits
+        epochs, seconds = UNLIMITED, None
+        if isinstance(self.budget, datetime.timedelta):
+            seconds = self.budget.total_seconds()
+        else:
+            epochs = self.budget
         try:
-            history = fit(program, train, elbo=elbo, seed=seed, progress=False, **options)
+            history = fit(
+                program,
+                train,
+                elbo=copy.deepcopy(self.elbos[name]),
+                seed=seed,
+                max_epochs=epochs,
+                max_seconds=seconds,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                transform=self.transform,
+                device=self.device,
+                progress=False,
+            )
         except NonFiniteError as error:
             return _Run(error.history, None)
         if history.stopped == "interrupted":
@@ -257,11 +362,10 @@ class _Entrants:
 
 
 @dataclass
-class _Found:
-    """The trainings of a race that are finished."""
+class _Results:
+    """The finished trainings of a race."""
 
     entrants: _Entrants
-    budget: Budget
     rows: int
     runs: dict[tuple[str, int], _Run] = field(default_factory=dict)
 
@@ -269,46 +373,25 @@ class _Found:
         lines = {key: run.line(self.rows) for key, run in self.runs.items()}
         levels = pd.MultiIndex.from_tuples(lines, names=["estimator", "seed"])
         runs = pd.DataFrame(list(lines.values()), index=levels, columns=RUN_COLUMNS)
+        first, budget = next(iter(self.entrants.elbos)), self.entrants.budget
+        values = {key: run.values("log_evidence", self.rows) for key, run in self.runs.items()}
         table = pd.DataFrame(
-            {name: self._line(name) for name in self.entrants.elbos}, index=COLUMNS
+            {name: _line(name, first, values, lines) for name in self.entrants.elbos},
+            index=COLUMNS,
         ).T.rename_axis("estimator")
         table = table.sort_values("log_evidence", ascending=False, kind="stable")
-        table.attrs = self._attributes()
-        return Race(table, runs, stopped)
-
-    def _line(self, name: str) -> dict[str, float]:
-        first = next(iter(self.entrants.elbos))
-        mine = {seed: run for (n, seed), run in self.runs.items() if n == name}
-        if not mine:
-            return dict.fromkeys(COLUMNS, math.nan)
-        values = self._matrix(name, list(mine))
-        difference = values - self._matrix(first, list(mine))
-        lines = [run.line(self.rows) for run in mine.values()]
-        means = {c: np.mean([line[c] for line in lines]) for c in COLUMNS[4:]}
-        return {
-            "log_evidence": values.mean(),
-            "se": crossed_error(values),
-            "difference": difference.mean(),
-            "difference_se": crossed_error(difference),
-            **means,
-        }
-
-    def _matrix(self, name: str, seeds: list[int]) -> np.ndarray:
-        return np.array([self.runs[name, s].values("log_evidence", self.rows) for s in seeds])
-
-    def _attributes(self) -> dict[Hashable | None, Any]:
-        remark = REMARK.format(first=next(iter(self.entrants.elbos)))
-        return {
+        is_time = isinstance(budget, datetime.timedelta)
+        table.attrs = {
             "num_samples": self.entrants.num_samples,
             "num_rows": self.rows,
             "seeds": self.entrants.seeds,
-            "budget": f"{self.budget} epochs"
-            if isinstance(self.budget, int)
-            else str(self.budget),
+            "budget": str(budget) if is_time else f"{budget} epochs",
             "seed": self.entrants.seed,
             "good_k": good_k(self.entrants.num_samples),
-            "remark": f"{remark}; {self._remark_on_errors()}",
+            "first": first,
+            "remark": f"{REMARK.format(first=first)}; {self._remark_on_errors()}",
         }
+        return Race(table, runs, stopped)
 
     def _remark_on_errors(self) -> str:
         counts = Counter(name for name, _ in self.runs)
@@ -317,38 +400,37 @@ class _Found:
             return OVER_BOTH
         if len(alone) == len(counts):
             return OVER_ROWS
-        return f"{OVER_BOTH}, but of {', '.join(map(repr, alone))}, of one seed, over rows alone"
-
-    def warn_of_bad(self) -> None:
-        bad = [f"{name!r} at seed {s}" for (name, s), r in self.runs.items() if r.evidence is None]
-        if bad:
-            warnings.warn(
-                f"A loss or gradient was not finite under {', '.join(bad)}: no result (NaN). "
-                "Perhaps a smaller lr.",
-                UserWarning,
-                stacklevel=3,
-            )
+        names = ", ".join(map(repr, alone))
+        return f"{OVER_BOTH}, but over rows alone for {names}, which have one seed"
 
 
-COLUMNS = [
-    "log_evidence",
-    "se",
-    "difference",
-    "difference_se",
-    "elbo",
-    "seconds",
-    "epochs",
-    "pareto_k_over",
-]
-RUN_COLUMNS = ["log_evidence", "se", "elbo", "seconds", "epochs", "pareto_k_over", "stopped"]
+def _line(
+    name: str,
+    first: str,
+    values: dict[tuple[str, int], np.ndarray],
+    lines: dict[tuple[str, int], dict[str, float | str]],
+) -> dict[str, float]:
+    """The line of an estimator in the table, from log p(x) and the line of each training."""
+    seeds = [seed for other, seed in values if other == name]
+    if not seeds:
+        return dict.fromkeys(COLUMNS, math.nan)
+    own = np.array([values[name, seed] for seed in seeds])
+    difference = own - np.array([values[first, seed] for seed in seeds])
+    return {
+        "log_evidence": own.mean(),
+        "se": crossed_error(own),
+        "difference": difference.mean(),
+        "difference_se": crossed_error(difference),
+        **{c: float(np.mean([lines[name, seed][c] for seed in seeds])) for c in COLUMNS[4:]},
+    }
 
 
 def crossed_error(values: np.ndarray) -> float:
-    """Returns the standard error of the mean of a table, over its rows and its columns.
+    """Returns the standard error of the mean over seeds and rows; NaN for one row of data.
 
     Arguments:
-        values: A value for each of S seeds and N rows of data, shape (S, N). Of one seed it is
-            the standard error over rows; NaN for one row of data.
+        values: A value for each of S seeds and N rows of data, shape (S, N). With one seed the
+            result is the standard error over rows.
     """
     seeds, rows = values.shape
     if rows < 2:
@@ -363,13 +445,7 @@ def crossed_error(values: np.ndarray) -> float:
     return math.sqrt(variance)
 
 
-def _checked_elbos(elbos: Any) -> dict[str, pyro.infer.ELBO]:
-    if not isinstance(elbos, Mapping) or not elbos:
-        raise ValueError(f"Expected a dict of estimators by name; got {elbos!r}.")
-    return dict(elbos)
-
-
-def _checked_seeds(seeds: Any) -> list[int]:
+def _checked_seeds(seeds: Iterable[int]) -> list[int]:
     if not isinstance(seeds, Iterable):
         raise ValueError(f"Expected seeds to be a list of integers; got {seeds!r}.")
     checked = [checked_count("each seed", s, least=0) for s in seeds]
@@ -378,22 +454,13 @@ def _checked_seeds(seeds: Any) -> list[int]:
     return checked
 
 
-def _limits_of(budget: Any) -> dict[str, Any]:
+def _checked_budget(budget: Budget) -> Budget:
     if isinstance(budget, datetime.timedelta):
         if budget <= datetime.timedelta():
             raise ValueError(f"Expected a positive time as budget; got {budget}.")
-        return {"max_epochs": UNLIMITED, "max_seconds": budget.total_seconds()}
+        return budget
     if isinstance(budget, float):
         raise ValueError(
             f"Expected budget to be a number of epochs or a datetime.timedelta; got {budget!r}."
         )
-    return {"max_epochs": checked_count("budget", budget)}
-
-
-def _check_same(program: nn.Module, again: nn.Module) -> None:
-    if program is again:
-        raise ValueError("Expected build to make a new program at each call; got the same one.")
-    one, other = program.state_dict(), again.state_dict()
-    same = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    if not same:
-        raise ValueError("Expected build to make the same weights for the same seed; got others.")
+    return checked_count("budget", budget)
