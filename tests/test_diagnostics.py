@@ -1,4 +1,4 @@
-"""What ArviZ is given, the comparison of models, and the latents in use."""
+"""The ArviZ tree, the comparison of models, and active units."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -290,15 +290,15 @@ def test_compare_puts_the_best_first() -> None:
     assert table.attrs["num_rows"] == 60
 
 
-def test_a_ranking_says_who_leads_and_shows_it() -> None:
+def test_a_ranking_has_a_summary_and_a_plot() -> None:
     programs, x = true_and_wrong()
     table = compare(programs, x, 50, seed=0)
-    said = table.summary()
-    assert said.startswith("'true' has the largest mean log p(x): ")
+    text = table.summary()
+    assert text.startswith("'true' has the largest mean log p(x): ")
     distance, error = (table.loc["wrong", name] for name in ("difference", "difference_se"))
-    assert f"'wrong' is {-distance:.3f} (s.e. {error:.3f}) nats per row below it." in said
-    assert "From 12 to 50 draws" in said
-    assert said.endswith(table.attrs["remark"])
+    assert f"'wrong' is {-distance:.3f} (s.e. {error:.3f}) nats per row below it." in text
+    assert "From 12 to 50 draws" in text
+    assert text.endswith(table.attrs["remark"])
     twins = compare({"a": programs["true"], "b": programs["true"]}, x, 50)
     assert "'b' is 0.000 (s.e. 0.000) nats per row below it, which is within" in twins.summary()
     figure = table.plot()
@@ -401,6 +401,14 @@ def test_active_units(max_elements: int) -> None:
     np.testing.assert_allclose(table["variance"], exact, atol=0.02)
     assert abs(table.loc["z[2]", "variance"]) < 4 * table.loc["z[2]", "se"]
     np.testing.assert_allclose(table["within"], covariance.detach().diagonal(), rtol=0.05)
+
+
+def test_active_units_draw_a_seed_and_record_it() -> None:
+    program, x = linear_gaussian(rows=20)
+    one, two = (active_units(program, x, 5) for _ in range(2))
+    assert one.attrs["seed"] != two.attrs["seed"]
+    again = active_units(program, x, 5, seed=one.attrs["seed"])
+    pd.testing.assert_frame_equal(again, one)
 
 
 class Schools(nn.Module):

@@ -1,4 +1,4 @@
-"""How far a fit can be trusted, and what ArviZ needs to show it."""
+"""Comparisons of models and of estimators, active units, and the export to ArviZ."""
 
 from .active_units import active_units as active_units
 from .compare import compare as compare

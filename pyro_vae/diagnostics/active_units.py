@@ -1,6 +1,4 @@
-"""Which latent dimensions a posterior uses."""
-
-from typing import Any
+"""Latent dimensions that depend on the data."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +9,9 @@ from ..data.checks import checked_count
 from ..data.read import read
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan
+from ..elbos.drawing import Drawing
 from ..elbos.log_densities import log_densities, programs_of
+from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from ..prediction.labels import unit_labels
 
@@ -20,20 +20,21 @@ __all__ = ["active_units"]
 
 def active_units(
     program: nn.Module,
-    x: Any,
+    x: object,
     num_samples: int = 100,
     *,
-    context: Any = None,
-    weights: Any = None,
+    context: object = None,
+    weights: object = None,
     threshold: float = 0.01,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     r"""Finds the latent dimensions whose posterior mean moves with the data.
 
     .. math:: A_u = \mathrm{Var}_x \, \mathrm{E}_{q(z \mid x)}[z_u] > 0.01
 
-    The posterior mean is that of draws; the variance that their number adds is taken off.
+    The posterior mean is the mean of draws. The variance that this adds is subtracted.
 
     References:
         Importance weighted autoencoders (Burda et al., 2015), arXiv 1509.00519.
@@ -41,20 +42,22 @@ def active_units(
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, two rows or more.
-        num_samples: The number of draws a row.
+        num_samples: The number of draws of each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
-        threshold: The variance over which a unit is active.
+        threshold: The variance above which a unit is active.
         max_elements: About how many elements one tensor may have.
-        seed: The seed of the draws; with `None` torch's generator continues.
+        seed: The seed of the draws. With `None` one is drawn from torch's generator.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
-        A row a latent dimension (`z[0]`, `z[1]`, ...): `variance`, its standard error over rows
-        `se`, `within`, the mean variance of q(z | x) itself, and whether it is `active`.
+        A line a latent dimension (`z[0]`, `z[1]`, ...): `variance`, its standard error `se` over
+        rows, `within`, the mean variance of q(z | x), and whether it is `active`. Its `attrs` hold
+        the `seed`.
 
     Raises:
-        ValueError: If `program` is not a program, there are fewer than two rows or draws, or the
-            data do not fit.
+        ValueError: If `program` is not a program, if there are fewer than two rows or draws, or
+            if the data do not fit the program.
 
     Example:
         >>> import pyro_vae as pv
@@ -67,41 +70,40 @@ def active_units(
     rows = read(x, program, context=context, weights=weights)
     if len(rows) < 2:
         raise ValueError(f"Expected two rows or more; got {len(rows)}.")
-    with seeded(seed), evaluating(program):
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    pieces = []
+    with (
+        seeded(seed),
+        evaluating(program),
+        progress_bar(len(rows), "active units", " rows", progress=progress) as bar,
+    ):
         plan = Plan.of(program, rows, num_samples, max_elements)
-        drawing = plan.drawing(program, _values(program, plan), num_samples)
-        pieces = [
-            _moments(drawing, rows.select(piece, program), plan, num_samples)
-            for piece in plan.pieces()
-        ]
+
+        def values(x: Row, count: int) -> dict[str, Tensor]:
+            return log_densities(program, x, count, known=plan.structure).values
+
+        drawing = plan.drawing(program, values, num_samples)
+        for piece in plan.pieces():
+            selected = rows.select(piece, program)
+            pieces.append(_moments(drawing, selected, plan.parts(num_samples)))
+            bar.update(piece.stop - piece.start)
     tables = []
     for site in pieces[0]:
         means, within = (np.concatenate(parts) for parts in zip(*(p[site] for p in pieces)))
         tables.append(_table(site, means, within, num_samples))
     table = pd.concat(tables)
     table["active"] = table["variance"] > threshold
+    table.attrs = {"seed": seed}
     return table
 
 
-def _values(program: nn.Module, plan: Plan) -> Any:
-    def values(x: Row, count: int) -> dict[str, Tensor]:
-        return log_densities(program, x, count, known=plan.structure).values
-
-    return values
-
-
 def _moments(
-    drawing: Any, x: Row, plan: Plan, num_samples: int
+    drawing: Drawing, x: Row, counts: list[int]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    parts = [drawing(x, count) for count in plan.parts(num_samples)]
-    return {
-        site: _mean_and_variance(torch.cat([part[site] for part in parts])) for site in parts[0]
-    }
-
-
-def _mean_and_variance(draws: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    draws = draws.double()
-    return draws.mean(0).cpu().numpy(), draws.var(0).cpu().numpy()
+    """The mean and the variance over draws of each latent site, by row."""
+    parts = [drawing(x, count) for count in counts]
+    draws = {site: torch.cat([part[site] for part in parts]).double() for site in parts[0]}
+    return {s: (d.mean(0).cpu().numpy(), d.var(0).cpu().numpy()) for s, d in draws.items()}
 
 
 def _table(site: str, means: np.ndarray, within: np.ndarray, num_samples: int) -> pd.DataFrame:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from ..elbos.chunks import MAX_ELEMENTS, data_sites
 from ..elbos.log_densities import programs_of, structure
 from ..engine.running import evaluating
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
+from .naming import checked_names, naming
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,19 +36,23 @@ class Ranking(pd.DataFrame):
     """Models ranked by log p(x), as :func:`compare` returns them: one line a model, best first."""
 
     def summary(self) -> str:
-        """Says in sentences which model leads, by how much, and what the numbers leave out."""
+        """Describes in sentences which model leads, by how much, and with which errors."""
         best = self.iloc[0]
         lines = [
             f"{best.name!r} has the largest mean log p(x): {best['log_evidence']:.3f} "
             f"(s.e. {best['se']:.3f}) nats per row, over {self.attrs['num_rows']} rows."
         ]
         for name, line in self.iloc[1:].iterrows():
-            lines.append(_distance(name, line))
+            below, error = abs(line["difference"]), line["difference_se"]
+            note = "" if below > 2 * error else ", which is within two standard errors"
+            lines.append(
+                f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
+            )
         lines.append(_trend_sentence(self))
         return " ".join([*lines, self.attrs["remark"]])
 
     def plot(self, *, ax: Axes | None = None) -> Canvas:  # type: ignore[override]
-        """Draws the differences from the best model: :func:`pyro_vae.plots.ranking`.
+        """Plots the differences from the best model, by :func:`pyro_vae.plots.ranking`.
 
         Arguments:
             ax: The axes of matplotlib to draw into; a new figure by default.
@@ -61,24 +65,24 @@ class Ranking(pd.DataFrame):
 
 def compare(
     programs: Mapping[str, nn.Module],
-    x: Any,
+    x: object,
     num_samples: int = 1000,
     *,
-    context: Any = None,
-    weights: Any = None,
+    context: object = None,
+    weights: object = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
     progress: bool = True,
 ) -> Ranking:
     """Compares programs by the mean log p(x) of the same rows, held out from their training.
 
-    Each estimate of log p(x) is biased downwards, by more for a worse guide, so a difference is
+    Each estimate of log p(x) is biased downwards, more so for a worse guide, so a difference is
     biased too. The change of a difference from S / 4 draws to S shows how large its bias may be.
     If it is larger than the standard error of the difference, a warning says so. All numbers are
     in nats per row.
 
     Arguments:
-        programs: By name, modules with methods `model(x)` and `guide(x)`.
+        programs: Modules with methods `model(x)` and `guide(x)`, by name.
         x: The data, the same for all programs.
         num_samples: The number of draws S of each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of a program.
@@ -86,7 +90,7 @@ def compare(
         max_elements: About how many elements one tensor may have.
         seed: The seed of the draws, the same for each program. With `None` one is drawn from
             torch's generator.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars, on a terminal or in a notebook.
 
     Returns:
         A table with one line a program, the best first, and equal ones in the order given:
@@ -115,57 +119,53 @@ def compare(
         >>> print(table.summary()[:41])
         'binomial' has the largest mean log p(x):
     """
-    if not isinstance(programs, Mapping) or not programs:
-        raise ValueError(f"Expected a dict of programs by name; got {programs!r}.")
-    parts = {"context": context, "weights": weights}
-    measures = {}
-    for name, program in programs.items():
-        with _naming(name):
-            measures[name] = _measures(program, x, parts)
-    _check_measures(measures)
+    programs = checked_names("programs", programs)
+    _check_measures(programs, x, context, weights)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    options: dict[str, Any] = {"max_elements": max_elements, "seed": seed, "progress": progress}
     evidence = {}
     for name, program in programs.items():
-        with _naming(name):
-            evidence[name] = log_evidence(program, x, num_samples, **parts, **options)
+        with naming(f"program {name!r}"):
+            evidence[name] = log_evidence(
+                program,
+                x,
+                num_samples,
+                context=context,
+                weights=weights,
+                max_elements=max_elements,
+                seed=seed,
+                progress=progress,
+            )
     table = _table(evidence)
     first = next(iter(evidence.values()))
     table.attrs = {**first.attrs, "num_rows": first.sizes["datum"], "remark": REMARK}
-    _warn_of_trends(table)
+    if _doubtful(table):
+        warnings.warn(_trend_sentence(table), UserWarning, stacklevel=2)
     return table
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error} (program {name!r})") from error
-
-
-def _measures(program: nn.Module, x: Any, parts: dict[str, Any]) -> dict[str, str]:
-    programs_of(program)
-    rows = read(x, program, **parts)
-    with evaluating(program):
-        found = structure(program, rows.head(2, program))
-    return {site: "mass" if found.discrete[site] else "density" for site in data_sites(found)}
-
-
-def _check_measures(measures: dict[str, dict[str, str]]) -> None:
+def _check_measures(
+    programs: Mapping[str, nn.Module], x: object, context: object, weights: object
+) -> None:
+    """Checks that all likelihoods are mass functions, or all are densities, site by site."""
+    measures: dict[str, dict[str, str]] = {}
+    for name, program in programs.items():
+        with naming(f"program {name!r}"):
+            programs_of(program)
+            rows = read(x, program, context=context, weights=weights)
+            with evaluating(program):
+                known = structure(program, rows.head(2, program))
+        sites = data_sites(known)
+        measures[name] = {s: "mass" if known.discrete[s] else "density" for s in sites}
     (first, expected), *others = measures.items()
-    for name, found in others:
-        if not _same_measures(expected, found):
+    for name, measure in others:
+        is_same = measure == expected
+        if measure.keys() != expected.keys():
+            is_same = sorted(measure.values()) == sorted(expected.values())
+        if not is_same:
             raise ValueError(
                 f"Expected likelihoods with one base measure; got {expected} in {first!r} and "
-                f"{found} in {name!r}. A mass function cannot be compared with a density."
+                f"{measure} in {name!r}. A mass function cannot be compared with a density."
             )
-
-
-def _same_measures(one: dict[str, str], other: dict[str, str]) -> bool:
-    if one.keys() == other.keys():
-        return one == other
-    return sorted(one.values()) == sorted(other.values())
 
 
 def _table(evidence: dict[str, Evidence]) -> Ranking:
@@ -197,12 +197,6 @@ def _line(evidence: Evidence, best: Evidence) -> dict[str, float]:
     }
 
 
-def _distance(name: Any, line: Any) -> str:
-    below, error = abs(line["difference"]), line["difference_se"]
-    note = "" if below > 2 * error else ", which is within two standard errors"
-    return f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
-
-
 def _doubtful(table: pd.DataFrame) -> str:
     """Returns the names of the programs whose difference changes by more than its error."""
     others = table.iloc[1:]
@@ -225,8 +219,3 @@ def _trend_sentence(table: pd.DataFrame) -> str:
         f"{best['trend']:.3f} (s.e. {best['trend_se']:.3f}), and no difference changes by more "
         "than its standard error."
     )
-
-
-def _warn_of_trends(table: pd.DataFrame) -> None:
-    if _doubtful(table):
-        warnings.warn(_trend_sentence(table), UserWarning, stacklevel=3)

@@ -1,7 +1,7 @@
-"""The memory of tensors on a CPU, which torch does not count itself."""
+"""Counts the memory of tensors on a CPU, which torch does not do itself."""
 
 import weakref
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ __all__ = ["LiveBytes"]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and not yet freed."""
+    """Context manager that counts the bytes of the new tensors that are not yet freed.
+
+    `now` is the number of these bytes, `most` its largest value so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,31 +23,27 @@ class LiveBytes(TorchDispatchMode):
         self.now, self.most = 0, 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs or {})) if _is_dense(leaf)}
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given = {storage._cdata for storage in _storages((args, kwargs or {}))}
         results = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(results):
-            if _is_dense(leaf) and _storage(leaf) not in given:
-                self._count(leaf)
+        for storage in _storages(results):
+            if storage._cdata not in given and storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata).atexit = False
         return results
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.live:
-            return
-        self.live[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
     def _freed(self, key: int) -> None:
         self.now -= self.live.pop(key, 0)
 
 
-def _is_dense(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    """The storages of the dense tensors in nested containers."""
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [t.untyped_storage() for t in tensors if t.layout == torch.strided]

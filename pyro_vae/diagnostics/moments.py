@@ -1,4 +1,4 @@
-"""What repeats of a gradient tell of it: mean, noise, signal, and the distance to another."""
+"""Statistics of a repeated gradient: mean, noise, signal, and distance to another gradient."""
 
 import math
 from typing import NamedTuple
@@ -17,13 +17,16 @@ __all__ = [
 ]
 
 BATCHES = 20
-SE_OF_MEDIAN = 1.4826 * math.sqrt(math.pi / 2)  # of a normal, times the MAD over sqrt(n)
+SE_OF_MEDIAN = 1.4826 * math.sqrt(math.pi / 2)  # times MAD / sqrt(n), for a normal distribution
 
 
 class Moments:
-    """Mean and variance of a gradient over repeats, the means of batches of them, and the value.
+    """Accumulates mean, variance and batch means of a gradient over repeats, and its values.
 
-    Everything stays on the device, in float64, until it is asked for.
+    The sums stay on the device, in float64, so that `add` does not wait for it.
+
+    Arguments:
+        num_repeats: The number of repeats that follow.
     """
 
     def __init__(self, num_repeats: int) -> None:
@@ -35,7 +38,12 @@ class Moments:
         self.halves: list[Tensor] = []
 
     def add(self, value: Tensor, gradient: Tensor) -> None:
-        """Counts one repeat."""
+        """Adds one repeat.
+
+        Arguments:
+            value: The value of the objective.
+            gradient: Its gradient, shape (parameters,).
+        """
         if not self.count:
             self.mean, self.squares = torch.zeros_like(gradient), torch.zeros_like(gradient)
             self.sums = gradient.new_zeros(self.num_batches, len(gradient))
@@ -50,28 +58,28 @@ class Moments:
         self.values.append(value)
 
     def variances(self) -> Tensor:
-        """The variance of each parameter's gradient over repeats."""
+        """Returns the variance of each parameter's gradient over repeats."""
         return self.squares / (self.count - 1)
 
     def batches(self) -> Tensor:
-        """The mean gradients of batches of repeats, (batches, parameters)."""
+        """Returns the mean gradients of batches of repeats, shape (batches, parameters)."""
         indices = torch.arange(self.count) * self.num_batches // self.num_repeats
         sizes = torch.bincount(indices, minlength=self.num_batches).to(self.sums)
         return self.sums / sizes[:, None]
 
     def value(self) -> tuple[float, float]:
-        """The mean of the value, and its error."""
+        """Returns the mean of the value, and its standard error."""
         values = torch.stack(self.values)
         return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
     def variance(self) -> tuple[float, float]:
-        """The mean variance over all parameters, and its error, from pairs of repeats."""
+        """Returns the mean variance over all parameters, and its error from pairs of repeats."""
         halves = torch.stack(self.halves)
         return float(self.variances().mean()), float(halves.std() / math.sqrt(len(halves)))
 
 
 class Variance(NamedTuple):
-    """The variance of a gradient and the time of a step, each with its error."""
+    """The variance of a gradient and the time of a step, each with its standard error."""
 
     variance: float
     variance_se: float
@@ -89,11 +97,11 @@ class Variance(NamedTuple):
 
 
 def efficiency(first: Variance, own: Variance) -> dict[str, float]:
-    """Compares variance x time with that of the first, and says its error.
+    """Returns variance x time of the first estimator, divided by that of another, and its error.
 
     Arguments:
-        first: Of the first estimator.
-        own: Of another one.
+        first: Variance and time of the first estimator.
+        own: Those of the other.
     """
     if own is first:
         return {"efficiency": 1.0, "efficiency_se": 0.0}
@@ -107,8 +115,8 @@ def signal_to_noise(mean: Tensor, variance: Tensor) -> float:
     """Returns the median of |mean| / s.d. over the parameters that are not dead.
 
     Arguments:
-        mean: The mean of each parameter's gradient.
-        variance: Its variance over repeats.
+        mean: The mean of each parameter's gradient, shape (parameters,).
+        variance: Its variance over repeats, of the same shape.
     """
     noise = variance.sqrt()
     is_alive = (noise > 0) | (mean != 0)
@@ -117,11 +125,11 @@ def signal_to_noise(mean: Tensor, variance: Tensor) -> float:
 
 
 def relative_distance(batches: Tensor, reference: Tensor) -> tuple[float, float]:
-    r"""Returns \|E g - r\| / \|r\|, and its error.
+    r"""Returns \|E g - r\| / \|r\|, and its standard error; NaN if r may be 0.
 
     Arguments:
-        batches: Independent estimates of g, (n, parameters).
-        reference: Independent estimates of r, (m, parameters).
+        batches: Independent estimates of g, shape (n, parameters).
+        reference: Independent estimates of r, shape (m, parameters).
     """
     centre = reference.mean(0)
     nothing = torch.zeros_like(reference[:1])
@@ -135,16 +143,9 @@ def relative_distance(batches: Tensor, reference: Tensor) -> tuple[float, float]
 
 
 def _grams(one: Tensor, other: Tensor) -> list[np.ndarray]:
-    """The inner products of the rows of two matrices, each with its own and with the other's."""
+    """The inner products of rows: within each of two matrices, and between them."""
     pairs = (one, one), (other, other), (one, other)
     return [(left @ right.T).cpu().numpy() for left, right in pairs]
-
-
-def _off_diagonal_mean(gram: np.ndarray) -> float:
-    count = len(gram)
-    if count == 1:
-        return float(gram.sum())
-    return float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
 
 
 def _squared_distance(
@@ -152,9 +153,15 @@ def _squared_distance(
 ) -> tuple[float, float]:
     """An unbiased estimate of a squared distance from inner products, and its jackknife error."""
 
+    def off_diagonal_mean(gram: np.ndarray) -> float:
+        count = len(gram)
+        if count == 1:
+            return float(gram.sum())
+        return float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
+
     def estimate(rows: np.ndarray, columns: np.ndarray) -> float:
-        within = _off_diagonal_mean(own[np.ix_(rows, rows)])
-        within += _off_diagonal_mean(other[np.ix_(columns, columns)])
+        within = off_diagonal_mean(own[np.ix_(rows, rows)])
+        within += off_diagonal_mean(other[np.ix_(columns, columns)])
         return within - 2.0 * float(cross[np.ix_(rows, columns)].mean())
 
     rows, columns = np.arange(len(own)), np.arange(len(other))
@@ -168,10 +175,10 @@ def _squared_distance(
 
 
 def median(values: np.ndarray) -> tuple[float, float]:
-    """Returns the median and its error, from the median absolute deviation.
+    """Returns the median, and its standard error from the median absolute deviation.
 
     Arguments:
-        values: Shape (n,).
+        values: The values, shape (n,).
     """
     middle = float(np.median(values))
     spread = float(np.median(np.abs(values - middle)))

@@ -99,10 +99,11 @@ class Race:
             )
         ranked = self.table[self.table["log_evidence"].notna()]
         for name, line in ranked.head(1).iterrows():
+            count, budget = len(attrs["seeds"]), attrs["budget"]
             lines.append(
                 f"{name!r} has the largest mean log p(x): {line['log_evidence']:.3f} (s.e. "
                 f"{line['se']:.3f}) nats per row, over {attrs['num_rows']} held-out rows and "
-                f"{len(attrs['seeds'])} training seeds, with a budget of {attrs['budget']}."
+                f"{count} training seed{'' if count == 1 else 's'}, with a budget of {budget}."
             )
         for name, line in ranked.drop(index=attrs["first"], errors="ignore").iterrows():
             difference, error = line["difference"], line["difference_se"]

@@ -1,4 +1,4 @@
-"""Draws of programs with latents that all rows share, which are drawn together with the rows."""
+"""Draws of programs with latents that all rows share (global latents)."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
