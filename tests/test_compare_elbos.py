@@ -524,13 +524,15 @@ def test_a_summary_in_sentences() -> None:
     chosen = {"wrong": StickingInside(5), "right": E.DReG(5)}
     found = pv.compare_elbos(linear(), X, chosen, num_repeats=200, seed=0)
     text, line = found.summary(), found.table.loc["right"]
-    assert text.startswith("Each estimator was evaluated 200 times on 12 rows. The reference of ")
-    assert "log p(x) is exact; that of the gradients of decoder and prior is exact." in text
+    assert text.startswith("Each estimator was evaluated 200 times on 12 rows.")
+    assert "The reference of log p(x) is exact." in text
+    assert "The reference of the gradients of decoder and prior is exact." in text
     assert f"'right' (lower bound) is {line['value']:.3f} (s.e. {line['value_se']:.3f})" in text
     assert f"{-line['bias']:.3f} (s.e. {line['bias_se']:.3f}) below the reference." in text
     assert "The gradient of the encoder has a clear bias for 'wrong'." in text
     best = found.table["efficiency"].idxmax()
-    assert f"{best!r} needs the least compute for the same noise" in text
+    sentence = f"{best!r} needs the least compute for the same noise"
+    assert (sentence if best == "right" else "No other estimator has a larger") in text
 
 
 def test_a_summary_without_a_reference() -> None:
@@ -538,6 +540,8 @@ def test_a_summary_without_a_reference() -> None:
     text = pv.compare_elbos(vae, X, ELBO, num_repeats=5).summary()
     assert "There is no reference of log p(x): a point mass at z." in text
     assert "the reference." not in text
+    assert "The reference of" not in text
+    assert "fficiency" not in text
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {

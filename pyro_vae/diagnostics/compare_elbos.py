@@ -198,10 +198,9 @@ class Comparison:
         if self.reference.startswith("none: "):
             lines.append(f"There is no reference of log p(x): {self.reference[6:]}.")
         else:
-            lines.append(
-                f"The reference of log p(x) is {self.reference}; that of the gradients of decoder "
-                f"and prior is {attrs['gradient_reference']}."
-            )
+            lines.append(f"The reference of log p(x) is {self.reference}.")
+        if (label := attrs["gradient_reference"]) != "none":
+            lines.append(f"The reference of the gradients of decoder and prior is {label}.")
         for name, line in self.table.iterrows():
             distance = f", which is {abs(line['bias']):.3f} (s.e. {line['bias_se']:.3f}) "
             distance += f"{'below' if line['bias'] < 0 else 'above'} the reference"
@@ -221,12 +220,16 @@ class Comparison:
                 if names := ", ".join(map(repr, self.table.index[found])):
                     lines.append(f"{sentence} {names}.")
         place = int(np.argmax(self.table["efficiency"].fillna(-math.inf)))
-        best, price = self.table.index[place], self.table["efficiency"].iloc[place]
-        lines.append(
-            f"{best!r} needs the least compute for the same noise: its efficiency is "
-            f"{price:.3g}, that of {self.table.index[0]!r} is 1. "
-            "Efficiency compares estimators of one objective, and ignores bias."
-        )
+        best, first = self.table.index[place], self.table.index[0]
+        if best != first:
+            lines.append(
+                f"{best!r} needs the least compute for the same noise: its efficiency is "
+                f"{self.table['efficiency'].iloc[place]:.3g}, that of {first!r} is 1."
+            )
+        elif len(self.table) > 1:
+            lines.append(f"No other estimator has a larger efficiency than {first!r}.")
+        if len(self.table) > 1:
+            lines.append("Efficiency compares estimators of one objective, and ignores bias.")
         return " ".join(lines)
 
     def curves(
