@@ -1,10 +1,10 @@
-"""Members written as text, `Mixture(10, 8)`: read as literals, never evaluated."""
+"""Parses the name of a member and its literal arguments, `Mixture(10, 8)`, without evaluation."""
 
 import ast
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..data.checks import closest
 
@@ -14,7 +14,8 @@ MAX_LENGTH = 1000
 
 _SIGNS: dict[type, int] = {ast.UAdd: 1, ast.USub: -1}
 
-Words = Mapping[str, Callable[..., Any]]
+T = TypeVar("T")
+Words = Mapping[str, Callable[..., object]]
 
 
 class Call(NamedTuple):
@@ -22,27 +23,28 @@ class Call(NamedTuple):
 
     Arguments:
         name: The name.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
     """
 
     name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
 def parse(text: str, words: Words | None = None) -> Call:
-    """Reads a name, alone or with literal arguments.
+    """Parses a name, alone or with literal arguments.
 
-    Literals are numbers, strings, booleans, `None`, tuples and lists of them, and the words,
-    whose own arguments are literals. The text is parsed, and nothing of it is evaluated.
+    Literals are numbers, strings, booleans, `None`, tuples and lists of literals, and calls of the
+    names in `words` with literal arguments. The text is parsed; no part of it is evaluated as
+    Python code.
 
     Arguments:
         text: The text.
-        words: What may stand as an argument under its name, with arguments of its own.
+        words: The functions that an argument may call, by name.
 
     Raises:
-        ValueError: If the text is something else.
+        ValueError: If the text has another form.
 
     Example:
         >>> parse("Mixture(10, 8)")
@@ -50,115 +52,105 @@ def parse(text: str, words: Words | None = None) -> Call:
         >>> parse("StudentT(df=-4.0, link='log')").kwargs
         {'df': -4.0, 'link': 'log'}
     """
-    node = _expression(text)
-    if isinstance(node, ast.Name):
-        return Call(node.id, (), {})
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ValueError(f"Expected a name, alone or with arguments in brackets; got {text!r}.")
-    return Call(node.func.id, *_arguments(node, words or {}))
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"Expected at most {MAX_LENGTH} characters; got {len(text)}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"Expected a name with arguments, as in 'Mixture(10, 8)'; got {text!r}."
+        ) from error
+    match node:
+        case ast.Name(id=name):
+            return Call(name, (), {})
+        case ast.Call(func=ast.Name(id=name)):
+            return _call(name, node, words or {})
+    raise ValueError(f"Expected a name, alone or with arguments in brackets; got {text!r}.")
 
 
-def build(target: Callable[..., Any], call: Call, **given: Any) -> Any:
-    """Calls what a name stands for.
+def build(target: Callable[..., T], call: Call, **given: object) -> T:
+    """Calls a class or function with parsed arguments.
 
     Arguments:
-        target: What is called.
-        call: The arguments, as they were written.
-        given: Further arguments, used if the target takes them and the text has none.
+        target: The class or function.
+        call: The parsed arguments.
+        given: Further arguments. One is used if the target has a parameter of that name and the
+            text does not set it.
 
     Raises:
-        ValueError: If they do not fit its signature.
+        ValueError: If the arguments do not match the signature.
 
     Example:
         >>> build(dict.fromkeys, Call("fromkeys", ("ab",), {}), iterable="cd", size=3)
         {'a': None, 'b': None}
     """
     signature = inspect.signature(target)
-    _check_keywords(signature, call)
+    parameters = signature.parameters
+    bare = inspect.Signature([p.replace(annotation=p.empty) for p in parameters.values()])
+    known = [
+        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for name in () if takes_any else call.kwargs:
+        if name not in known:
+            raise ValueError(
+                f"Expected an argument of {call.name}{bare}; got {name!r}: {near(name, known)}"
+            )
     try:
-        said = signature.bind_partial(*call.args, **call.kwargs).arguments
-        unsaid = {k: v for k, v in given.items() if k in signature.parameters and k not in said}
-        arguments = signature.bind(*call.args, **call.kwargs, **unsaid)
+        written = signature.bind_partial(*call.args, **call.kwargs).arguments
+        added = {k: v for k, v in given.items() if k in parameters and k not in written}
+        arguments = signature.bind(*call.args, **call.kwargs, **added)
     except TypeError as error:
-        raise ValueError(f"Expected {call.name}{_plain(signature)}; got {error}.") from error
+        raise ValueError(f"Expected {call.name}{bare}; got {error}.") from error
     return target(*arguments.args, **arguments.kwargs)
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Says which names a wrong one is near to, or what there is.
+    """Returns a hint for a wrong name: the most similar names, or all names.
 
     Arguments:
         name: The wrong name.
-        names: The right ones.
+        names: The correct names.
 
     Example:
         >>> near("binomail", ["Binomial", "Normal"])
         "did you mean 'Binomial' or 'Normal'?"
     """
-    known = set(names)
-    if found := closest(name, sorted(known)):
-        return f"did you mean {' or '.join(map(repr, found))}?"
-    return f"there are {', '.join(sorted(known))}"
+    correct = sorted(set(names))
+    if similar := closest(name, correct):
+        return f"did you mean {' or '.join(map(repr, similar))}?"
+    return f"there are {', '.join(correct)}"
 
 
-def _check_keywords(signature: inspect.Signature, call: Call) -> None:
-    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    if inspect.Parameter.VAR_KEYWORD in kinds.values():
-        return
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = [name for name, kind in kinds.items() if kind in by_name]
-    for name in call.kwargs:
-        if name not in known:
-            raise ValueError(
-                f"Expected an argument of {call.name}{_plain(signature)}; got {name!r}: "
-                f"{near(name, known)}"
-            )
-
-
-def _shown(node: ast.expr) -> str:
+def _source(node: ast.expr) -> str:
     try:
         return ast.unparse(node)
     except RecursionError:
-        return "brackets in brackets"
+        return "deeply nested brackets"
 
 
-def _plain(signature: inspect.Signature) -> str:
-    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    return str(inspect.Signature(bare))
-
-
-def _expression(text: str) -> ast.expr:
-    if len(text) > MAX_LENGTH:
-        raise ValueError(f"Expected at most {MAX_LENGTH} characters; got {len(text)}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"Expected a name with arguments, as in 'Mixture(10, 8)'; got {text!r}."
-        ) from error
-
-
-def _arguments(node: ast.Call, words: Words) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs: dict[str, Any] = {}
+def _call(name: str, node: ast.Call, words: Words) -> Call:
+    kwargs: dict[str, object] = {}
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in kwargs:
-            raise ValueError(f"Expected each argument once, by name; got {_shown(node)}.")
+            raise ValueError(f"Expected each argument once, by name; got {_source(node)}.")
         kwargs[keyword.arg] = _literal(keyword.value, words)
-    return tuple(_literal(arg, words) for arg in node.args), kwargs
+    return Call(name, tuple(_literal(arg, words) for arg in node.args), kwargs)
 
 
-def _literal(node: ast.expr, words: Words) -> Any:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str | None):
-        return node.value
-    if isinstance(node, ast.Tuple | ast.List):
-        return tuple(_literal(item, words) for item in node.elts)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
-        value, sign = node.operand.value, _SIGNS.get(type(node.op))
-        if sign is not None and isinstance(value, int | float) and not isinstance(value, bool):
-            return sign * value
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in words:
-        return build(words[node.func.id], Call(node.func.id, *_arguments(node, {})))
+def _literal(node: ast.expr, words: Words) -> object:
+    match node:
+        case ast.Constant(value=int() | float() | str() | None as value):
+            return value
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            return tuple(_literal(item, words) for item in items)
+        case ast.UnaryOp(op=op, operand=ast.Constant(value=int() | float() as value)) if (
+            type(op) in _SIGNS and type(value) is not bool
+        ):
+            return _SIGNS[type(op)] * value
+        case ast.Call(func=ast.Name(id=name)) if name in words:
+            return build(words[name], _call(name, node, {}))
     allowed = ", ".join(["a number", "a string", "a tuple", "None", *(f"{w}(...)" for w in words)])
-    raise ValueError(f"Expected as argument {allowed}; got {_shown(node)}.")
+    raise ValueError(f"Expected as argument {allowed}; got {_source(node)}.")
