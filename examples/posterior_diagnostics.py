@@ -1,7 +1,7 @@
-"""What ArviZ shows of a fit: `to_arviz` gives the tree that its own functions read.
+"""Diagnostics of a fit with ArviZ: `to_arviz` returns a tree that the functions of ArviZ read.
 
-The same lines run under ArviZ 0.23 and 1.x. The draws are independent draws of q(z | x): R-hat
-and effective sample size say nothing of the fit here. Pareto k does, row by row.
+The code runs with ArviZ 0.23 and 1.x. The draws are independent draws from q(z | x), so R-hat and
+effective sample size do not measure the quality of the fit. Pareto k does, for each row.
 
     python examples/posterior_diagnostics.py
 """
@@ -28,20 +28,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     pv.fit(vae, table, validation=0.1, max_epochs=args.max_epochs, seed=args.seed)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces 1.0
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 warns of changes in 1.0
         import arviz as az
 
     wines = table.iloc[:5]
     tree = pv.to_arviz(vae, wines, args.num_samples, seed=args.seed)
 
-    print("Where five wines lie, and how surely:")
+    print("Posterior of the latents of five wines:")
     print(az.summary(tree, var_names=["z"], kind="stats"), "\n")
 
-    print("How far importance sampling trusts the guide:")
+    print("Reliability of importance sampling with the guide:")
     stats = tree["vi_stats"]
     print(f"Pareto k {stats['pareto_k'].values.round(2)}, limit {stats.attrs['good_k']:.2f}\n")
 
-    print("Posterior predictive checks are means over draws, by the names of the columns:")
+    print("Posterior predictive checks, by column:")
     replicates, observed = tree["posterior_predictive"]["x"], tree["observed_data"]["x"]
     exceeds = (replicates > observed).mean(("chain", "draw"))
     print(exceeds.mean("datum").round(2).to_pandas().rename("P(x' > x)"), "\n")
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "wine.nc"
         tree.to_netcdf(file)
-        print(f"written and read back: {type(az.from_netcdf(file)).__name__}")
+        tree = az.from_netcdf(file)
+        print(f"The tree after writing and reading a file: {type(tree).__name__}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Handwritten digits: name the pieces, fit them, and see how far to trust the fit.
+"""Fits a VAE to handwritten digits, and measures how reliable the fit is.
 
 python examples/quickstart.py
 """
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-epochs", type=int, default=100)
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="a folder to save the model in")
+    parser.add_argument("--out", help="folder for the model")
     args = parser.parse_args(argv)
 
     data = pv.datasets.load("digits")  # 1797 images of 8 x 8 counts, 0 to 16
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     history = pv.fit(
         vae, train.x, validation=0.1, batch_size=64, max_epochs=args.max_epochs, seed=args.seed
     )
-    print(f"stopped after {len(history)} epochs; the weights are of epoch {history.best_epoch}\n")
+    print(f"Training stopped after {len(history)} epochs.")
+    print(f"The weights are those of epoch {history.best_epoch}.\n")
 
     evidence = pv.log_evidence(vae, test.x, args.num_samples, seed=args.seed)
     print(evidence.summary().round(3), "\n")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.out:
         pv.save(vae, args.out)
-        print(f"saved in {args.out}: load it with pyro_vae.load({args.out!r})")
+        print(f"Saved in {args.out}. Load it with pyro_vae.load({args.out!r})")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Signal and noise of gradients against the number of particles K, where all is known.
+"""Signal-to-noise ratio of gradients against the number of particles K, in a conjugate model.
 
-The model and the guide of Rainforth et al. (2018, section 4), in 5 dims rather than 20:
+The model and the guide are those of Rainforth et al. (2018, section 4), in 5 dims instead of 20:
 
     z ~ N(mu, I),    x | z ~ N(z, I),    q(z | x) = N(A x + b, (2/3) I)
 
-At a state close to the optimum of 1024 rows, every parameter moved by N(0, 0.02^2), gradients of
-one row are drawn many times. Their signal-to-noise ratio is |mean| / s.d., its median over the
-parameters of the encoder (A, b) or of the decoder (mu), the mean over several such states. Where
-the true mean is 0, R repeats still show a ratio of about 0.6745 / sqrt(R): the noise floor.
+The parameters are those that are optimal for 1024 rows, each with noise from N(0, 0.02^2) added.
+With these parameters, called a state, the gradient of one row is drawn many times. Its
+signal-to-noise ratio is |mean| / s.d. The result is the median over the parameters of the encoder
+(A, b) or of the decoder (mu), and the mean over several states. If the true mean is 0, R repeats
+still give a ratio of about 0.6745 / sqrt(R): the noise floor.
 
-Top: more particles serve the decoder and harm the encoder of `IWAE` (Rainforth et al., 2018).
-Bottom: `DReG` mends the encoder (Tucker et al., 2019); `STL` is the mean of K one-sample bounds.
+Top: with more particles, the ratio of `IWAE` rises in the decoder and falls in the encoder
+(Rainforth et al., 2018). Bottom: with `DReG`, it rises in the encoder too (Tucker et al., 2019);
+`STL` is the mean of K one-sample bounds.
 
     python examples/signal_to_noise.py
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 import pyro_vae as pv
 
 DATA_ROWS = 1024
-NUMBERS_AT_ONCE = 2e5  # of a chunk's draws: they stay in the cache
+NUMBERS_AT_ONCE = 2e5  # in the draws of a chunk, so that they fit into the cache
 ESTIMATORS: dict[str, Callable[[int], pv.elbos.Estimator]] = {
     "IWAE": pv.elbos.IWAE,
     "STL": pv.elbos.STL,
@@ -40,7 +41,7 @@ ESTIMATORS: dict[str, Callable[[int], pv.elbos.Estimator]] = {
 
 
 class LinearGaussian(nn.Module):
-    """The program, with parameters for each row apart: as many gradients as rows at one go."""
+    """The program. If each row has its own parameters, one backward pass gives all gradients."""
 
     def __init__(self, mu: Tensor, A: Tensor, b: Tensor) -> None:
         super().__init__()
@@ -61,14 +62,14 @@ class LinearGaussian(nn.Module):
         return LinearGaussian(*copies)
 
     def gradients(self, elbo: pv.elbos.Estimator, x: Tensor) -> dict[str, Tensor]:
-        """One gradient for each row, shape (rows, parameters)."""
+        """Returns one gradient per row, shape (rows, parameters)."""
         loss = elbo.estimate(self.model, self.guide, x).loss
         mu, A, b = torch.autograd.grad(loss, (self.mu, self.A, self.b))
         return {"encoder": torch.cat([A.flatten(1), b], 1), "decoder": mu}
 
 
 def near_optimum(dim: int, distance: float, seed: int) -> tuple[LinearGaussian, Tensor]:
-    """A program close to the optimum of the data set, and one row of it."""
+    """Returns a program close to the optimum of the data set, and one row of the data."""
     fixed = torch.Generator().manual_seed(0)
     noise = torch.randn(1 + DATA_ROWS, dim, generator=fixed, dtype=torch.float64)
     x = noise[0] + 2**0.5 * noise[1:]
@@ -81,10 +82,10 @@ def near_optimum(dim: int, distance: float, seed: int) -> tuple[LinearGaussian, 
 def measure(
     elbo: pv.elbos.Estimator, program: LinearGaussian, row: Tensor, num_repeats: int
 ) -> pd.DataFrame:
-    """The ratio of signal to noise, and the variance, of the gradients of encoder and decoder."""
-    elbo.max_plate_nesting = 1  # known: so that no chunk asks for it
+    """Returns signal-to-noise ratio and variance of the gradients of encoder and decoder."""
+    elbo.max_plate_nesting = 1  # set here, so that it is not determined for each chunk
     chunk = max(1, int(NUMBERS_AT_ONCE / (elbo.num_particles * len(row))))
-    sums: dict[str, Any] = {"encoder": 0.0, "decoder": 0.0}
+    sums = {"encoder": torch.zeros(()), "decoder": torch.zeros(())}
     with pyro.validation_enabled(False):
         for start in range(0, num_repeats, chunk):
             rows = min(chunk, num_repeats - start)
@@ -101,7 +102,7 @@ def measure(
 
 
 def floor(num_repeats: int) -> float:
-    """The ratio that shows where there is no signal: the median of |N(0, 1)| / sqrt(R)."""
+    """Returns the ratio without any signal: the median of |N(0, 1)| / sqrt(R)."""
     return 0.6745 / num_repeats**0.5
 
 
@@ -114,19 +115,19 @@ def signal_to_noise(
     dim: int = 5,
     distance: float = 0.02,
 ) -> pd.DataFrame:
-    """`snr` and `variance` by estimator, K, seed of the state, and part."""
-    found = {}
+    """Returns `snr` and `variance` by estimator, K, seed of the state, and part."""
+    tables = {}
     for seed in seeds:
         program, row = near_optimum(dim, distance, seed)
         torch.manual_seed(seed)
         for name, make in estimators.items():
             for K in num_particles:
-                found[name, K, seed] = measure(make(K), program, row, num_repeats)
-    return pd.concat(found, names=["estimator", "K", "seed"])
+                tables[name, K, seed] = measure(make(K), program, row, num_repeats)
+    return pd.concat(tables, names=["estimator", "K", "seed"])
 
 
 def draw(table: pd.DataFrame, num_repeats: int) -> Figure:
-    """The figures of Rainforth et al. (2018), above, and of Tucker et al. (2019), below."""
+    """Plots the figures of Rainforth et al. (2018), above, and of Tucker et al. (2019), below."""
     figure = Figure(figsize=(10.0, 7.6), layout="constrained")
     panels = figure.subplot_mosaic([["encoder", "decoder"], ["all", "variance"]], sharex=True)
     ratios = [panels[name] for name in ("encoder", "decoder", "all")]
@@ -163,7 +164,7 @@ def curve(axes: Axes, values: pd.Series, name: str, color: str) -> None:
 
 
 def reference(axes: Axes, values: pd.Series, power: float) -> None:
-    """A line of slope `power` through the middle of the curve."""
+    """Plots a line of slope `power` through the middle of the curve."""
     mean = values.groupby("K").mean()
     K = mean.index.to_numpy(dtype=np.float64)
     height = np.median(mean / K**power)
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-particles", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--num-repeats", type=int, default=10_000)
-    parser.add_argument("--num-seeds", type=int, default=5, help="states, and rows")
+    parser.add_argument("--num-seeds", type=int, default=5, help="number of states")
     parser.add_argument("--out", default="signal_to_noise.png")
     args = parser.parse_args(argv)
 
@@ -186,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     mean = table["snr"].groupby(["estimator", "part", "K"], sort=False).mean().unstack("K")
     print("Signal-to-noise ratio of the gradient against K:")
     print(mean.round(4).to_string())
-    print(f"noise floor of {repeats} repeats: {floor(repeats):.4f}")
+    print(f"Noise floor of {repeats} repeats: {floor(repeats):.4f}")
     draw(table, repeats).savefig(args.out, dpi=150)
-    print(f"drawn: {args.out}")
+    print(f"picture: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One model of the digits under four likelihoods: one line changes, and `compare` ranks them.
+"""Fits the digits with four likelihoods, and ranks the fits with `compare`.
 
-Each pixel is a count from 0 to 16. Binomial: 16 independent trials. BetaBinomial: 16 trials that
-go together. Poisson: no upper bound. Categorical: 17 codes that know of no order.
+Each pixel is a count from 0 to 16. Binomial: 16 independent trials. BetaBinomial: 16 correlated
+trials. Poisson: counts without an upper bound. Categorical: 17 classes without an order.
 
     python examples/swap_the_likelihood.py
 """

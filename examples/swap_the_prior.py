@@ -1,4 +1,4 @@
-"""One model of the digits under four priors: fixed, heavy-tailed, a mixture, and a VampPrior.
+"""Fits the digits with four priors (normal, Student t, mixture, VampPrior), and ranks the fits.
 
 python examples/swap_the_prior.py
 """

@@ -1,11 +1,11 @@
-"""Your own Pyro program, from fit to comparison: any module with a `model` and a `guide`.
+"""Fits and compares your own Pyro program: any module with a `model` and a `guide`.
 
-The model is conditional: the class y of a digit is known, and z holds what is left, its style.
+The model is conditional on the class y of a digit; z describes the remaining variation, its style.
 
     p(z) = N(0, I),    p(x | z, y) = Binomial(16, sigmoid(f(z, y)))
 
-All that is asked of it: its sites of each row stand in a plate named "data", and its parameters
-belong to the module. `x` is then a tensor, or a dict of tensors of as many rows.
+There are two requirements: the sites of each row are in a plate named "data", and the parameters
+belong to the module. `x` is a tensor, or a dict of tensors with the same number of rows.
 
     python examples/your_own_program.py
 """
@@ -23,24 +23,24 @@ import pyro_vae as pv
 
 
 class Conditional(nn.Module):
-    """Digits of a known class; `knows` says whether the decoder is told it."""
+    """A VAE of the digits. Without `uses_class`, the networks see zeros instead of the class."""
 
-    def __init__(self, latent_dim: int = 6, *, knows: bool = True) -> None:
+    def __init__(self, latent_dim: int = 6, *, uses_class: bool = True) -> None:
         super().__init__()
-        self.latent_dim, self.knows = latent_dim, knows
+        self.latent_dim, self.uses_class = latent_dim, uses_class
         self.encoder = nn.Sequential(nn.Linear(74, 256), nn.SiLU(), nn.Linear(256, 2 * latent_dim))
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim + 10, 256), nn.SiLU(), nn.Linear(256, 64)
         )
 
     def label(self, data: dict[str, Tensor]) -> Tensor:
-        return one_hot(data["label"].long(), 10).float() * self.knows
+        return one_hot(data["label"].long(), 10).float() * self.uses_class
 
     def model(self, data: dict[str, Tensor]) -> None:
         label = self.label(data)
         with pyro.plate("data", len(label)):
             z = pyro.sample("z", dist.Normal(label.new_zeros(self.latent_dim), 1.0).to_event(1))
-            label = label.expand(*z.shape[:-1], 10)  # z has a dim of particles on the left
+            label = label.expand(*z.shape[:-1], 10)  # z may have a dim of particles on the left
             logits = self.decoder(torch.cat([z, label], -1))
             pyro.sample("x", dist.Binomial(16, logits=logits).to_event(1), obs=data["x"])
 
@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     fitted = {}
-    for name, knows in {"conditional": True, "plain": False}.items():
+    for name, uses_class in {"conditional": True, "plain": False}.items():
         torch.manual_seed(args.seed)
-        program = Conditional(knows=knows)
+        program = Conditional(uses_class=uses_class)
         pv.fit(program, train, validation=0.1, max_epochs=args.max_epochs, seed=args.seed)
         fitted[name] = program
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(pv.to_arviz(fitted["conditional"], few, args.num_samples, seed=args.seed)["posterior"])
 
     table = pv.compare(fitted, test, args.num_samples, seed=args.seed)
-    print("\nIs the class worth knowing?")
+    print("\nDoes the class improve log p(x)?")
     print(table.round(2).to_string())
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it reads, what it writes, and what it refuses."""
+"""The command line: its input, its files, its texts and its errors."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib  # noqa: F401 - its style is compared before and after
+import matplotlib  # noqa: F401 - conftest compares its style before and after each test
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,7 +119,7 @@ def test_a_member_is_read_from_text(what: str, text: str) -> None:
     assert MEMBERS[what, text] in str(member(text, what, event_shape=3, data=torch.rand(9, 4)))
 
 
-def test_data_and_size_are_handed_to_a_prior_that_takes_them() -> None:
+def test_a_prior_receives_data_and_size_if_it_has_these_parameters() -> None:
     prior = member("VampPrior(5)", "prior", event_shape=3, data=torch.rand(9, 4))
     assert prior.event_shape == (3,)
     assert prior.data.shape == (5, 4)
@@ -204,13 +204,13 @@ def test_demo(capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs/demo").mkdir(parents=True)
     Path("runs/demo/fit.json").write_text('{"command": "demo"}')  # an earlier demo is replaced
     assert run("demo", "--max-epochs", "1", "--num-samples", "40") == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert files("runs/demo") == FILES
     assert os.listdir("runs") == ["demo"]
     for word in ("ELBO", "log p(x), S = 40", "lower bound", "Pareto k over 0.38", "active"):
-        assert word in said
+        assert word in printed
     for file in Path("runs/demo/pictures").iterdir():
-        assert str(file) in said
+        assert str(file) in printed
     vae = pv.load("runs/demo")
     assert vae.sample(2, seed=0).shape == (2, 64)
     evidence = pd.read_csv("runs/demo/evidence.csv", index_col="row")
@@ -224,7 +224,7 @@ def test_fit_evaluate_and_sample_a_table(table: str, capsys: pytest.CaptureFixtu
     assert (
         run(*fit, "--prior", "Mixture(3)", "--posterior", "MultivariateNormal", "--out", "r") == 0
     )
-    assert "16 rows held out" in capsys.readouterr().out
+    assert "16 held-out rows of table.csv" in capsys.readouterr().out
     assert files("r") == FILES
     evidence = pd.read_csv("r/evidence.csv", index_col="row")
     assert evidence.index[0].startswith("patient ")
@@ -233,12 +233,15 @@ def test_fit_evaluate_and_sample_a_table(table: str, capsys: pytest.CaptureFixtu
     assert len(pd.read_csv("r/history.csv", index_col="epoch")) == 2
 
     assert run("evaluate", "r", table, "--label", "group", "--out", "all.csv") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "80 rows of table.csv" in said
-    assert "read the 16 held out, named in r/fit.json (held_out_rows)" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "80 rows of table.csv" in printed
+    assert (
+        "The 16 held-out rows are listed in r/fit.json (held_out_rows), and their log p(x)"
+        in printed
+    )
     Path("other.csv").write_bytes(Path(table).read_bytes())
     assert run("evaluate", "r", "other.csv", "--label", "group", "--num-samples", "40") == 0
-    assert "held out" not in capsys.readouterr().out
+    assert "held-out" not in capsys.readouterr().out
     again = pd.read_csv("all.csv", index_col="row")
     held_out = again.loc[evidence.index, "log_evidence"]
     assert np.corrcoef(held_out, evidence["log_evidence"])[0, 1] > 0.9
@@ -256,7 +259,7 @@ def test_fit_evaluate_and_sample_a_table(table: str, capsys: pytest.CaptureFixtu
 def test_fit_and_evaluate_images(images: str, capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", images, "--likelihood", "Bernoulli", "--transform", "binarize", *SMALL]
     assert run(*fit, "--prior", "VampPrior(4)", "--out", "r", "--test", "10") == 0
-    assert "10 rows held out" in capsys.readouterr().out
+    assert "10 held-out rows of images.npz" in capsys.readouterr().out
     assert pv.load("r").event_shape == (1, 8, 8)
     assert run("evaluate", "r", images, "--num-samples", "40") == 0
     assert run("sample", "r", "-n", "2") == 0
@@ -268,19 +271,22 @@ def test_compare_elbos(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*fit, "--out", "r") == 0
     few = ["--num-repeats", "4", "--num-samples", "40", "--label", "group"]
     capsys.readouterr()
-    asked = ["compare-elbos", "r", table, "--elbos", "STL, PIWAE(2, 3),RWS(2)", *few]
-    assert run(*asked, "--rows", "10") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "10 rows held out from table.csv under r" in said
-    assert "log p(x): IWAE(40), a lower bound" in said
+    arguments = ["compare-elbos", "r", table, "--elbos", "STL, PIWAE(2, 3),RWS(2)", *few]
+    assert run(*arguments, "--rows", "10") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "10 held-out rows of table.csv under r" in printed
+    assert "reference of log p(x) is IWAE(40), a lower bound" in printed
     for word in ("STL", "PIWAE(2, 3)", "RWS(2)", "efficiency", "encoder", "decoder"):
-        assert word in said
-    assert said.endswith("drawn r/pictures/estimators.png")
+        assert word in printed
+    assert printed.endswith("picture r/pictures/estimators.png")
     assert files("r") == sorted([*FILES, "pictures/estimators.png"])
     Path("other.csv").write_bytes(Path(table).read_bytes())
     assert run("compare-elbos", "r", "other.csv", *few, "--elbos", "STL", "--plot", "p.png") == 0
     assert "80 rows of other.csv" in " ".join(capsys.readouterr().out.split())
     assert Path("p.png").stat().st_size > 5000
+    for plot, message in (("p.png", "is not replaced"), ("p.txt", "Expected a picture")):
+        assert run("compare-elbos", "r", table, *few, "--plot", plot) == 2
+        assert message in capsys.readouterr().err
     assert len(members(ELBOS, "ELBO")) == 7
     for elbos, message in (
         ("IWAE", "num_particles"),
@@ -293,22 +299,24 @@ def test_compare_elbos(table: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_compare_elbos_where_log_evidence_is_known(
+def test_compare_elbos_if_log_evidence_has_a_closed_form(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     vae = pv.VAE(3, 2, pv.likelihoods.Normal(scale=pv.Shared()), decoder=torch.nn.Identity())
     pv.save(vae, "pca")
     np.save("x.npy", np.random.default_rng(0).normal(size=(9, 3)))
-    asked = ["compare-elbos", "pca", "x.npy", "--elbos", "STL,IWAE(2)", "--num-repeats", "4"]
-    assert run(*asked) == 0
-    assert "log p(x): exact; that of the gradient" in " ".join(capsys.readouterr().out.split())
+    arguments = ["compare-elbos", "pca", "x.npy", "--elbos", "STL,IWAE(2)", "--num-repeats", "4"]
+    assert run(*arguments) == 0
+    assert "The reference of log p(x) is exact. The reference" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_point_mass_has_no_evidence(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL]
     assert run(*fit, "--posterior", "Delta", "--out", "r") == 0
-    assert "no evidence" in capsys.readouterr().out
+    assert "A point mass has no density" in capsys.readouterr().out
     assert files("r") == [f for f in FILES if f not in ("evidence.csv", "pictures/pareto_k.png")]
 
 
@@ -351,9 +359,9 @@ def test_ctrl_c_leaves_a_complete_run(table: str) -> None:
     while not epochs_of("r.unfinished/checkpoint.safetensors") and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "(interrupted)" in said
+    assert "(interrupted)" in printed
     assert files("r") == FILES
     assert pv.load("r").sample(1, seed=0).shape == (1, 4)
     assert not Path("r.unfinished").exists()
@@ -368,7 +376,7 @@ def test_a_second_ctrl_c_is_one_line(
     monkeypatch.setattr(runs.Judgement, "of", interrupted)
     fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL, "--out", "r"]
     assert run(*fit) == 130
-    assert capsys.readouterr().err == "interrupted; go on with --resume\n"
+    assert capsys.readouterr().err == "Interrupted. Continue with --resume.\n"
     assert files("r.unfinished") == ["checkpoint.safetensors"]
 
 
@@ -394,7 +402,7 @@ def history(
     return pv.training.History(table, int(table["validation_elbo"].idxmax()), stopped)
 
 
-def test_a_fit_that_still_rises_is_said_to() -> None:
+def test_a_fit_that_still_rises_is_recognised() -> None:
     rising = history([0.2 * epoch for epoch in range(100)])
     assert runs.is_rising(rising)
     assert not runs.is_rising(replace(rising, stopped="patience"))
@@ -403,7 +411,7 @@ def test_a_fit_that_still_rises_is_said_to() -> None:
     assert not runs.is_rising(history([1.0]))
 
 
-def test_an_unfinished_run_is_gone_on_from(table: str) -> None:
+def test_an_unfinished_run_is_continued(table: str) -> None:
     fit = ["fit", table, "--likelihood", "Normal", "--label", "group", *SMALL]
     assert run(*fit, "--out", "r") == 0
     whole = weights("r")
@@ -444,7 +452,7 @@ ERRORS = {
     "both": ([*NORMAL, "--resume", "--overwrite"], "got both"),
     "a file in the way": ([*NORMAL, "--out", "table.csv"], "exists"),
     "a folder in the way": ([*NORMAL, "--out", "full"], "exists"),
-    "not a run to overwrite": ([*NORMAL, "--out", "full", "--overwrite"], "holds 'note.txt'"),
+    "not a run to overwrite": ([*NORMAL, "--out", "full", "--overwrite"], "contains 'note.txt'"),
     "not a file to overwrite": ([*NORMAL, "--out", "table.csv", "--overwrite"], "'table.csv'"),
     "below a file": ([*NORMAL, "--out", "table.csv/new"], "table.csv"),
     "no run to evaluate": (["evaluate", "absent", "table.csv"], "absent"),
@@ -462,19 +470,20 @@ def test_an_error_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> 
     Path("full/note.txt").write_text("dear diary")
     before = files(".")
     assert run(*arguments) == 2
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("pyro-vae: ")
-    assert message in said.err
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("pyro-vae: ")
+    assert message in printed.err
     assert files(".") == before
 
 
-def test_an_existing_run_is_kept(table: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_run_is_not_replaced(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*NORMAL, "--out", "r") == 0
     before = Path("r/spec.json").read_bytes()
     assert run(*NORMAL, "--out", "r") == 2
+    assert "use --resume or --overwrite" in capsys.readouterr().err
     assert run("demo", "--max-epochs", "1", "--out", "r") == 2
-    assert "--resume or --overwrite" in capsys.readouterr().err
+    assert capsys.readouterr().err == "pyro-vae: r already exists. Choose another --out.\n"
     assert Path("r/spec.json").read_bytes() == before
     assert run(*NORMAL, "--out", "r", "--resume", "--seed", "1") == 2
     assert "This checkpoint belongs to another fit" in capsys.readouterr().err
@@ -496,6 +505,10 @@ def test_columns_in_another_order_are_refused(
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("pyro-vae ")
+    run()
+    assert "Usage: pyro-vae" in capsys.readouterr().out
+    assert run("--wrong") == 2
+    assert "--wrong" in capsys.readouterr().err
     for command in ("demo", "fit", "evaluate", "compare-elbos", "sample"):
         assert run(command, "--help") == 0
         assert "Usage: pyro-vae" in capsys.readouterr().out

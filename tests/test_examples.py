@@ -1,9 +1,9 @@
-"""Every example runs, with small arguments, and says what it promises."""
+"""Every example runs with small arguments and prints its results."""
 
 import importlib.util
 from pathlib import Path
 
-import matplotlib  # noqa: F401 - its style is compared before and after
+import matplotlib  # noqa: F401 - conftest compares its style before and after each test
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -15,11 +15,11 @@ ARGUMENTS = {
     ],
     "signal_to_noise.py": "--num-particles 1 4 --num-repeats 50 --num-seeds 2".split(),
 }
-SAYS = {
-    "compare_elbos.py": ["IWAE(16)", "snr_encoder", "efficiency", "drawn: compare_elbos.png"],
-    "posterior_diagnostics.py": ["z[0, 0]", "Pareto k", "alcohol", "written and read back"],
+PRINTS = {
+    "compare_elbos.py": ["IWAE(16)", "snr_encoder", "efficiency", "picture: compare_elbos.png"],
+    "posterior_diagnostics.py": ["z[0, 0]", "Pareto k", "alcohol", "after writing and reading"],
     "quickstart.py": ["epoch 2", "log_evidence", "pareto_k_over", "upper"],
-    "signal_to_noise.py": ["DReG", "encoder", "noise floor", "drawn: signal_to_noise.png"],
+    "signal_to_noise.py": ["DReG", "encoder", "Noise floor", "picture: signal_to_noise.png"],
     "swap_the_likelihood.py": ["beta-binomial", "categorical", "difference_se", "training seed"],
     "swap_the_prior.py": ["student t", "mixture of 10", "vamp, 50 rows", "difference_se"],
     "your_own_program.py": ["conditional", "plain", "z_dim_0", "log_evidence"],
@@ -27,11 +27,11 @@ SAYS = {
 
 
 def test_every_example_has_a_case() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == SAYS.keys()
+    assert {path.name for path in EXAMPLES.glob("*.py")} == PRINTS.keys()
 
 
 @pytest.mark.filterwarnings("ignore:The difference from:UserWarning")
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", PRINTS)
 def test_example(
     name: str,
     tmp_path: Path,
@@ -43,11 +43,11 @@ def test_example(
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.main(ARGUMENTS.get(name, SMALL))
-    said = capsys.readouterr().out
-    assert [word for word in SAYS[name] if word not in said] == []
+    printed = capsys.readouterr().out
+    assert [word for word in PRINTS[name] if word not in printed] == []
 
 
-def test_an_example_saves_what_can_be_loaded(
+def test_the_model_that_an_example_saves_can_be_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyro_vae as pv

@@ -1,4 +1,4 @@
-"""The commands: what they take, and what they say."""
+"""The commands of `pyro-vae`: their options, and the texts that they print."""
 
 import itertools
 import signal
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 import typer
 from rich.console import Console
+from torch import nn
 
 from .. import plots
 from ..data import datasets
@@ -50,8 +51,8 @@ ELBOS = "Trace_ELBO, TraceMeanField_ELBO, STL, IWAE(5), DReG(5), VIMCO(5), RWS(5
 MOST_DRAWN_REPEATS = 30
 
 app = typer.Typer(
-    help="Deep latent-variable models: name a prior, a likelihood and a posterior, fit them, and "
-    "see how far to trust the fit.",
+    help="Fits deep latent-variable models with a prior, a likelihood and a posterior that you "
+    "name, and measures how reliable the fit is.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,17 +60,17 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; an error that the user can mend is one line, and exit code 2.
+    """Runs the command line. An error in the input prints one line and exits with code 2.
 
     Arguments:
-        arguments: What follows the program's name; by default that of the process.
+        arguments: The command line after the name of the program; `None` reads `sys.argv`.
     """
     command = typer.main.get_command(app)
     try:
         command(None if arguments is None else list(arguments), prog_name="pyro-vae")
     except (ValueError, OSError, FloatingPointError) as error:
-        said = " ".join(f"pyro-vae: {error}".split())
-        Console(stderr=True, soft_wrap=True).print(said, markup=False, highlight=False)
+        message = " ".join(f"pyro-vae: {error}".split())
+        Console(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False)
         raise SystemExit(2) from error
 
 
@@ -81,88 +82,88 @@ def _frame(x: np.ndarray, names: list[str]) -> pd.DataFrame:
 
 @contextmanager
 def _interruptible(advice: str) -> Iterator[None]:
-    """Makes Ctrl-C one line, and the exit code that shells know it by."""
+    """Turns Ctrl-C into one line and the conventional exit code 130."""
     try:
         yield
     except KeyboardInterrupt as error:
-        Console(stderr=True).print(f"interrupted; {advice}", highlight=False)
+        Console(stderr=True).print(f"Interrupted. {advice}", highlight=False)
         raise typer.Exit(128 + signal.SIGINT) from error
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small networks gain nothing by threads, and on busy cores threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _say_version(*, asked: bool) -> None:
-    if not asked:
-        return
-    try:
-        version = metadata.version("pyro-vae")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
-    Console().print(f"pyro-vae {version}", highlight=False)
-    raise typer.Exit
-
-
-Seed = Annotated[int, typer.Option(help="Seed of the split, the weights, the draws.", min=0)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto is CUDA if there is one.")]
-Samples = Annotated[int, typer.Option(help="Draws S a row for log p(x).", min=4)]
-Label = Annotated[
-    str | None, typer.Option(help="Column of a table, or array of an npz, with labels.")
+Seed = Annotated[
+    int, typer.Option(help="Seed of the data split, the weights and all draws.", min=0)
 ]
-Key = Annotated[str | None, typer.Option(help="Array of an npz to take.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, ...; auto selects CUDA if a GPU is available.")
+]
+Samples = Annotated[int, typer.Option(help="Number S of draws per row for log p(x).", min=4)]
+Label = Annotated[
+    str | None, typer.Option(help="Column of a table, or array of an .npz file, with labels.")
+]
+Key = Annotated[str | None, typer.Option(help="Array of an .npz file that contains the data.")]
 Prior = Annotated[
     str | None,
-    typer.Option(help='"Mixture(10, 8)", "VampPrior(50)", "StudentT(df=4.0)", module:Object.'),
+    typer.Option(
+        help='"Mixture(10, 8)", "VampPrior(50)", "StudentT(df=4.0)", ..., or module:Object. '
+        "If omitted: N(0, I)."
+    ),
 ]
 Likelihood = Annotated[
     str,
-    typer.Option(help='"Binomial(total_count=16)", "Normal", any Pyro distribution, ...'),
-]
-Posterior = Annotated[str, typer.Option(help='"MultivariateNormal", ..., module:Object.')]
-Latent = Annotated[
-    int | None, typer.Option(help="Latent dims of a prior that names none; 8 by default.", min=1)
-]
-Test = Annotated[float, typer.Option(help="Share, or number, of rows held out for the evidence.")]
-Validation = Annotated[
-    float, typer.Option(help="Share of the others for early stopping; 0: none.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
-Version = Annotated[
-    bool,
     typer.Option(
-        "--version",
-        help="Say the version.",
-        is_eager=True,
-        callback=lambda asked: _say_version(asked=asked),
+        help='"Binomial(total_count=16)", "Normal", ..., any Pyro distribution, or module:Object.'
     ),
 ]
-Data = Annotated[str, typer.Argument(help="digits, wine, mnist, ..., or a file.", metavar="DATA")]
-Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+Posterior = Annotated[
+    str, typer.Option(help='"Normal", "MultivariateNormal", ..., or module:Object.')
+]
+Latent = Annotated[
+    int | None,
+    typer.Option(help="Latent dims, if the prior does not set them. If omitted: 8.", min=1),
+]
+Test = Annotated[
+    float,
+    typer.Option(help="Share (below 1) or number of rows held out from training, for log p(x)."),
+]
+Validation = Annotated[
+    float, typer.Option(help="Share of the training rows for early stopping; 0 uses none.")
+]
+MaxEpochs = Annotated[
+    int, typer.Option(help="Largest number of passes over the training rows.", min=1)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an existing run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
+Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
+Data = Annotated[
+    str, typer.Argument(help="A data set (digits, wine, mnist, ...) or a file.", metavar="DATA")
+]
+Run = Annotated[
+    Path, typer.Argument(help="A run folder that `fit` or `demo` wrote.", metavar="RUN")
+]
+Out = Annotated[Path, typer.Option(help="Run folder to write.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(*, version: Version = False) -> None:
-    pass
+    if not version:
+        return
+    try:
+        number = metadata.version("pyro-vae")
+    except metadata.PackageNotFoundError:
+        number = "(not installed)"
+    Console().print(f"pyro-vae {number}", highlight=False)
+    raise typer.Exit
 
 
 @app.command("demo")
 def _demo(
-    out: Annotated[Path, typer.Option(help="The run folder to write.")] = Path("runs/demo"),
-    max_epochs: Annotated[int, typer.Option(help="Most passes over the rows.", min=1)] = 100,
+    out: Out = Path("runs/demo"),
+    max_epochs: MaxEpochs = 100,
     num_samples: Samples = 1000,
     seed: Seed = 0,
 ) -> None:
-    """Fits handwritten digits (8 x 8 counts, 0 to 16) with a Binomial likelihood."""
-    ask = Settings(
+    """Fits a VAE with a Binomial likelihood to handwritten digits (8 x 8 counts from 0 to 16)."""
+    settings = Settings(
         "digits",
         "Binomial(total_count=16)",
         latent=10,
@@ -175,92 +176,113 @@ def _demo(
         num_samples=num_samples,
         seed=seed,
     )
-    said = (
-        f"{ask.data} ~ {ask.likelihood}, {ask.latent} latents ~ N(0, 1), posterior {ask.posterior}"
+    Console().print(
+        f"Fitting a VAE to {settings.data}: prior N(0, I) with {settings.latent} latent dims, "
+        f"likelihood {settings.likelihood}, posterior {settings.posterior}.",
+        highlight=False,
     )
-    Console().print(said, highlight=False)
     is_ours = not out.exists() or settings_of(out).get("command") == "demo"
-    with _one_thread(), _interruptible("ask again to start anew"):
-        run(ask, out, resume=False, overwrite=is_ours, command="demo")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Threads do not speed up networks of this size.
+    try:
+        with _interruptible("Run the command again to start from the beginning."):
+            run(settings, out, resume=False, overwrite=is_ours, command="demo")
+    finally:
+        torch.set_num_threads(threads)
 
 
 @app.command("fit")
 def _fit(
     data: Data,
     likelihood: Likelihood,
-    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    out: Out,
     prior: Prior = None,
     posterior: Posterior = "Normal",
     latent: Latent = None,
-    hidden: Annotated[str, typer.Option(help="Units of both networks.")] = "256,256",
-    activation: Annotated[str, typer.Option(help="Of torch.nn.")] = "ReLU",
-    transform: Annotated[str | None, typer.Option(help="binarize: anew at each visit.")] = None,
+    hidden: Annotated[str, typer.Option(help="Hidden units of both networks.")] = "256,256",
+    activation: Annotated[str, typer.Option(help="Activation function in torch.nn.")] = "ReLU",
+    transform: Annotated[
+        str | None, typer.Option(help="binarize draws new 0s and 1s for each minibatch.")
+    ] = None,
     label: Label = None,
     key: Key = None,
     test: Test = 0.2,
     validation: Validation = 0.1,
-    batch_size: Annotated[int, typer.Option(help="Rows of a minibatch.", min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Rows per minibatch.", min=1)] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="constant, or cosine: to 0.")] = "constant",
-    weight_decay: Annotated[float, typer.Option(help="That of AdamW.", min=0)] = 0.0,
-    max_epochs: Annotated[int, typer.Option(help="Most passes over the rows.", min=1)] = 200,
-    patience: Annotated[int, typer.Option(help="Epochs without gain; 0: never.", min=0)] = 20,
-    elbo: Annotated[str, typer.Option(help='"Trace_ELBO(num_particles=5)".')] = "Trace_ELBO",
+    schedule: Annotated[str, typer.Option(help="constant, or cosine (decays to 0).")] = "constant",
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.", min=0)] = 0.0,
+    max_epochs: MaxEpochs = 200,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without improvement before stopping; 0: never.", min=0)
+    ] = 20,
+    elbo: Annotated[
+        str, typer.Option(help='"Trace_ELBO(num_particles=5)", "IWAE(5)", ..., or module:Object.')
+    ] = "Trace_ELBO",
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
-    engine: Annotated[str, typer.Option(help="auto, traced, compiled ...")] = "auto",
-    precision: Annotated[str | None, typer.Option(help="highest, high, medium, bf16.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, eager, traced, compiled, ...")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Float precision: highest, high, medium or bf16.")
+    ] = None,
     *,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fits DATA, and writes a run folder: weights, history, evidence, draws, pictures."""
-    asked = {k: v for k, v in locals().items() if k in Settings.__dataclass_fields__}
+    """Fits a VAE to DATA and writes a run folder: weights, history, log p(x), draws, pictures."""
+    chosen = {k: v for k, v in locals().items() if k in Settings.__dataclass_fields__}
     if resume and overwrite:
         raise ValueError("Expected --resume or --overwrite; got both.")
-    with _interruptible("go on with --resume"):
-        run(Settings(**asked), out, resume=resume, overwrite=overwrite, command="fit")
+    with _interruptible("Continue with --resume."):
+        run(Settings(**chosen), out, resume=resume, overwrite=overwrite, command="fit")
 
 
 @app.command("evaluate")
 def _evaluate(
     folder: Run,
     data: Data,
-    out: Annotated[Path | None, typer.Option(help="A .csv to write, a line a row.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=".csv file to write, one line per row of DATA.")
+    ] = None,
     label: Label = None,
     key: Key = None,
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Estimates log p(x) of all rows of DATA under a run, and how far to trust it."""
-    settings = settings_of(folder)
-    program = load(folder, device=device_of(device))
-    rows = _rows_of_run(settings, data, label, key, seed)
+    """Estimates log p(x) of all rows of DATA under a run, and how reliable the estimate is."""
+    program, rows, held_out = _opened(folder, data, label, key, seed, device)
     judgement = Judgement.of(program, rows, num_samples, seed)
     if out is not None:
         with new_file(out) as beside:
             judgement.frame().to_csv(beside)
     judgement.show(f"{len(rows)} rows of {data} under {folder}")
-    if _is_of_the_fit(data, key, settings.get("settings", {})):
-        said = (
-            f"Most of these rows trained the run: read the {len(settings['held_out_rows'])} held "
-            f"out, named in {folder / SETTINGS} (held_out_rows), with their evidence in "
-            f"{folder / EVIDENCE}."
+    if held_out is not None:
+        note = (
+            "Most of these rows were used for training, so these values are likely optimistic. "
+            f"The {len(held_out)} held-out rows are listed in {folder / SETTINGS} (held_out_rows)"
         )
-        Console().print(said, markup=False, highlight=False)
+        has_file = (folder / EVIDENCE).exists()
+        note += f", and their log p(x) in {folder / EVIDENCE}." if has_file else "."
+        Console().print(note, markup=False, highlight=False)
 
 
-def _rows_of_run(
-    settings: dict[str, Any], data: str, label: str | None, key: str | None, seed: int
-) -> Rows:
-    """The rows of a file, as the program of a run sees them."""
+def _opened(
+    folder: Path, data: str, label: str | None, key: str | None, seed: int, device: str
+) -> tuple[nn.Module, Rows, np.ndarray | None]:
+    """Returns a program, rows for it, and the held-out rows if it was fitted to the same data."""
+    record = settings_of(folder)
+    fitted = record.get("settings", {})
+    program = load(folder, device=device_of(device))
     rows = read(datasets.load(data, label=label, key=key))
-    expected, found = settings.get("columns"), rows.column_names()
-    if expected is not None and found != expected:
-        raise ValueError(f"Expected the columns of the fit, {expected}; got {found}.")
-    return seen(rows, settings.get("settings", {}).get("transform"), seed)
+    expected, columns = record.get("columns"), rows.column_names()
+    if expected is not None and columns != expected:
+        raise ValueError(f"Expected the columns of the fit, {expected}; got {columns}.")
+    path, path_of_fit = (Path(p).expanduser().resolve() for p in (data, fitted.get("data", "")))
+    is_same = path == path_of_fit and key == fitted.get("key")
+    held_out = np.asarray(record["held_out_rows"]) if fitted and is_same else None
+    return program, seen(rows, fitted.get("transform"), seed), held_out
 
 
 @app.command("compare-elbos")
@@ -271,78 +293,82 @@ def _compare_elbos(
         str, typer.Option(help='"Trace_ELBO, IWAE(5), PIWAE(2, 5)", module:Object, ...')
     ] = ELBOS,
     rows: Annotated[
-        int, typer.Option(help="The most rows to take; held out ones of the fit's data.", min=1)
+        int,
+        typer.Option(
+            help="Largest number of rows to use. Only held-out rows are used if the run was "
+            "fitted to DATA.",
+            min=1,
+        ),
     ] = 100,
-    num_repeats: Annotated[int, typer.Option(help="How often each is asked.", min=4)] = 100,
+    num_repeats: Annotated[
+        int, typer.Option(help="Number of evaluations of each estimator.", min=4)
+    ] = 100,
     num_samples: Annotated[
-        int, typer.Option(help="Draws of the reference, if log p(x) has no closed form.", min=16)
+        int,
+        typer.Option(help="Draws of the reference, if log p(x) has no closed form.", min=16),
     ] = 5000,
     plot: Annotated[
-        Path | None, typer.Option(help="The picture; else pictures/estimators.png of the run.")
+        Path | None,
+        typer.Option(help="Picture to write. If omitted: pictures/estimators.png in RUN."),
     ] = None,
     label: Label = None,
     key: Key = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Compares estimators of the ELBO on a run: bias, noise and cost of their gradients."""
-    chosen = members(elbos, "ELBO")
-    file = _picture_file(folder / PICTURES / "estimators.png") if plot is None else plot
-    _check_picture(file)
-    settings = settings_of(folder)
-    program = load(folder, device=device_of(device))
-    taken = _rows_of_run(settings, data, label, key, seed)
+    """Compares ELBO estimators on a run: bias, noise and cost of their gradients."""
+    estimators = members(elbos, "ELBO")
+    file = _new_picture(plot, folder / PICTURES / "estimators.png")
+    program, taken, held_out = _opened(folder, data, label, key, seed, device)
     title = f"rows of {data}"
-    if _is_of_the_fit(data, key, settings.get("settings", {})):
-        held_out = np.isin(taken.labels, settings["held_out_rows"])
-        taken, title = taken[torch.from_numpy(held_out)], f"rows held out from {data}"
+    if held_out is not None:
+        is_held_out = torch.from_numpy(np.isin(taken.labels, held_out))
+        taken, title = taken[is_held_out], f"held-out rows of {data}"
     taken, shown = taken[slice(0, rows)], Console().is_terminal
     is_exact = linear_gaussian(program, taken) is not None
-    found = compare_elbos(
+    comparison = compare_elbos(
         program,
         taken,
-        chosen,
+        estimators,
         num_repeats=num_repeats,
         reference=None if is_exact else num_samples,
         seed=seed,
         progress=shown,
     )
-    show_estimators(found, f"{len(taken)} {title} under {folder}")
+    show_estimators(comparison, f"{len(taken)} {title} under {folder}")
     file.parent.mkdir(parents=True, exist_ok=True)
     repeats = min(num_repeats, MOST_DRAWN_REPEATS)
-    picture = found.plot(num_repeats=repeats, progress=shown)
+    picture = comparison.plot(num_repeats=repeats, progress=shown)
     with new_file(file) as beside:
         save_picture(picture, beside)
-    Console().print(f"{'drawn':16} {file}", soft_wrap=True, markup=False, highlight=False)
+    Console().print(f"{'picture':16} {file}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _picture_file(file: Path) -> Path:
-    """The first of `name.png`, `name-2.png`, ... that is not there yet."""
-    names = (file.with_stem(f"{file.stem}-{i}") if i > 1 else file for i in itertools.count(1))
-    return next(name for name in names if not name.exists())
-
-
-def _check_picture(file: Path) -> None:
+def _new_picture(plot: Path | None, default: Path) -> Path:
+    """Returns a file that does not exist: `plot`, or the first of `name.png`, `name-2.png`, ..."""
     from matplotlib.backend_bases import FigureCanvasBase
 
-    if file.exists():
-        raise ValueError(f"Expected a file that is not there yet; got {file}.")
+    if plot is None:
+        count = itertools.count(2)
+        names = itertools.chain(
+            [default], (default.with_stem(f"{default.stem}-{i}") for i in count)
+        )
+        return next(name for name in names if not name.exists())
+    if plot.exists():
+        raise ValueError(f"{plot} exists and is not replaced. Choose another --plot.")
     formats = FigureCanvasBase.get_supported_filetypes()
-    if file.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(f"Expected a picture, of {', '.join(sorted(formats))}; got {file}.")
-
-
-def _is_of_the_fit(data: str, key: str | None, fitted: dict[str, Any]) -> bool:
-    same = [Path(name).expanduser().resolve() for name in (data, fitted.get("data", ""))]
-    return same[0] == same[1] and key == fitted.get("key")
+    if plot.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"Expected a picture, of {', '.join(sorted(formats))}; got {plot}.")
+    return plot
 
 
 @app.command("sample")
 def _sample(
     folder: Run,
-    size: Annotated[int, typer.Option("-n", "--size", help="How many rows.", min=1)] = 16,
+    size: Annotated[int, typer.Option("-n", "--size", help="Number of rows to draw.", min=1)] = 16,
     out: Annotated[
-        Path | None, typer.Option(help=".csv, .npy, .npz or .png; else csv is printed.")
+        Path | None,
+        typer.Option(help="File to write: .csv, .npy, .npz or .png. If omitted: print csv."),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",

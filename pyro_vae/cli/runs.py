@@ -1,4 +1,4 @@
-"""A run: what is asked for, the fit, and the folder that it leaves."""
+"""Runs: the settings of a fit, the fit itself, and the run folder that it writes."""
 
 import shutil
 import time
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from .. import plots
 from ..data import datasets
@@ -40,12 +40,12 @@ MAX_DRAWS, MAX_PREDICTIVE, MAX_ROWS = 250, 25, 100
 MAX_ELEMENTS = 2**20
 MAX_POINTS = 2000
 
-_TRANSFORMS: dict[str, Callable[[Any], Any]] = {"binarize": datasets.binarize}
+_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {"binarize": datasets.binarize}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a fit on the command line is asked for."""
+    """The settings of a fit on the command line."""
 
     data: str
     likelihood: str
@@ -75,73 +75,63 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a fit and those held out from it, with the labels of these."""
+    """The rows for training and the held-out rows, with the labels of the held-out rows."""
 
     train: Rows
     test: Rows
     labels: np.ndarray | None
 
     @classmethod
-    def of(cls, ask: Settings) -> "Data":
-        data = datasets.load(ask.data, label=ask.label, key=ask.key)
+    def of(cls, settings: Settings) -> "Data":
+        data = datasets.load(settings.data, label=settings.label, key=settings.key)
         numbered = replace(data, y=torch.arange(len(data)))
-        share = int(ask.test) if ask.test >= 1 else ask.test
-        train, test = (part.y for part in numbered.split(share, seed=ask.seed))
+        share = int(settings.test) if settings.test >= 1 else settings.test
+        train, test = (part.y for part in numbered.split(share, seed=settings.seed))
         rows = read(data)
         labels = None if data.y is None else np.asarray(data.y)[np.asarray(test)]
         return cls(rows[torch.as_tensor(train)], rows[torch.as_tensor(test)], labels)
 
 
-def _program(ask: Settings, rows: Rows) -> VAE:
-    with seeded(ask.seed):
-        shown = seen(rows, ask.transform, ask.seed)
-        size = 8 if ask.latent is None else ask.latent
-        prior = member(ask.prior or "StandardNormal", "prior", event_shape=size, data=shown)
+def _program(settings: Settings, rows: Rows) -> VAE:
+    try:
+        hidden = [int(size) for size in settings.hidden.split(",") if size.strip()]
+    except ValueError as error:
+        raise ValueError(f"Expected --hidden as in 256,256; got {settings.hidden!r}.") from error
+    activations = {name: vars(nn)[name] for name in torch.nn.modules.activation.__all__}
+    if (name := settings.activation) not in activations:
+        hint = specs.near(name, activations)
+        raise ValueError(f"Expected an activation of torch.nn; got {name!r}: {hint}")
+    encoder, decoder = (MLP(*hidden, activation=activations[name]) for _ in range(2))
+    with seeded(settings.seed):
+        shown = seen(rows, settings.transform, settings.seed)
+        size = 8 if settings.latent is None else settings.latent
+        prior = member(settings.prior or "StandardNormal", "prior", event_shape=size, data=shown)
         shape = tuple(getattr(prior, "event_shape", ()))
-        if ask.latent is not None and shape and shape != (size,):
+        if settings.latent is not None and shape and shape != (size,):
             raise ValueError(f"Expected --latent to be the prior's size {shape}; got {size}.")
         return VAE(
             shown.event_shapes()["x"],
             prior,
-            member(ask.likelihood, "likelihood"),
-            member(ask.posterior, "posterior"),
-            encoder=_network(ask),
-            decoder=_network(ask),
+            member(settings.likelihood, "likelihood"),
+            member(settings.posterior, "posterior"),
+            encoder=encoder,
+            decoder=decoder,
         )
 
 
-def _network(ask: Settings) -> MLP:
-    try:
-        hidden = [int(size) for size in ask.hidden.split(",") if size.strip()]
-    except ValueError as error:
-        raise ValueError(f"Expected --hidden as in 256,256; got {ask.hidden!r}.") from error
-    known: dict[str, Any] = {name: vars(nn)[name] for name in torch.nn.modules.activation.__all__}
-    if ask.activation not in known:
-        hint = specs.near(ask.activation, known)
-        raise ValueError(f"Expected an activation of torch.nn; got {ask.activation!r}: {hint}")
-    return MLP(*hidden, activation=known[ask.activation])
-
-
-def _transform(name: str | None) -> Callable[[Any], Any] | None:
+def _transform(name: str | None) -> Callable[[Tensor], Tensor] | None:
     if name is not None and name not in _TRANSFORMS:
         raise ValueError(f"Expected --transform {', '.join(_TRANSFORMS)}; got {name!r}.")
     return None if name is None else _TRANSFORMS[name]
 
 
-def _schedule(ask: Settings) -> Callable[[Any], Any] | None:
-    if ask.schedule not in ("constant", "cosine"):
-        raise ValueError(f"Expected --schedule constant or cosine; got {ask.schedule!r}.")
-    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=ask.max_epochs)
-    return cosine if ask.schedule == "cosine" else None
-
-
 def seen(rows: Rows, transform: str | None, seed: int) -> Rows:
-    """Returns the rows as the program sees them, by one draw of the transform.
+    """Returns the rows after the transform, as the program sees them.
 
     Arguments:
         rows: The rows.
-        transform: Its name; `None` for none.
-        seed: The seed of the draw.
+        transform: The name of the transform; `None` returns the rows unchanged.
+        seed: The seed of a random transform.
     """
     change = _transform(transform)
     if change is None:
@@ -152,19 +142,19 @@ def seen(rows: Rows, transform: str | None, seed: int) -> Rows:
 
 @dataclass(frozen=True)
 class Run:
-    """A fit that is over, and all that its folder will hold.
+    """A finished fit, with everything that its run folder contains.
 
     Arguments:
-        ask: What was asked for.
+        settings: The settings of the fit.
         program: The fitted program.
         history: The history of the fit.
-        rows: The rows held out, as the program sees them.
-        labels: Their labels.
-        judgement: What is known of the program on them.
-        command: The command that it was asked by.
+        rows: The held-out rows, after the transform.
+        labels: The labels of the held-out rows.
+        judgement: The evidence of the held-out rows and the active latent dims.
+        command: The name of the command, `"fit"` or `"demo"`.
     """
 
-    ask: Settings
+    settings: Settings
     program: VAE
     history: History
     rows: Rows
@@ -177,49 +167,45 @@ class Run:
 
         Arguments:
             folder: An empty folder.
-            checkpoint: The file that the fit left.
+            checkpoint: The last checkpoint of the fit.
         """
         shutil.copyfile(checkpoint, folder / CHECKPOINT)
         self.history.table.to_csv(folder / HISTORY)
         if self.judgement.evidence is not None:
             self.judgement.frame().to_csv(folder / EVIDENCE)
-        self._write_draws(folder / POSTERIOR)
+        elements = max(self.program.event_shape.numel(), self.program.latent_shape.numel())
+        few = self.rows[: max(1, min(MAX_ROWS, MAX_ELEMENTS // (MAX_PREDICTIVE * elements)))]
+        seed = self.settings.seed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            tree = to_arviz(self.program, few, MAX_DRAWS, num_predictive=MAX_PREDICTIVE, seed=seed)
+            tree.to_netcdf(folder / POSTERIOR, engine="h5netcdf")
         (folder / PICTURES).mkdir()
         for name, draw in self.pictures().items():
             save_picture(draw(), folder / PICTURES / f"{name}.png")
-        write_json(folder / SETTINGS, self.said())
+        write_json(folder / SETTINGS, self.record())
         write_program(self.program, folder)
 
-    def _write_draws(self, file: Path) -> None:
-        few = max(1, min(MAX_ROWS, MAX_ELEMENTS // (MAX_PREDICTIVE * self._row_elements())))
-        draws: dict[str, Any] = {"num_predictive": MAX_PREDICTIVE, "seed": self.ask.seed}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            tree = to_arviz(self.program, self.rows[:few], MAX_DRAWS, **draws)
-            tree.to_netcdf(file, engine="h5netcdf")
-
-    def _row_elements(self) -> int:
-        return max(self.program.event_shape.numel(), self.program.latent_shape.numel())
-
     def pictures(self) -> dict[str, Callable[[], Any]]:
-        """By name, what draws each picture."""
+        """Returns a function for each picture that draws it, by the name of the picture."""
         program, evidence, few = self.program, self.judgement.evidence, self.rows[:MAX_POINTS]
+        seed = self.settings.seed
         labels: Any = None if self.labels is None else self.labels[:MAX_POINTS]
-        drawn: dict[str, Callable[[], Any]] = {
+        draw: dict[str, Callable[[], Any]] = {
             "training": lambda: plots.history(self.history),
-            "reconstructions": lambda: plots.reconstructions(program, few, seed=self.ask.seed),
-            "prior_samples": lambda: plots.prior_samples(program, seed=self.ask.seed),
-            "latents": lambda: plots.latents(program, few, labels, seed=self.ask.seed),
+            "reconstructions": lambda: plots.reconstructions(program, few, seed=seed),
+            "prior_samples": lambda: plots.prior_samples(program, seed=seed),
+            "latents": lambda: plots.latents(program, few, labels, seed=seed),
         }
         if evidence is not None:
-            drawn["pareto_k"] = lambda: plots.pareto_k(evidence)
-        return drawn
+            draw["pareto_k"] = lambda: plots.pareto_k(evidence)
+        return draw
 
-    def said(self) -> dict[str, Any]:
-        """What `fit.json` holds."""
+    def record(self) -> dict[str, Any]:
+        """Returns the content of `fit.json`."""
         return {
             "command": self.command,
-            "settings": asdict(self.ask),
+            "settings": asdict(self.settings),
             "columns": self.rows.column_names(),
             "held_out_rows": self.rows.labels.tolist(),
             "epochs": len(self.history),
@@ -230,32 +216,33 @@ class Run:
         }
 
     def report(self, out: Path, seconds: float) -> None:
-        """Prints how the fit ended, and the paths of its files.
+        """Prints how the fit ended, the evidence, and the paths of the files.
 
         Arguments:
-            out: The folder.
-            seconds: What it took.
+            out: The run folder.
+            seconds: The time that the run took.
         """
-        console = Console()
-        epochs, best = len(self.history), self.history.best_epoch
+        console, history = Console(), self.history
         console.print(
-            f"{epochs} epochs ({self.history.stopped}), weights of epoch {best}, {seconds:.0f} s",
+            f"Training stopped after {len(history)} epochs ({history.stopped}); the weights are "
+            f"those of epoch {history.best_epoch}. The run took {seconds:.0f} s.",
             highlight=False,
         )
-        engine, why = self.history.engine, self.history.why
-        console.print(f"steps: {engine}; {why}", markup=False, highlight=False)
-        if is_rising(self.history):
-            said = "still rising at max_epochs: more --max-epochs, or a larger --lr"
-            console.print(said, highlight=False)
-        self.judgement.show(f"{len(self.rows)} rows held out from {self.ask.data}")
-        for name in self.pictures():
-            file = out / PICTURES / f"{name}.png"
+        reason = f" ({history.why})" if history.why else ""
+        steps = f"Engine of the training steps: {history.engine}{reason}."
+        console.print(steps, markup=False, highlight=False)
+        if is_rising(history):
+            options = "--max-epochs" if self.command == "demo" else "--max-epochs or --lr"
+            advice = f"The ELBO was still rising at the end. Try a larger {options}."
+            console.print(advice, highlight=False)
+        self.judgement.show(f"{len(self.rows)} held-out rows of {self.settings.data}")
+        files = {name: out / PICTURES / f"{name}.png" for name in self.pictures()}
+        for name, file in {**files, "run folder": out}.items():
             console.print(f"{name:16} {file}", soft_wrap=True, markup=False, highlight=False)
-        console.print(f"{'run':16} {out}", soft_wrap=True, markup=False, highlight=False)
 
 
 def is_rising(history: History) -> bool:
-    """Says whether the ELBO gained more than its error in the last tenth of a fit.
+    """Returns whether the ELBO rose by more than its standard error in the last tenth of a fit.
 
     Arguments:
         history: The history of the fit.
@@ -269,31 +256,34 @@ def is_rising(history: History) -> bool:
     return bool(elbo[best] - elbo[before] > history.table[f"{column}_se"][best])
 
 
-def run(ask: Settings, out: Path, *, resume: bool, overwrite: bool, command: str) -> None:
-    """Fits, judges and writes a run folder, and says what came out.
+def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command: str) -> None:
+    """Fits a VAE, evaluates it, writes the run folder and prints a report.
 
-    The checkpoint lies in a folder beside, `OUT.unfinished`, until all is written.
+    The checkpoint is in the folder `OUT.unfinished` until all files are written.
 
     Arguments:
-        ask: What is asked for.
+        settings: The settings of the fit.
         out: The run folder.
-        resume: Whether to go on from a run that is there, finished or not.
-        overwrite: Whether to replace a run that is there.
-        command: The command that asks.
+        resume: Whether to continue an existing run, finished or not.
+        overwrite: Whether to replace an existing run.
+        command: The name of the command, `"fit"` or `"demo"`.
 
     Raises:
-        ValueError: If a setting is refused; nothing is written then.
+        ValueError: If a setting is invalid. Nothing is written in that case.
         KeyboardInterrupt: If the fit was interrupted before the end of the first epoch.
     """
     start = time.perf_counter()
     working = out.with_name(f"{out.name}.unfinished")
     checkpoint = working / CHECKPOINT
-    _check_free(out, working, replaced=resume or overwrite)
-    data = Data.of(ask)
-    program = _program(ask, data.train)
-    if callable(check := getattr(program, "check", None)):
-        for part in (data.train, data.test):
-            check(seen(part, ask.transform, ask.seed))
+    _check_free(out, working, command, replaced=resume or overwrite)
+    data = Data.of(settings)
+    program = _program(settings, data.train)
+    for part in (data.train, data.test):
+        program.check(seen(part, settings.transform, settings.seed))
+    elbo = member(settings.elbo, "ELBO")
+    if settings.schedule not in ("constant", "cosine"):
+        raise ValueError(f"Expected --schedule constant or cosine; got {settings.schedule!r}.")
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.max_epochs)
     if not resume:
         shutil.rmtree(working, ignore_errors=True)
     elif not checkpoint.exists() and (out / CHECKPOINT).exists():
@@ -302,43 +292,42 @@ def run(ask: Settings, out: Path, *, resume: bool, overwrite: bool, command: str
     history = fit(
         program,
         data.train,
-        validation=ask.validation or None,
-        elbo=member(ask.elbo, "ELBO"),
-        transform=_transform(ask.transform),
-        optimizer=partial(torch.optim.AdamW, weight_decay=ask.weight_decay),
-        schedule=_schedule(ask),
-        batch_size=ask.batch_size,
-        engine=ask.engine,
-        precision=ask.precision,
-        lr=ask.lr,
-        max_epochs=ask.max_epochs,
-        patience=ask.patience or None,
-        seed=ask.seed,
-        device=ask.device,
+        validation=settings.validation or None,
+        elbo=elbo,
+        transform=_transform(settings.transform),
+        optimizer=partial(torch.optim.AdamW, weight_decay=settings.weight_decay),
+        schedule=cosine if settings.schedule == "cosine" else None,
+        batch_size=settings.batch_size,
+        engine=settings.engine,
+        precision=settings.precision,
+        lr=settings.lr,
+        max_epochs=settings.max_epochs,
+        patience=settings.patience or None,
+        seed=settings.seed,
+        device=settings.device,
         checkpoint=checkpoint,
         resume=resume,
     )
     if not len(history):
         shutil.rmtree(working)
         raise KeyboardInterrupt
-    rows = seen(data.test, ask.transform, ask.seed)
-    judgement = Judgement.of(program, rows, ask.num_samples, ask.seed)
-    run = Run(ask, program, history, rows, data.labels, judgement, command)
+    rows = seen(data.test, settings.transform, settings.seed)
+    judgement = Judgement.of(program, rows, settings.num_samples, settings.seed)
+    run = Run(settings, program, history, rows, data.labels, judgement, command)
     with new_folder(out, overwrite=resume or overwrite) as folder:
         run.write(folder, checkpoint)
     shutil.rmtree(working)
     run.report(out, time.perf_counter() - start)
 
 
-def _check_free(out: Path, working: Path, *, replaced: bool) -> None:
-    """Refuses to replace what is there unasked, and what is no run at all."""
+def _check_free(out: Path, working: Path, command: str, *, replaced: bool) -> None:
+    """Protects existing runs unless they are to be replaced, and all folders that are no run."""
     for path in (out, working):
         if not path.exists():
             continue
         if not replaced:
-            raise ValueError(
-                f"Expected a new run folder, or --resume or --overwrite; got {path}, which exists."
-            )
+            options = "--out, or use --resume or --overwrite" if command == "fit" else "--out"
+            raise ValueError(f"{path} already exists. Choose another {options}.")
         foreign = [] if path.is_dir() else [path.name]
         for file in path.rglob("*"):
             is_picture = file.suffix == ".png" and file.parent == path / PICTURES
@@ -346,12 +335,13 @@ def _check_free(out: Path, working: Path, *, replaced: bool) -> None:
                 foreign.append(str(file.relative_to(path)))
         if foreign:
             raise ValueError(
-                f"Expected a run folder, to be replaced; got {path}, which holds {foreign[0]!r}."
+                f"{path} is not replaced, because it contains {foreign[0]!r}, which is no file of "
+                "a run. Choose another --out."
             )
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Returns the content of `fit.json` of a run folder, empty if there is no such file.
+    """Returns the content of `fit.json` of a run folder; empty if there is no such file.
 
     Arguments:
         folder: The folder.
