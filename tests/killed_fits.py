@@ -40,7 +40,6 @@ def run(folder: Path) -> None:
         lr=0.01,
         batch_size=20,
         warmup=10,
-        patience=30,
         max_epochs=80,
         max_grad_norm=1.0,
         seed=0,
@@ -50,7 +49,7 @@ def run(folder: Path) -> None:
         resume=True,
     )
     said = {
-        "table": history.table.drop(columns="seconds").to_dict("list"),
+        "table": history.table.drop(columns="seconds").fillna(0.0).to_dict("list"),
         "best_epoch": history.best_epoch,
         "stopped": history.stopped,
     }

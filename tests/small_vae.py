@@ -8,6 +8,15 @@ from torch import Tensor, nn
 import pyro_vae as pv
 
 X = (torch.rand(50, 6, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+PLAIN: dict[str, Any] = {
+    "validation": None,
+    "lr": 1e-3,
+    "warmup": 0,
+    "weight_prior": None,
+    "averaged": False,
+    "until_converged": False,
+    "max_grad_norm": None,
+}  # a fit that is a plain loop over epochs
 GREY = torch.rand(50, 6, generator=torch.Generator().manual_seed(2))
 
 
@@ -18,7 +27,9 @@ def small(seed: int = 0, **members: Any) -> pv.VAE:
         "encoder": pv.networks.MLP(8),
         "decoder": pv.networks.MLP(8),
     }
-    return pv.VAE((6,), **asked | members, seed=seed)
+    vae = pv.VAE((6,), **asked | members, seed=seed)
+    vae.is_initialized = True  # fit then keeps the initial weights
+    return vae
 
 
 def weights(program: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from benchmarks import mnist
+from small_vae import PLAIN
 from torch import Tensor
 
 import pyro_vae as pv
@@ -57,7 +58,9 @@ def test_weights_after_an_epoch_are_those_of_a_loop_by_hand(dtype: torch.dtype) 
 def test_history_tells_the_losses_per_row() -> None:
     vae = mnist.make_vae(64, 0)
     with mnist.Recorded() as steps:
-        history = pv.fit(vae, grey().round(), max_epochs=2, seed=0, device="cpu", progress=False)
+        history = pv.fit(
+            vae, grey().round(), max_epochs=2, seed=0, device="cpu", progress=False, **PLAIN
+        )
     per_epoch = np.reshape([float(loss) for loss in steps.losses], (2, -1)).sum(1)
     np.testing.assert_allclose(history.table["elbo"], -per_epoch / len(grey()), rtol=1e-6)
 

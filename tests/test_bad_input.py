@@ -216,7 +216,6 @@ OPTIONS: dict[str, Case] = {
     "half a batch_size": (lambda w: w.fit(batch_size=2.5), "batch_size to be an integer"),
     "batch_size=True": (lambda w: w.fit(batch_size=True), "batch_size to be an integer"),
     "no epochs": (lambda w: w.fit(max_epochs=0), "max_epochs"),
-    "patience of 0": (lambda w: w.fit(patience=0), "patience"),
     "warm-up below 0": (lambda w: w.fit(warmup=-1), "warmup"),
     "warm-up too long": (
         lambda w: w.fit(warmup=2),

@@ -38,8 +38,12 @@ def linear_vae(columns: int, latents: int, *, scalar: bool = True) -> pv.VAE:
 def loadings(vae: pv.VAE) -> tuple[Tensor, Tensor, Tensor]:
     """W, the mean and the noise variances of x = W z + mean + noise."""
     linear = vae.likelihood.heads["loc"].linear
-    scale = vae.likelihood.links["scale"](vae.likelihood.shared["scale"])
-    return linear.weight, linear.bias, scale.expand(vae.event_shape).square()
+    noise = vae.likelihood.links["scale"](vae.likelihood.shared["scale"]).expand(vae.event_shape)
+    if vae.units.loc is None:
+        return linear.weight, linear.bias, noise.square()
+    loc, scale = vae.units.loc, vae.units.scale
+    noise = scale * (noise + vae.likelihood.least)
+    return scale[:, None] * linear.weight, loc + scale * linear.bias, noise.square()
 
 
 def marginal(vae: pv.VAE) -> MultivariateNormal:
@@ -68,8 +72,12 @@ def fitted(
     pv.fit(
         vae,
         x,
+        max_steps=None,
         max_epochs=max_epochs,
         batch_size=batch_size,
+        validation=None,
+        weight_prior=None,
+        until_converged=False,
         lr=2e-2,
         schedule=cosine,
         seed=0,

@@ -606,8 +606,10 @@ def test_the_dry_runs_leave_buffers_and_modes() -> None:
 def test_a_vae_trains_alike_as_a_program() -> None:
     x = torch.rand(ROWS, 4).round()
     vae, other = (pv.VAE((4,), 2, pv.likelihoods.Bernoulli(), seed=0) for _ in range(2))
+    for each in (vae, other):
+        each.initialize(x)
     program = pv.Program(other.model, other.guide)
-    fit(vae, x)
+    fit(vae, x, validation=None, weight_prior=None)
     fit(program, x)
     assert same(vae.state_dict(), other.state_dict())
     assert np.array_equal(

@@ -286,7 +286,10 @@ class Bad(Trace_ELBO):
 
 
 def test_a_loss_that_is_not_finite_does_not_stop_the_others() -> None:
-    with pytest.warns(UserWarning, match="'bad' at seed 3, 'bad' at seed 5"):
+    with (
+        pytest.warns(UserWarning, match="rate was halved"),
+        pytest.warns(UserWarning, match="'bad' at seed 3, 'bad' at seed 5"),
+    ):
         found = race(elbos={"one": ELBOS["one"], "bad": Bad(), "three": ELBOS["three"]})
     assert found.table.index[-1] == "bad"
     assert found.table.loc["bad"][["log_evidence", "difference_se", "elbo"]].isna().all()

@@ -20,14 +20,19 @@ FORMAT = "format_3"
 
 
 def small(**members: object) -> pv.VAE:
-    networks = {"encoder": pv.networks.MLP(4), "decoder": pv.networks.MLP(4)}
+    networks = {
+        "encoder": pv.networks.MLP(4, activation=nn.ReLU),
+        "decoder": pv.networks.MLP(4, activation=nn.ReLU),
+    }
     asked = {"prior": 2, "likelihood": pv.likelihoods.Normal()} | networks | members
     return pv.VAE(3, **asked, seed=0)
 
 
 PROGRAMS: dict[str, Callable[[], pv.VAE]] = {
     "normal": small,
-    "mixture": lambda: small(prior=pv.priors.Mixture(3, 2), likelihood=pv.likelihoods.StudentT()),
+    "mixture": lambda: small(
+        prior=pv.priors.Mixture(3, 2), likelihood=pv.likelihoods.StudentT(df=pv.Shared(init=4.0))
+    ),
     "vamp_prior": lambda: small(prior=pv.priors.VampPrior(4, 2)),
     "transported": lambda: small(prior=dist.Gamma(2.0, 1.0).expand([2]).to_event(1)),
     "counts": lambda: small(

@@ -129,8 +129,9 @@ Validation = Annotated[
     float, typer.Option(help="Share of the training rows for early stopping; 0 uses none.")
 ]
 MaxEpochs = Annotated[
-    int, typer.Option(help="Largest number of passes over the training rows.", min=1)
+    int | None, typer.Option(help="Largest number of passes over the training rows.", min=1)
 ]
+MaxSteps = Annotated[int, typer.Option(help="Largest number of training steps.", min=1)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an existing run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
@@ -158,7 +159,8 @@ def _root(*, version: Version = False) -> None:
 @app.command("demo")
 def _demo(
     out: Out = Path("runs/demo"),
-    max_epochs: MaxEpochs = 100,
+    max_steps: MaxSteps = 10_000,
+    max_epochs: MaxEpochs = None,
     num_samples: Samples = 1000,
     seed: Seed = 0,
 ) -> None:
@@ -167,11 +169,7 @@ def _demo(
         "digits",
         "Binomial(total_count=16)",
         latent=10,
-        activation="SiLU",
-        batch_size=64,
-        lr=2e-3,
-        schedule="cosine",
-        weight_decay=0.1,
+        max_steps=max_steps,
         max_epochs=max_epochs,
         num_samples=num_samples,
         seed=seed,
@@ -199,8 +197,10 @@ def _fit(
     prior: Prior = None,
     posterior: Posterior = "Normal",
     latent: Latent = None,
-    hidden: Annotated[str, typer.Option(help="Hidden units of both networks.")] = "256,256",
-    activation: Annotated[str, typer.Option(help="Activation function in torch.nn.")] = "ReLU",
+    hidden: Annotated[
+        str | None, typer.Option(help="Hidden units of both networks, as in 64,64.")
+    ] = None,
+    activation: Annotated[str, typer.Option(help="Activation function in torch.nn.")] = "SiLU",
     transform: Annotated[
         str | None, typer.Option(help="binarize draws new 0s and 1s for each minibatch.")
     ] = None,
@@ -209,13 +209,12 @@ def _fit(
     test: Test = 0.2,
     validation: Validation = 0.1,
     batch_size: Annotated[int, typer.Option(help="Rows per minibatch.", min=1)] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
-    schedule: Annotated[str, typer.Option(help="constant, or cosine (decays to 0).")] = "constant",
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.", min=0)] = 0.0,
-    max_epochs: MaxEpochs = 200,
-    patience: Annotated[
-        int, typer.Option(help="Epochs without improvement before stopping; 0: never.", min=0)
-    ] = 20,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 5e-3,
+    weight_prior: Annotated[
+        float, typer.Option(help="Standard deviation of the weights' prior; 0: none.", min=0)
+    ] = 1.0,
+    max_steps: MaxSteps = 10_000,
+    max_epochs: MaxEpochs = None,
     elbo: Annotated[
         str, typer.Option(help='"Trace_ELBO(num_particles=5)", "IWAE(5)", ..., or module:Object.')
     ] = "Trace_ELBO",

@@ -1,11 +1,11 @@
 """Runs: the settings of a fit, the fit itself, and the run folder that it writes."""
 
+import math
 import shutil
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,14 @@ from ..diagnostics import to_arviz
 from ..engine.running import seeded
 from ..networks.mlp import MLP
 from ..programs.saving import write_program
-from ..programs.vae import VAE
+from ..programs.vae import DEFAULT_UNITS, VAE, WIDE
 from ..training.fit import fit
 from ..training.history import History
 from . import specs
 from .judgement import Judgement
 from .members import member
 
-__all__ = ["Settings", "is_rising", "run", "save_picture", "seen", "settings_of"]
+__all__ = ["Settings", "run", "save_picture", "seen", "settings_of"]
 
 CHECKPOINT, EVIDENCE, HISTORY = "checkpoint.safetensors", "evidence.csv", "history.csv"
 SETTINGS, POSTERIOR, PICTURES = "fit.json", "posterior.nc", "pictures"
@@ -53,19 +53,18 @@ class Settings:
     posterior: str = "Normal"
     elbo: str = "Trace_ELBO"
     latent: int | None = None
-    hidden: str = "256,256"
-    activation: str = "ReLU"
+    hidden: str | None = None
+    activation: str = "SiLU"
     transform: str | None = None
     label: str | None = None
     key: str | None = None
     test: float = 0.2
     validation: float = 0.1
     batch_size: int = 128
-    lr: float = 1e-3
-    schedule: str = "constant"
-    weight_decay: float = 0.0
-    max_epochs: int = 200
-    patience: int = 20
+    lr: float = 5e-3
+    weight_prior: float = 1.0
+    max_steps: int = 10_000
+    max_epochs: int | None = None
     num_samples: int = 1000
     seed: int = 0
     device: str = "auto"
@@ -93,8 +92,10 @@ class Data:
 
 
 def _program(settings: Settings, rows: Rows) -> VAE:
+    width = DEFAULT_UNITS[math.prod(rows.event_shapes()["x"]) > WIDE]
+    given = settings.hidden
     try:
-        hidden = [int(size) for size in settings.hidden.split(",") if size.strip()]
+        hidden = width if given is None else [int(n) for n in given.split(",") if n.strip()]
     except ValueError as error:
         raise ValueError(f"Expected --hidden as in 256,256; got {settings.hidden!r}.") from error
     activations = {name: vars(nn)[name] for name in torch.nn.modules.activation.__all__}
@@ -211,6 +212,8 @@ class Run:
             "epochs": len(self.history),
             "best_epoch": self.history.best_epoch,
             "stopped": self.history.stopped,
+            "converged": self.history.converged,
+            "reason": self.history.reason,
             "engine": self.history.engine,
             "why": self.history.why,
         }
@@ -231,29 +234,12 @@ class Run:
         reason = f" ({history.why})" if history.why else ""
         steps = f"Engine of the training steps: {history.engine}{reason}."
         console.print(steps, markup=False, highlight=False)
-        if is_rising(history):
-            options = "--max-epochs" if self.command == "demo" else "--max-epochs or --lr"
-            advice = f"The ELBO was still rising at the end. Try a larger {options}."
-            console.print(advice, highlight=False)
+        if history.converged is not True:
+            console.print(history.reason.capitalize() + ".", markup=False, highlight=False)
         self.judgement.show(f"{len(self.rows)} held-out rows of {self.settings.data}")
         files = {name: out / PICTURES / f"{name}.png" for name in self.pictures()}
         for name, file in {**files, "run folder": out}.items():
             console.print(f"{name:16} {file}", soft_wrap=True, markup=False, highlight=False)
-
-
-def is_rising(history: History) -> bool:
-    """Returns whether the ELBO rose by more than its standard error in the last tenth of a fit.
-
-    Arguments:
-        history: The history of the fit.
-    """
-    epochs, best = len(history), history.best_epoch
-    if history.stopped != "max_epochs" or epochs < 2 or best <= 0.95 * epochs:
-        return False
-    column = "validation_elbo" if "validation_elbo" in history.table else "elbo"
-    elbo = history.table[column]
-    before = min(epochs - max(1, epochs // 10), best - 1)
-    return bool(elbo[best] - elbo[before] > history.table[f"{column}_se"][best])
 
 
 def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command: str) -> None:
@@ -281,9 +267,6 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     for part in (data.train, data.test):
         program.check(seen(part, settings.transform, settings.seed))
     elbo = member(settings.elbo, "ELBO")
-    if settings.schedule not in ("constant", "cosine"):
-        raise ValueError(f"Expected --schedule constant or cosine; got {settings.schedule!r}.")
-    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=settings.max_epochs)
     if not resume:
         shutil.rmtree(working, ignore_errors=True)
     elif not checkpoint.exists() and (out / CHECKPOINT).exists():
@@ -295,14 +278,13 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
         validation=settings.validation or None,
         elbo=elbo,
         transform=_transform(settings.transform),
-        optimizer=partial(torch.optim.AdamW, weight_decay=settings.weight_decay),
-        schedule=cosine if settings.schedule == "cosine" else None,
         batch_size=settings.batch_size,
         engine=settings.engine,
         precision=settings.precision,
         lr=settings.lr,
+        weight_prior=settings.weight_prior or None,
+        max_steps=settings.max_steps,
         max_epochs=settings.max_epochs,
-        patience=settings.patience or None,
         seed=settings.seed,
         device=settings.device,
         checkpoint=checkpoint,

@@ -165,10 +165,12 @@ class Rows:
         Arguments:
             device: The device.
         """
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda _, tensor: tensor.to(device))
 
     def to_like(self, module: nn.Module | None, *, move: bool = True) -> "Rows":
         """Casts floating values to the dtype of a module's weights, and moves to its device.
+
+        A module with the attribute `standardizes = True` gets float64 values of x as they are.
 
         Arguments:
             module: The module; `None` casts to torch's default dtype and moves nothing.
@@ -176,9 +178,11 @@ class Rows:
         """
         like = floating_like(module)
         is_moved = move and module is not None
+        keeps_x = getattr(module, "standardizes", False)
 
-        def cast(tensor: Tensor) -> Tensor:
-            dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
+        def cast(name: str, tensor: Tensor) -> Tensor:
+            is_kept = keeps_x and name == "x" and tensor.dtype == torch.float64
+            dtype = like.dtype if tensor.is_floating_point() and not is_kept else tensor.dtype
             return tensor.to(like.device if is_moved else tensor.device, dtype)
 
         return self._map(cast)
@@ -234,8 +238,8 @@ class Rows:
         }
         return xr.Dataset(variables, {"datum": self.labels} | own, attrs)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
-        fields = {name: function(tensor) for name, tensor in self.fields.items()}
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> "Rows":
+        fields = {name: function(name, tensor) for name, tensor in self.fields.items()}
         return Rows(fields if isinstance(self.x, dict) else fields["x"], self.labels, self.columns)
 
 

@@ -344,9 +344,12 @@ class _Entrants:
             history = fit(
                 program,
                 train,
+                validation=None,
                 elbo=copy.deepcopy(self.elbos[name]),
                 seed=seed,
+                max_steps=None,
                 max_epochs=epochs,
+                until_converged=False,
                 max_seconds=seconds,
                 batch_size=self.batch_size,
                 lr=self.lr,

@@ -90,6 +90,42 @@ class ConditionalDistribution(nn.Module, ABC):
             ValueError: If there are such values; the message names the first of them.
         """
 
+    def units(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns the location and scale by which a program may standardise the density.
+
+        Arguments:
+            x: Values (rows, *event_shape), in float64.
+
+        Returns:
+            Two tensors of shape (*event_shape), or `None`, the default: the density then is in
+            the units of the data.
+        """
+        return None
+
+    def least_scale(self, y: Tensor) -> Tensor | None:
+        """Returns the least scale that the density of each column may have. By default `None`.
+
+        Arguments:
+            y: Standardised values (rows, *event_shape), in float64.
+        """
+        return None
+
+    def set_units(self, units: tuple[Tensor, Tensor] | None, least: Tensor | None) -> None:
+        """Receives what a program learned or read from a file. By default it is ignored.
+
+        Arguments:
+            units: The location and scale by which x is standardised, each (*event_shape).
+            least: The least scale of each standardised column, shape (*event_shape).
+        """
+
+    def initialize(self, y: Tensor, units: tuple[Tensor, Tensor] | None = None) -> None:
+        """Moves the parameters to where training starts. By default they stay where they are.
+
+        Arguments:
+            y: Values (rows, *event_shape), standardised, in float64.
+            units: The location and scale by which they are standardised, if they are.
+        """
+
     def arguments(self) -> Arguments:
         """Returns the arguments of the constructor, positional and by name.
 
@@ -172,10 +208,10 @@ class Likelihood(ConditionalDistribution):
         if not self.event_shape:
             return
         with torch.enable_grad():
-            check_support(self._example(), x, self._title())
+            check_support(self.example(), x, self._title())
 
-    def _example(self) -> Distribution:
-        """The distribution at zero features, from which the support is read."""
+    def example(self) -> Distribution:
+        """Returns the distribution at features of 0, from which the support is read."""
         if self.feature_shape is None:
             return self()
         return self(self._like.new_zeros((1, *self.feature_shape)))

@@ -17,6 +17,8 @@ from ..data.checks import is_size, perhaps, short
 from .conditional import Arguments, ConditionalDistribution
 from .densities import scored, to_event
 from .links import Link, link_of
+from .starts import STARTS
+from .units import IN_UNITS, column_units, resolution
 
 __all__ = ["ALTERNATIVES", "Family", "Predicted", "Shared", "ParameterSpec"]
 
@@ -89,6 +91,9 @@ class Shared:
 
 ParameterSpec: TypeAlias = Predicted | Shared | float | int | bool | str | Tensor | None
 
+HEAD_WEIGHTS = 0.1  # smaller weights leave latents dead at the start, a saddle of the ELBO
+FEW_ROWS = 1000
+
 ALTERNATIVES = (
     ("logits", "probs"),
     ("gate_logits", "gate"),
@@ -129,6 +134,7 @@ class Family(ConditionalDistribution):
 
     default: type[Predicted] | type[Shared] = Predicted
     event_shape: torch.Size
+    least: Tensor | None
     _like: Tensor
 
     def __init__(self, distribution: type[Distribution], /, **parameters: ParameterSpec) -> None:
@@ -174,6 +180,8 @@ class Family(ConditionalDistribution):
         self.register_buffer("_like", like.new_zeros(()), persistent=False)
         self.heads = nn.ModuleDict()
         self.shared = nn.ParameterDict()
+        self.register_buffer("least", None, persistent=False)
+        self.in_units: dict[str, Tensor] = {}
         self.links: dict[str, Any] = {}
         self.shapes: dict[str, torch.Size] = {}
         for name, spec in self._all_specs().items():
@@ -285,17 +293,168 @@ class Family(ConditionalDistribution):
             values[name] = self.links[name](head(features).to(self._like.dtype))
         for name, parameter in self.shared.items():
             values[name] = self.links[name](parameter).expand(self.shapes[name])
+        if self.least is not None:
+            bounded = IN_UNITS[self.distribution].bounded
+            if bounded in values:
+                values[bounded] = values[bounded] + self.least
         for name, spec in self.specs.items():
             if spec is not None and name not in values:
                 values[name] = self._fixed(name, spec)
         return values
 
     def _fixed(self, name: str, spec: ParameterSpec) -> Any:
+        if name in self.in_units:
+            return self.in_units[name].to(self._like)
         if isinstance(spec, Tensor):
             return getattr(self, f"fixed_{name}")
         if isinstance(spec, float) or (isinstance(spec, int) and name in self.constraints):
             return torch.full_like(self._like, float(spec))
         return spec
+
+    def units(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns the location and scale by which the density is standardised, in float64.
+
+        The units are one number for all columns if a parameter with units is one number.
+
+        Arguments:
+            x: Values (rows, *event).
+
+        Returns:
+            Two tensors of shape (*event), or `None` if the distribution has no units that this
+            package knows.
+        """
+        known = IN_UNITS.get(self.distribution)
+        if known is None:
+            return None
+        loc, scale = column_units(x, has_location=known.has_location)
+        one = {k for k, v in self.specs.items() if isinstance(v, Shared) and v.scalar}
+        if one & known.parameters.keys():
+            mean = scale.square().mean().sqrt() if known.has_location else scale.log().mean().exp()
+            scale = mean.expand_as(scale).clone()
+        if "loc" in one and "loc" in known.parameters:
+            loc = loc.mean().expand_as(loc).clone()
+        return loc, scale
+
+    def least_scale(self, y: Tensor) -> Tensor | None:
+        """Returns the least scale that the density of each column may have, if it has a scale.
+
+        Arguments:
+            y: Standardised values (rows, *event), in float64.
+        """
+        known = IN_UNITS.get(self.distribution)
+        if known is None or known.bounded is None:
+            return None
+        least = resolution(y.log() if self.distribution is dist.LogNormal else y)
+        spec = self.specs.get(known.bounded)
+        is_one = isinstance(spec, Shared) and spec.scalar
+        return least.amin().expand_as(least).clone() if is_one else least
+
+    def set_units(self, units: tuple[Tensor, Tensor] | None, least: Tensor | None) -> None:
+        """Takes fixed parameters as in the units of the data, and bounds the scale.
+
+        Arguments:
+            units: The location and scale by which x is standardised, each of shape (*event).
+            least: The least scale of each standardised column, shape (*event).
+        """
+        self.in_units = {}
+        self.least = None if least is None else least.to(self._like)
+        if units is None:
+            return
+        for name, convert in IN_UNITS[self.distribution].parameters.items():
+            spec = self.specs.get(name)
+            if isinstance(spec, int | float | Tensor):
+                value = torch.as_tensor(spec, dtype=torch.float64, device=units[0].device)
+                self.in_units[name] = convert(value, *units)
+
+    def initialize(self, y: Tensor, units: tuple[Tensor, Tensor] | None = None) -> None:
+        """Starts at the maximum likelihood of values without features, column by column.
+
+        `Shared` parameters and the biases of the heads get it through the inverse of their links;
+        the weights of the heads are multiplied by 0.1. Initial values that a user wrote are kept.
+        A distribution without a known maximum is fitted by L-BFGS.
+
+        Arguments:
+            y: Values (rows, *event), standardised, in float64.
+            units: The location and scale by which they are standardised.
+        """
+        with torch.no_grad():
+            for head in self._heads():
+                head.linear.weight.mul_(HEAD_WEIGHTS)
+        given = self._given(units)
+        if self.distribution not in STARTS:
+            self._fit_constants(y)
+            return
+        for name, value in STARTS[self.distribution](y.double(), given).items():
+            if name not in given:
+                self._start(name, value)
+
+    def _given(self, units: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        """The parameters that a user fixed or gave an initial value, in the units of training."""
+        given: dict[str, Tensor] = {}
+        known = IN_UNITS.get(self.distribution)
+        for name, spec in self._all_specs().items():
+            value = spec.init if isinstance(spec, Shared) else spec
+            if isinstance(value, str | bool | Predicted) or value is None:
+                continue
+            given[name] = torch.as_tensor(value).to(self._like.device, torch.float64)
+            if units is not None and known is not None and name in known.parameters:
+                given[name] = known.parameters[name](given[name], *units)
+            if isinstance(spec, Shared):
+                self._start(name, given[name])
+        for shape in (self.shapes[name] for name in ("logits", "probs") if name in self.shapes):
+            given["num_categories"] = torch.tensor(shape[-1] if shape else 1)
+        return given
+
+    @torch.no_grad()
+    def _start(self, name: str, value: Tensor) -> None:
+        """Moves a parameter without features to a value, as near as its link allows."""
+        if name not in self.links:
+            return
+        known, spec = IN_UNITS.get(self.distribution), self.specs.get(name)
+        if self.least is not None and known is not None and name == known.bounded:
+            value = torch.maximum(value - self.least, 1e-3 * self.least.double())
+        value = value.expand(self.shapes[name])
+        if isinstance(spec, Shared) and spec.scalar:
+            is_scale = known is not None and name == known.bounded
+            value = value.square().mean().sqrt() if is_scale else value.mean()
+        free = self.links[name].inv(value.to(self._like))
+        if not free.isfinite().all():
+            return
+        if name in self.shared:
+            self.shared[name].copy_(free)
+        else:
+            head: Any = self.heads[name]
+            head.start(free)
+
+    def _heads(self) -> "list[_Head]":
+        return [head for head in self.heads.values() if isinstance(head, _Head)]
+
+    def _fit_constants(self, y: Tensor) -> None:
+        """Fits biases and shared parameters at features of 0 by L-BFGS; keeps them if it fails."""
+        trained = [*self.shared.values(), *(head.linear.bias for head in self._heads())]
+        before = [parameter.detach().clone() for parameter in trained]
+        like, shape = self._like, self.feature_shape
+        few = y[:: math.ceil(len(y) / FEW_ROWS)].to(like)
+        features = None if shape is None else like.new_zeros((1, *shape))
+        optimizer = torch.optim.LBFGS(trained, max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            scored_loss = -self(features).expand((len(few),)).log_prob(few).mean()
+            scored_loss.backward()
+            return scored_loss
+
+        with torch.enable_grad():
+            try:
+                start, _ = float(loss()), optimizer.step(loss)
+                has_gained = float(loss()) <= start
+            except (RuntimeError, ValueError, NotImplementedError):
+                has_gained = False
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.grad = None
+                if not (has_gained and parameter.isfinite().all()):
+                    parameter.copy_(value)
 
     def _title(self) -> str:
         name: str = self.distribution.__name__
@@ -333,6 +492,12 @@ class _Head(nn.Module):
             )
         outputs = math.prod(self.lead + self.tail) if sizes else math.prod(shape)
         self.linear = nn.Linear(units, outputs, dtype=features.dtype, device=features.device)
+
+    def start(self, free: Tensor) -> None:
+        """Sets the bias; over the sizes of an image it is the mean of their values."""
+        first, last = len(self.lead), len(self.lead) + len(self.sizes)
+        over = tuple(range(first, last))
+        self.linear.bias.copy_((free.mean(over) if over else free).flatten())
 
     def forward(self, features: Tensor) -> Tensor:
         if not self.sizes:

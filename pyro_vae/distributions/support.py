@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 
 from .links import base_of
 
-__all__ = ["check_finite", "check_support"]
+__all__ = ["check_finite", "check_positive", "check_support"]
 
 
 def check_finite(x: Tensor) -> None:
@@ -55,6 +55,23 @@ def check_support(example: Distribution, x: Tensor, name: str) -> None:
         raise ValueError(
             f"Expected data in the support of {name}, {_describe(base)}{remark}; got "
             f"{_place(x, outside)}."
+        )
+
+
+def check_positive(x: Tensor, name: str) -> None:
+    """Refuses zeros under a density of positive numbers.
+
+    Arguments:
+        x: Rows (rows, *event_shape), 0 or more.
+        name: The name of the distribution in the message.
+
+    Raises:
+        ValueError: If there are zeros; the message names the first one and the rows.
+    """
+    if (bad := x == 0.0).any():
+        raise ValueError(
+            f"Expected data in the support of {name}, values > 0 (the log-density is infinite at "
+            f"0 or has no bound there); got {_place(x, bad)}."
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from ..data.read import read
+from ..distributions.units import Affine
 from ..elbos.log_densities import programs_of
 from ..engine.running import evaluating
 from ..programs.vae import VAE
@@ -113,11 +114,15 @@ def _normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def _independent_normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
-    events = len(distribution.event_shape)
+    if isinstance(distribution, Affine):
+        if (found := _independent_normal(distribution.base)) is None:
+            return None
+        loc, scale = found
+        return distribution.loc + distribution.scale * loc, distribution.scale * scale
     base = distribution
     while isinstance(base, Independent):
         base = base.base_dist
-    if not isinstance(base, dist.Normal) or not events:
+    if not isinstance(base, dist.Normal) or not distribution.event_shape:
         return None
     return base.loc, base.scale
 

@@ -21,15 +21,16 @@ class BetaBinomial(Family, Likelihood):
 
     Example:
         >>> BetaBinomial(total_count=16)
-        BetaBinomial(total_count=16, concentration1=Predicted(), concentration0=Predicted())
+        BetaBinomial(total_count=16, concentration1=Predicted(link='log'),
+        concentration0=Predicted(link='log'))
     """
 
     def __init__(
         self,
         total_count: ParameterSpec,
         *,
-        concentration1: ParameterSpec = Predicted(),
-        concentration0: ParameterSpec = Predicted(),
+        concentration1: ParameterSpec = Predicted(link="log"),
+        concentration0: ParameterSpec = Predicted(link="log"),
     ) -> None:
         super().__init__(
             dist.BetaBinomial,

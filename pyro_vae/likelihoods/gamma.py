@@ -1,8 +1,10 @@
 """The likelihood of positive data."""
 
 import pyro.distributions as dist
+from torch import Tensor
 
 from ..distributions import Family, Likelihood, ParameterSpec, Predicted, Shared
+from ..distributions.support import check_positive
 
 __all__ = ["Gamma"]
 
@@ -20,13 +22,25 @@ class Gamma(Family, Likelihood):
 
     Example:
         >>> Gamma()
-        Gamma(concentration=Shared(), rate=Predicted(link='log'))
+        Gamma(concentration=Shared(link='log'), rate=Predicted(link='log'))
     """
 
     def __init__(
         self,
         *,
-        concentration: ParameterSpec = Shared(),
+        concentration: ParameterSpec = Shared(link="log"),
         rate: ParameterSpec = Predicted(link="log"),
     ) -> None:
         super().__init__(dist.Gamma, concentration=concentration, rate=rate)
+
+    def check(self, x: Tensor) -> None:
+        """Refuses data that are not positive: at 0 the density is infinite, or 0.
+
+        Arguments:
+            x: Rows of shape (rows, *event_shape).
+
+        Raises:
+            ValueError: If a value is NaN, infinite or not positive.
+        """
+        super().check(x)
+        check_positive(x, "Gamma")

@@ -19,18 +19,19 @@ class NegativeBinomial(Family, Likelihood):
         Deep generative modeling for single-cell transcriptomics (Lopez et al., 2018).
 
     Arguments:
-        total_count: The inverse dispersion :math:`r > 0`, learned for each column.
+        total_count: The inverse dispersion :math:`r > 0`, learned for each column, with
+            a log link so that it can become large.
         logits: The log-odds :math:`\eta`, which is :math:`\log(\mathrm{mean} / r)`.
 
     Example:
         >>> NegativeBinomial()
-        NegativeBinomial(total_count=Shared(), logits=Predicted())
+        NegativeBinomial(total_count=Shared(link='log'), logits=Predicted())
     """
 
     def __init__(
         self,
         *,
-        total_count: ParameterSpec = Shared(),
+        total_count: ParameterSpec = Shared(link="log"),
         logits: ParameterSpec = Predicted(),
     ) -> None:
         super().__init__(dist.NegativeBinomial, total_count=total_count, logits=logits)

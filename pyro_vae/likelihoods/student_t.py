@@ -13,8 +13,8 @@ class StudentT(Family, Likelihood):
     .. math:: p(x \mid z) = \prod_j t_{\nu}\left((x_j - \mu_j) / \sigma_j\right) / \sigma_j
 
     Arguments:
-        df: The degrees of freedom :math:`\nu > 0`, learned for each column from the initial
-            value 4.
+        df: The degrees of freedom :math:`\nu > 0`, learned for each column, with a log
+            link so that it can become large.
         loc: The centre :math:`\mu`.
         scale: The scale :math:`\sigma`, learned for each column.
 
@@ -26,7 +26,7 @@ class StudentT(Family, Likelihood):
     def __init__(
         self,
         *,
-        df: ParameterSpec = Shared(init=4.0),
+        df: ParameterSpec = Shared(link="log"),
         loc: ParameterSpec = Predicted(),
         scale: ParameterSpec = Shared(),
     ) -> None:

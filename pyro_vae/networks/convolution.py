@@ -27,7 +27,7 @@ class Convolution(Network):
         torch.Size([5, 1568])
     """
 
-    def __init__(self, *channels: int, activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, *channels: int, activation: type[nn.Module] = nn.SiLU) -> None:
         super().__init__()
         self.channels = checked_sizes("channels", channels, at_least=1)
         self.activation = activation

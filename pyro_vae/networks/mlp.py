@@ -31,7 +31,7 @@ class MLP(Network):
         torch.Size([5, 16])
     """
 
-    def __init__(self, *hidden: int, activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, *hidden: int, activation: type[nn.Module] = nn.SiLU) -> None:
         super().__init__()
         self.hidden = checked_sizes("hidden units", hidden)
         self.activation = activation

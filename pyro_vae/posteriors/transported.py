@@ -46,6 +46,10 @@ class Transported(Posterior):
         self.base.build(tuple(free), features)
         return super().build(event_shape)
 
+    def initialize(self, y: Tensor, units: tuple[Tensor, Tensor] | None = None) -> None:
+        """Starts the posterior on the real line at values that are mapped back to it."""
+        self.base.initialize(biject_to(self._prior().support).inv(y), units)
+
     def forward(self, features: Tensor | None = None) -> Distribution:
         """Returns q(z | x) of each row."""
         transform = biject_to(self._prior().support).with_cache()

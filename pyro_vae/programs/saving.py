@@ -28,6 +28,7 @@ from ..data.files import (
 )
 from ..data.rows import floating_like
 from ..distributions import Family, Predicted, Shared
+from ..distributions.units import Units
 from ..engine.running import device_of, kept_generators
 from .vae import VAE
 
@@ -43,7 +44,7 @@ _KEYS: dict[str, type] = {
     "versions": dict,
     "sha256": dict,
 }
-_PARTS = {"members": 1}  # the parts of a specification, and the version of each
+_PARTS = {"members": 1, "units": 1}  # the parts of a specification, and the version of each
 
 
 def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -95,9 +96,13 @@ def write_program(program: nn.Module, folder: Path) -> None:
     state = {f"program.{name}": tensor for name, tensor in program.state_dict().items()}
     write_tensors(folder / _WEIGHTS, state | values, {"kind": "program"})
     others = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SPEC)
+    parts: dict[str, Any] = {"members": {"version": _PARTS["members"], "program": spec}}
+    if isinstance(program, VAE) and program.is_initialized:
+        learned = [name for name, _ in program.units.named_buffers()]
+        parts["units"] = {"version": 1, "form": program.units.form, "learned": learned}
     content: dict[str, Any] = {
         "format": _FORMAT,
-        "parts": {"members": {"version": _PARTS["members"], "program": spec}},
+        "parts": parts,
         "dtype": str(floating_like(program).dtype).removeprefix("torch."),
         "training": program.training,
         "versions": _versions(),
@@ -152,8 +157,27 @@ def load(
         program.to(target, getattr(torch, spec["dtype"])).train(spec["training"])
     else:
         program = into
+    if isinstance(program, VAE):
+        _allocate_units(program, spec["parts"].get("units"), folder)
     load_state(program, state, folder)
+    if isinstance(program, VAE):
+        program.follow_units()
     return program
+
+
+def _allocate_units(vae: VAE, part: dict[str, Any] | None, folder: Path) -> None:
+    """Makes the buffers of the units that a file holds, or removes them if it holds none."""
+    part = {"form": None, "learned": []} if part is None else part
+    form, learned = part.get("form"), part.get("learned")
+    names = Units(()).state_names()
+    if form not in (None, *Units.FORMS) or not isinstance(learned, list):
+        raise ValueError(f"Expected units in {folder / _SPEC}; got {part}.")
+    if any(name not in names for name in learned):
+        raise ValueError(f"Expected units out of {names} in {folder / _SPEC}; got {learned}.")
+    vae.units = Units(tuple(vae.event_shape))
+    vae.units.allocate(learned, form)
+    vae.units.to(floating_like(vae).device)
+    vae.is_initialized = bool(part.get("version"))
 
 
 def _checked_spec(folder: Path) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from torch.distributions import Distribution
 
 from ..data.checks import checked_shape, is_size
 from ..data.read import read
-from ..data.rows import PLATE
+from ..data.rows import PLATE, Rows
 from ..data.source import Row
 from ..distributions import Likelihood, Posterior, Prior
+from ..distributions.links import base_of
+from ..distributions.units import Units, input_form
 from ..engine.running import evaluating, parameters_are_local, seeded, unmoved_statistics
 from ..networks import MLP
 from ..posteriors import Normal
@@ -34,6 +36,11 @@ from .building import (
 )
 
 __all__ = ["VAE"]
+
+WIDE = 200  # elements of x, above which the default networks are wider
+DEFAULT_UNITS = ((64, 64), (256, 256))
+LEARNED_FROM = 2**24  # elements of x, from which units and starts are learned
+DRAWS = 4096  # of the prior, to which the posterior is fitted at the start
 
 
 class VAE(nn.Module):
@@ -57,9 +64,9 @@ class VAE(nn.Module):
             a module whose `forward(features)` returns a distribution.
         posterior: q(z | x): a member of `pyro_vae.posteriors`, a class of Pyro distributions, or
             a module as for the likelihood; `Normal()` by default.
-        encoder: A network from rows (rows, \*event_shape) to features; `MLP(256, 256)` by default.
-        decoder: A network from latents (rows, \*latent_shape) to features; `MLP(256, 256)` by
-            default.
+        encoder: A network from rows (rows, \*event_shape) to features; by default `MLP(64, 64)`,
+            or `MLP(256, 256)` if x has more than 200 elements.
+        decoder: A network from latents (rows, \*latent_shape) to features, with the same default.
         context: Covariates are not supported yet: only `None` is accepted.
         seed: The seed of the initial weights; if `None`, torch's global generator is used.
 
@@ -74,7 +81,9 @@ class VAE(nn.Module):
         torch.Size([3, 64])
     """
 
+    standardizes = True
     _like: Tensor
+    units: Units
     prior: Prior
     likelihood: Likelihood
     posterior: Posterior
@@ -109,12 +118,15 @@ class VAE(nn.Module):
             self.likelihood = as_likelihood(likelihood)
             self.posterior = as_posterior(Normal() if posterior is None else posterior)
             x_shape = tuple(self.event_shape)
+            hidden = DEFAULT_UNITS[self.event_shape.numel() > WIDE]
             self.encoder = as_network(
-                MLP(256, 256) if encoder is None else encoder, "encoder", x_shape
+                MLP(*hidden) if encoder is None else encoder, "encoder", x_shape
             )
             self.decoder = as_network(
-                MLP(256, 256) if decoder is None else decoder, "decoder", x_shape
+                MLP(*hidden) if decoder is None else decoder, "decoder", x_shape
             )
+            self.units = Units(x_shape)
+            self.is_initialized = False
             with torch.autocast(like_of(self.encoder, self.decoder).device.type, enabled=False):
                 self._build()
 
@@ -156,7 +168,7 @@ class VAE(nn.Module):
         self._state(self.prior, self.likelihood, self.decoder, self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             z = pyro.sample("z", self.prior())
-            return pyro.sample("x", self.decode(z), obs=None if x is None else self._cast(x))
+            return pyro.sample("x", self.decode(z), obs=None if x is None else self._observed(x))
 
     def guide(self, x: Row | None = None, *, size: int | None = None) -> Tensor:
         r"""Draws z from the posterior given x.
@@ -187,10 +199,73 @@ class VAE(nn.Module):
                     parameter, name=f"{type(self).__name__}-{id(self)}.{id(module)}.{name}"
                 )
 
+    def initialize(self, x: Any, *, standardize: bool = True) -> "VAE":
+        r"""Learns the units of the columns of x, and moves the weights to a good start.
+
+        The density of real columns is standardised by their means and standard deviations, that
+        of positive columns by their geometric means: p(x | z) stays a density over x in the units
+        of the data. The encoder sees standardised values: of x itself, of log x if x is positive,
+        of log1p x if x is a count. The start is the maximum likelihood of each column without
+        latents, and the prior as the posterior. :func:`pyro_vae.fit` calls this on its training
+        rows, unless it was called before. Units are learned from all rows if they have at most
+        16 million values, else from rows at even distances.
+
+        Arguments:
+            x: Rows (rows, \*event_shape): a tensor, an array or a data frame.
+            standardize: Whether to learn units. If not, the density and the encoder see x.
+
+        Raises:
+            ValueError: If the rows are refused by :meth:`check`.
+
+        Returns:
+            The VAE itself.
+
+        Example:
+            >>> import pyro_vae as pv
+            >>> vae = pv.VAE(2, 1, pv.likelihoods.Normal(), seed=0)
+            >>> table = torch.tensor([[2001.0, 1e-3], [2003.0, 3e-3]], dtype=torch.float64)
+            >>> vae.initialize(table).units.loc.tolist()
+            [2002.0, 0.002]
+        """
+        rows = read(x, self)
+        every = -(-len(rows) * self.event_shape.numel() // LEARNED_FROM)
+        values = _x_of(rows.select(slice(None, None, every))).to(self._like.device)
+        values = values.to(torch.promote_types(values.dtype, self._like.dtype))
+        modules = (self.likelihood, self.posterior, self.encoder, self.decoder)
+        with evaluating(nn.ModuleList(modules)), torch.no_grad():
+            self._learn(values.double(), standardize=standardize)
+        self.is_initialized = True
+        return self
+
+    def _learn(self, x: Tensor, *, standardize: bool) -> None:
+        found = self.likelihood.units(x) if standardize else None
+        form = None
+        if standardize and self.event_shape:
+            form = input_form(base_of(self.likelihood.example().support), x)
+        units, learned = self.units, x if found is None else (x - found[0]) / found[1]
+        units.loc, units.scale = (None, None) if found is None else found
+        units.least = self.likelihood.least_scale(learned)
+        units.learn_inputs(x, form)
+        self.follow_units()
+        self.likelihood.initialize(learned, found)
+        with seeded(0):
+            if self.prior.support is None:
+                draws = torch.randn((DRAWS, *self.latent_shape), device=x.device)
+            else:
+                draws = self.prior().expand((DRAWS,)).sample()
+            self.posterior.initialize(draws.double())
+
+    def follow_units(self) -> None:
+        """Passes the units to the likelihood, after they were learned or read from a file."""
+        self.likelihood.set_units(self.units.density_units, self.units.least)
+
     def _encode_pseudo_inputs(self, x: Tensor) -> Distribution:
-        """Returns q(z | x) without updating the running statistics of normalisation layers."""
+        """Returns q(z | x) without updating the running statistics of normalisation layers.
+
+        Pseudo-inputs are in standardised units.
+        """
         with unmoved_statistics(self.encoder, self.posterior):
-            return self.encode(x)
+            return self._posterior_of(x)
 
     def encode(self, x: Row) -> Any:
         r"""Returns q(z | x), of batch shape (...) and event shape (\*latent_shape).
@@ -198,8 +273,11 @@ class VAE(nn.Module):
         Arguments:
             x: Rows (..., \*event_shape).
         """
-        x = self._cast(_x_of(x))
-        features = _folded(self.encoder, x, self.event_shape, self._feature_shapes[0])
+        return self._posterior_of(self.units.inputs(_x_of(x)))
+
+    def _posterior_of(self, inputs: Tensor) -> Any:
+        seen = self._cast(inputs)
+        features = _folded(self.encoder, seen, self.event_shape, self._feature_shapes[0])
         return self.posterior(features)
 
     def decode(self, z: Tensor) -> Any:
@@ -210,7 +288,7 @@ class VAE(nn.Module):
         """
         z = z.to(self._like.dtype)
         features = _folded(self.decoder, z, self.latent_shape, self._feature_shapes[1])
-        return self.likelihood(features)
+        return self.units.density(self.likelihood(features), self._like.dtype)
 
     def check(self, x: Any) -> None:
         r"""Refuses data that the model cannot produce.
@@ -229,7 +307,13 @@ class VAE(nn.Module):
                 f"Expected rows of event shape {tuple(self.event_shape)}; got data of shape "
                 f"{tuple(shape)}."
             )
-        rows.ask(lambda piece: self.likelihood.check(self._cast(piece.field("x"))), self)
+
+        def check_piece(piece: Rows) -> None:
+            x = piece.field("x")
+            has_units = self.likelihood.units(x[:1].double()) is not None
+            self.likelihood.check(x if has_units else self._cast(x))
+
+        rows.ask(check_piece, self)
 
     def sample(self, num_rows: int, *, seed: int | None = None) -> Tensor:
         r"""Draws new rows from the prior predictive p(x), (num_rows, \*event_shape).
@@ -258,6 +342,22 @@ class VAE(nn.Module):
     def _cast(self, x: Tensor) -> Tensor:
         return x.to(self._like.dtype)
 
+    def _observed(self, x: Tensor) -> Tensor:
+        """Rows as the density takes them: with all their digits if it standardises them."""
+        return self._cast(x) if self.units.loc is None else x
+
+    def network_weights(self) -> list[nn.Parameter]:
+        """Returns the weights that have a prior in a fit.
+
+        They are the matrices of the networks and of the layers behind them. Biases and `Shared`
+        parameters are left out, and so is a layer behind an `nn.Identity`: it is the loading
+        matrix of a linear model.
+        """
+        pairs = ((self.encoder, self.posterior), (self.decoder, self.likelihood))
+        modules = [m for pair in pairs if not isinstance(pair[0], nn.Identity) for m in pair]
+        named = [pair for module in modules for pair in module.named_parameters()]
+        return [p for name, p in named if name.endswith("weight") and p.ndim > 1]
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the arguments of the constructor, with the members in their present state."""
         members = {
@@ -270,7 +370,9 @@ class VAE(nn.Module):
 
     def extra_repr(self) -> str:
         """The shapes of x and z."""
-        return f"event_shape={tuple(self.event_shape)}, latent_shape={tuple(self.latent_shape)}"
+        shapes = f"event_shape={tuple(self.event_shape)}, latent_shape={tuple(self.latent_shape)}"
+        seen = "" if self.units.form is None else f", encoder sees standardized {self.units.form}"
+        return shapes + (", standardized density" if self.units.loc is not None else "") + seen
 
 
 def _x_of(row: Row) -> Tensor:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ __all__ = [
     "unplain",
 ]
 
-FORMAT = 1
+FORMAT = 2
 _PAIRS = "(pairs)"
 
 Identity: TypeAlias = dict[str, Any]
@@ -46,6 +47,8 @@ class State:
         records: The numbers of each epoch.
         best: The best weights by validation, if there are any yet.
         best_epoch: Their epoch.
+        average: The averages of the trained weights; empty before the first step.
+        has_recovered: Whether the learning rate was halved after a step that was not finite.
     """
 
     program: nn.Module
@@ -55,19 +58,26 @@ class State:
     records: list[Record] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
     best_epoch: int = 0
+    average: list[Tensor] = field(default_factory=list)
+    has_recovered: bool = False
 
-    def write(self, path: Path, identity: Identity) -> None:
+    def write(
+        self, path: Path, identity: Identity, checks: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
         """Writes the state, with that of torch's generators, to a checkpoint.
 
         Arguments:
             path: The file, replaced in one instant.
             identity: What tells this fit from others.
+            checks: The scores of the rows of each check, shape (rows,), by its name.
         """
         state, options = split_state(self.optimizer.state_dict())
         tensors = {f"program.{k}": v for k, v in self.program.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in (self.best or {}).items()}
         tensors |= {f"optimizer.{k}": v for k, v in state.items()}
         tensors |= {f"generator.{k}": v for k, v in generator_states().items()}
+        tensors |= {f"average.{k}": v for k, v in enumerate(self.average)}
+        tensors |= {f"check.{k}": v for k, v in checks.items()}
         header = {
             "kind": "checkpoint",
             "format": FORMAT,
@@ -77,6 +87,7 @@ class State:
             "optimizer": options,
             "schedule": None if self.schedule is None else plain(self.schedule.state_dict()),
             "split_seed": self.split_seed,
+            "has_recovered": self.has_recovered,
         }
         write_tensors(path, tensors, header)
 
@@ -91,12 +102,15 @@ class State:
         Raises:
             ValueError: If the checkpoint belongs to another fit. Nothing is changed then.
         """
+        saved.check(identity)
         header = saved.header
-        _check_identity(identity, header["fit"])
         load_state(self.program, saved.part("program", device), saved.path)
         self.program.to(device)
         self.best = saved.part("best", device) or None
         self.best_epoch, self.records = header["best_epoch"], header["records"]
+        averages = saved.part("average", device)
+        self.average = [averages[str(index)] for index in range(len(averages))]
+        self.has_recovered = header["has_recovered"]
         state = saved.part("optimizer", device)
         self.optimizer.load_state_dict(joined_state(state, header["optimizer"]))
         if self.schedule is not None:
@@ -118,11 +132,29 @@ class Saved:
     tensors: dict[str, Tensor]
     header: dict[str, Any]
 
+    def check(self, identity: Identity) -> None:
+        """Refuses a fit that the checkpoint does not belong to.
+
+        Arguments:
+            identity: What tells that fit from others.
+
+        Raises:
+            ValueError: If the checkpoint belongs to another fit; the message names the settings.
+        """
+        now, then = json.loads(json.dumps(identity)), self.header["fit"]
+        changes = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]
+        if changes:
+            raise ValueError(
+                f"This checkpoint belongs to another fit: {'; '.join(changes)}. Use the old "
+                "settings and data, or another checkpoint file."
+            )
+
     def part(self, name: str, device: torch.device | str) -> dict[str, Tensor]:
         """Returns the tensors of one part, by their names within it.
 
         Arguments:
-            name: The part: `"program"`, `"best"`, `"optimizer"` or `"generator"`.
+            name: The part: `"program"`, `"best"`, `"average"`, `"check"`,
+                `"optimizer"` or `"generator"`.
             device: The device that they are moved to.
         """
         prefix = f"{name}."
@@ -180,16 +212,6 @@ def read_checkpoint(path: Path | None) -> Saved | None:
             "start again with another file."
         )
     return Saved(path, tensors, header)
-
-
-def _check_identity(now: Identity, then: Identity) -> None:
-    now = json.loads(json.dumps(now))
-    changes = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]
-    if changes:
-        raise ValueError(
-            f"This checkpoint belongs to another fit: {'; '.join(changes)}. Use the old settings "
-            "and data, or another checkpoint file."
-        )
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,27 +15,36 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Independent
 from tqdm.auto import tqdm
 
+from ..data.read import transformed
 from ..data.rows import PLATE, Rows
 from ..data.source import Row
+from ..distributions.units import Affine
 from ..elbos import Estimator
-from ..elbos.log_densities import Structure, programs_of, row_terms_of
+from ..elbos.log_densities import Structure, programs_of
 from ..engine.progress import is_watched
 from ..engine.running import evaluating, kept_modes, local_parameters, seeded, unvalidated
+from ..programs.vae import VAE
 from .callbacks import Callback
 from .checkpoint import Identity, Saved, State, call_of
+from .convergence import DEAD, Check, Convergence
 from .history import History, NonFiniteError, Record
 from .settings import Settings
-from .svi import SVI, Totals
+from .svi import SVI, Totals, mean_terms
 
 __all__ = ["Loop", "Split", "Transform"]
 
 Transform: TypeAlias = Callable[[Any], Any]
 
-MAY_CHANGE = ("max_epochs", "max_seconds", "patience")
+MAY_CHANGE = ("max_steps", "max_epochs", "max_seconds")
+AVERAGED = 5.0  # the exponent of polynomial-decay averaging (Shamir & Zhang, 2013)
+DRAWS = 16  # of each row in a check
+CHECKED = 4096  # training rows in a check, if no rows are held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +108,8 @@ class Loop:
         self.steps = len(_batches(torch.arange(len(split.train)), settings.batch_size))
         self.scaled = _ScaledRows(active=split.are_rows_scaled)
         self.kl_weight = torch.ones((), device=device)
+        self.convergence = Convergence(is_held_out=split.held_out is not None)
+        self.parameters = [p for p in state.program.parameters() if p.requires_grad]
         elbo = svi.objective.elbo
         if math.isinf(elbo.max_plate_nesting):  # or Pyro finds it by a run that draws
             has_particles = elbo.vectorize_particles and elbo.num_particles > 1
@@ -114,14 +126,21 @@ class Loop:
         """
         state = self.state
         if saved is not None:
+            saved.check(self.identity)
+        if isinstance(state.program, VAE):
+            self._prepare(state.program)
+        if saved is not None:
             state.restore(saved, self.identity, self.device)
+            self.convergence.restore(saved.part("check", "cpu"))
         if self.path is not None and not state.records:
             state.write(self.path, self.identity)
         state.program.to(self.device)
         self.svi.to(self.device)
         self.split = self.split.to(self.device)
+        if not state.average:
+            state.average = [p.detach().clone() for p in self.parameters]
         bar = tqdm(
-            total=self.settings.max_epochs,
+            total=self._most_epochs(),
             initial=len(state.records),
             unit="epoch",
             disable=not (progress and is_watched()),
@@ -130,14 +149,31 @@ class Loop:
         with bar, kept_modes(state.program), _interrupts() as interrupted:
             self.callback.on_start(state.program, self.settings)
             stopped = self._epochs(bar, interrupted)
-        if state.best is None:
-            state.best_epoch = len(state.records)
-        else:
+            checks, done = self.convergence.checks, len(state.records)
+            if done and stopped != "interrupted" and (not checks or checks[-1].epoch < done):
+                state.records[-1] |= self._check(done)
+        if state.best is not None:
             state.program.load_state_dict(state.best)
+        elif not state.records:
+            state.best_epoch = 0
+        else:
+            state.best_epoch = len(state.records)
+            if self.settings.averaged:
+                self._exchange(state.average)
         history = self._history(stopped)
         with kept_modes(state.program):
             self.callback.on_end(history)
         return history
+
+    def _prepare(self, vae: VAE) -> None:
+        """Learns the units and the start of a VAE, and gives its network weights their prior."""
+        rows, settings = self.split.train, self.settings
+        if not vae.is_initialized:
+            with seeded(self.state.split_seed):
+                vae.initialize(transformed(rows, self.split.transform, vae))
+        if settings.weight_prior is not None:
+            strength = 1.0 / (len(rows) * settings.weight_prior**2)
+            self.svi.pull(vae.network_weights(), strength)
 
     def _epochs(self, bar: "tqdm[Any]", interrupted: threading.Event) -> str:
         """Runs epochs until there is a reason to stop, and returns it."""
@@ -152,40 +188,99 @@ class Loop:
                 return "callback"
         return reason
 
+    def _most_epochs(self) -> int | None:
+        """The number of epochs after which a limit of steps or epochs is reached, if any."""
+        settings = self.settings
+        limits = [] if settings.max_epochs is None else [settings.max_epochs]
+        if settings.max_steps is not None:
+            limits.append(max(math.ceil(settings.max_steps / self.steps), 1))
+        return min(limits, default=None)
+
     def _reason_to_stop(self) -> str | None:
         state, settings, done = self.state, self.settings, len(self.state.records)
-        if done >= settings.max_epochs:
+        if settings.until_converged and self.convergence.verdict() is not None:
+            return "converged"
+        if settings.max_epochs is not None and done >= settings.max_epochs:
             return "max_epochs"
-        if state.best is not None and settings.patience is not None:
-            if done - state.best_epoch >= settings.patience:
-                return "patience"
+        most = self._most_epochs()
+        if most is not None and done >= most:
+            return "max_steps"
         if settings.max_seconds is not None:
             if sum(record["seconds"] for record in state.records) >= settings.max_seconds:
                 return "max_seconds"
         return None
 
     def _epoch(self, interrupted: threading.Event) -> Record | None:
-        """Trains and validates once, and returns the epoch's numbers; `None` if interrupted."""
+        """Trains once, checks if it is due, and returns the numbers; `None` if interrupted."""
         start = time.perf_counter()
         split, state = self.split, self.state
         if not self._train(interrupted):
             return None
         record = self.svi.totals.summary(len(split.train), len(split.train))
-        if split.held_out is not None:
-            held_out = self._validate(split.held_out).summary(
-                len(split.held_out), len(split.train)
-            )
-            record |= {f"validation_{name}": value for name, value in held_out.items()}
+        epoch = len(state.records) + 1
+        if epoch > self.settings.warmup and self.convergence.is_due(epoch * self.steps):
+            record |= self._check(epoch)
+        elif split.held_out is not None:
+            record |= {f"validation_{name}": math.nan for name in record}
         if self.settings.warmup:
             record["kl_weight"] = float(self.kl_weight)
         record["seconds"] = time.perf_counter() - start
         if state.schedule is not None:
             state.schedule.step()
         state.records.append(record)
-        self._keep_best(record)
         if self.path is not None:
-            state.write(self.path, self.identity)
+            state.write(self.path, self.identity, self.convergence.tensors())
         return record
+
+    def _check(self, epoch: int) -> Record:
+        """Scores rows at the averaged weights, keeps the weights if they are the best."""
+        split, state, averaged = self.split, self.state, self.settings.averaged
+        rows = split.held_out
+        if rows is None:
+            every = math.ceil(len(split.train) / CHECKED)
+            rows = split.train[::every]
+        trained = self._exchange(state.average) if averaged else []
+        scores, totals = self._scores(rows)
+        found = totals.summary(len(rows), len(split.train))
+        kl = found["kl"] if split.structure.latents else math.nan
+        record: Record = {}
+        if split.held_out is not None:
+            record = {f"validation_{name}": value for name, value in found.items()}
+        check = Check(epoch * self.steps, epoch, scores, kl)
+        self.convergence.checks.append(check)
+        if self.convergence.best is check and split.held_out is not None:
+            state.best_epoch = epoch
+            state.best = {k: v.clone() for k, v in state.program.state_dict().items()}
+        if averaged:
+            self._exchange(trained)
+        if split.held_out is None:
+            state.best_epoch = epoch
+        return record
+
+    def _scores(self, rows: Rows) -> tuple[Tensor, Totals]:
+        """The objective of each row, averaged over draws, and the sums of the ELBO's terms."""
+        totals, program = Totals().to(self.device), self.state.program
+        objective, scores = self.svi.objective, []
+        weight = self.kl_weight.clone()
+        self.kl_weight.fill_(1.0)
+        with evaluating(program), seeded(self.state.split_seed):
+            for chunk in rows.chunks(max(self.settings.batch_size, 1024)):
+                batch = self._batch(chunk, slice(None))
+                estimates = [objective(batch) for _ in range(DRAWS)]
+                totals.add(mean_terms([estimate.terms for estimate in estimates]))
+                values = [e.terms.elbo if e.per_row is None else e.per_row for e in estimates]
+                total = torch.stack(values).double().sum(0)
+                scores.append(total / DRAWS)
+        self.kl_weight.copy_(weight)
+        return torch.cat(scores).detach().to("cpu", torch.float64), totals
+
+    @torch.no_grad()
+    def _exchange(self, values: list[Tensor]) -> list[Tensor]:
+        """Gives the parameters other values, and returns those that they had."""
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+        return before
 
     def _train(self, interrupted: threading.Event) -> bool:
         """Takes the steps of an epoch; returns whether it was not interrupted."""
@@ -203,31 +298,83 @@ class Loop:
                 self._anneal(len(self.state.records) * self.steps + step + 1)
                 svi.row_weight = self.scaled.scale_to(len(rows), len(index))
                 is_last = len(index) != batch_size
-                svi.total_steps = self.settings.max_epochs * (1 if is_last else self.steps)
+                epochs = self._most_epochs()
+                svi.total_steps = (
+                    None if epochs is None else epochs * (1 if is_last else self.steps)
+                )
                 svi.update(self._batch(rows, index))
+                self._average(len(self.state.records) * self.steps + step + 1)
         if (bad := int(svi.good)) < len(batches):
-            names = rows.labels[batches[bad].cpu().numpy()].tolist()
-            shown = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+            self._recover(bad, rows, batches[bad])
+            return self._train(interrupted)
+        return True
+
+    @torch.no_grad()
+    def _average(self, steps: int) -> None:
+        """Moves the averages of the weights towards the weights, without waiting for a device."""
+        if self.settings.averaged:
+            share = (1.0 + AVERAGED) / (steps + AVERAGED)
+            torch._foreach_lerp_(self.state.average, list[Tensor](self.parameters), share)
+
+    def _recover(self, bad: int, rows: Rows, index: Tensor) -> None:
+        """Halves the learning rate after a step that was not finite; the second time it stops."""
+        names = rows.labels[index.cpu().numpy()].tolist()
+        shown = ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+        cause = self._autopsy(rows, index)
+        what = (
+            "The loss or its gradient became NaN or infinite in epoch "
+            f"{len(self.state.records) + 1}, batch {bad + 1} of {self.steps} (rows {shown}). "
+            f"{cause}The weights before that batch were kept."
+        )
+        if self.state.has_recovered:
             raise NonFiniteError(
-                "The loss or its gradient became NaN or infinite in epoch "
-                f"{len(self.state.records) + 1}, batch {bad + 1} of {self.steps} (rows {shown}). "
-                "The weights before that batch were kept. Try a smaller lr or max_grad_norm, or "
-                "standardise the data.",
+                f"{what} Try a smaller lr or max_grad_norm, or standardise the data.",
                 self._history("not finite"),
             )
-        return True
+        self.state.has_recovered = True
+        for group in self.svi.optimizer.param_groups:
+            group["lr"] = group["lr"] / 2.0
+        self.svi.forgive()
+        warnings.warn(
+            f"{what} The learning rate was halved, and the fit goes on.", UserWarning, stacklevel=6
+        )
+
+    def _autopsy(self, rows: Rows, index: Tensor) -> str:
+        """Names the site, row, column and value at which a log-density is not finite."""
+        batch, program = self._batch(rows, index), self.state.program
+        names = rows.labels[index.cpu().numpy()]
+        with evaluating(program), seeded(self.state.split_seed):
+            try:
+                model, guide = programs_of(program)
+                drawn = poutine.trace(guide).get_trace(batch)
+                traces = (drawn, poutine.trace(poutine.replay(model, drawn)).get_trace(batch))
+            except (ValueError, RuntimeError) as error:
+                return f"At these rows the program fails: {error} "
+        for trace in traces:
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                law: Any = site["fn"]
+                value: Any = site["value"]
+                while isinstance(law, Independent | Affine) and law.event_shape:
+                    law = law.base_dist
+                scores = law.log_prob(value)
+                bad = (~scores.isfinite()).nonzero()
+                if len(bad):
+                    row, *place = bad[0].tolist()
+                    at = "" if not place else f", column {place[0] if len(place) == 1 else place}"
+                    number = value[tuple(bad[0].tolist())]
+                    shown = f"{number.item():.6g}" if number.ndim == 0 else "a vector"
+                    return (
+                        f"The log-density of {name!r} is {scores[tuple(bad[0].tolist())].item()} "
+                        f"in row {names[row]}{at}, at the value {shown}. "
+                    )
+        return "The log-densities of the rows are finite at other draws. "
 
     def _anneal(self, steps: int) -> None:
         if self.settings.warmup:
             self.kl_weight.fill_(min(1.0, steps / (self.settings.warmup * self.steps)))
         self.svi.objective.at_step(steps - 1)
-
-    def _validate(self, rows: Rows) -> Totals:
-        totals, program = Totals().to(self.device), self.state.program
-        with evaluating(program), seeded(self.state.split_seed):
-            for chunk in rows.chunks(max(self.settings.batch_size, 1024)):
-                totals.add(row_terms_of(*programs_of(program), self._batch(chunk, slice(None))))
-        return totals
 
     def _batch(self, rows: Rows, index: slice | Tensor) -> Row:
         data = rows.select(index)
@@ -235,23 +382,35 @@ class Loop:
             data = Rows(data, rows.labels, rows.columns).to(self.device).x
         return self.split.transform(data)
 
-    def _keep_best(self, record: Record) -> None:
-        state, epoch = self.state, len(self.state.records)
-        if self.split.held_out is None:
-            state.best_epoch = epoch
-        elif epoch > self.settings.warmup:
-            best = -math.inf
-            if state.best is not None:
-                best = state.records[state.best_epoch - 1]["validation_elbo"]
-            if state.best is None or math.isnan(best) or record["validation_elbo"] > best:
-                state.best_epoch = epoch
-                state.best = {k: v.clone() for k, v in state.program.state_dict().items()}
-
     def _history(self, stopped: str) -> History:
         records = self.state.records
         epochs = pd.RangeIndex(1, len(records) + 1, name="epoch")
         table, seed = pd.DataFrame(records, index=epochs), self.settings.seed
-        return History(table, self.state.best_epoch, stopped, seed, self.svi.engine, self.svi.why)
+        converged, reason = self._conclusion(stopped)
+        return History(
+            table,
+            self.state.best_epoch,
+            stopped,
+            seed,
+            self.svi.engine,
+            self.svi.why,
+            converged=converged,
+            reason=reason,
+        )
+
+    def _conclusion(self, stopped: str) -> tuple[bool | None, str]:
+        """Whether the fit has converged, and why, in words."""
+        verdict, checks = self.convergence.verdict(), self.convergence.checks
+        if verdict is not None:
+            is_dead = checks[-1].kl < DEAD
+            return True, verdict + (": all latents have collapsed to the prior" if is_dead else "")
+        limit = f"stopped by {stopped}"
+        rise, error = self.convergence.rise()
+        if math.isnan(rise):
+            return None, f"{limit} before convergence could be judged"
+        what = "held-out rows" if self.convergence.is_held_out else "the training rows"
+        moving = f"{what} gained {rise:.2g} +- {error:.1g} nats per row and 1000 steps at the end"
+        return (False if rise > 0.0 else None), f"{limit}: {moving}"
 
     def _identity(self) -> Identity:
         """What must be the same for a fit to go on from a checkpoint, as it is at the start."""

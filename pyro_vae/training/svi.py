@@ -30,7 +30,7 @@ from ..engine.updates import MakeOptimizer, Updates, optimizer_of
 from ..programs.program import Program as PyroPair
 from ..programs.program import owner_of
 
-__all__ = ["SVI", "MakeOptimizer", "Totals"]
+__all__ = ["SVI", "MakeOptimizer", "Totals", "mean_terms"]
 
 COMPILING_COSTS = 20.0
 WORTH_COMPILING = 20.0  # compile only if the time limit is at least this multiple of the cost
@@ -190,6 +190,28 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     @row_weight.setter
     def row_weight(self, weight: float) -> None:
         self._step.row_weight = weight
+
+    def pull(self, weights: list[nn.Parameter], strength: float) -> None:
+        r"""Adds a normal prior of some weights to the steps, but not to the loss.
+
+        A step on a batch of B rows adds the gradient of
+
+        .. math:: \frac{\lambda B}{2} \lVert w \rVert^2
+
+        to that of the loss. With :math:`\lambda = 1 / (N \sigma^2)` the N training rows count the
+        prior :math:`N(0, \sigma^2)` once. Call it before the first step.
+
+        Arguments:
+            weights: The weights.
+            strength: The number :math:`\lambda`, per row.
+        """
+        chosen = {id(weight) for weight in weights}
+        self._step.pull = [strength * (id(p) in chosen) for p in self.parameters]
+
+    def forgive(self) -> None:
+        """Forgets that a step was bad, so that the next steps change the weights again."""
+        self._step.is_bad.zero_()
+        self._step.is_good.fill_(1.0)
 
     def to(self, device: torch.device) -> None:
         """Moves the programs and the state of the steps to a device.
@@ -404,6 +426,7 @@ class _Step(nn.Module):
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.row_weight = 1.0
+        self.pull = [0.0] * len(parameters)
         device = parameters[0].device
         self.totals = Totals().to(device)
         for name in ("is_bad", "is_good", "good"):
@@ -430,6 +453,11 @@ class _Step(nn.Module):
             for buffer in buffers:
                 buffer.restore_if(self.is_bad.bool())
             self.totals.add(estimate.terms)
+            rows = self.row_weight * len(estimate.terms.reconstruction)
+            clipped = tuple(
+                gradient if gradient is None or not pull else gradient + rows * pull * parameter
+                for gradient, parameter, pull in zip(clipped, parameters, self.pull, strict=True)
+            )
         return (estimate.loss, estimate.per_row, *estimate.terms, *clipped)
 
     def _check_and_clip(self, estimate: Estimate, gradients: Outputs) -> Outputs:
@@ -453,6 +481,20 @@ def _places(module: nn.Module, parameters: list[nn.Parameter]) -> list[tuple[_Ow
         for name, parameter in part._parameters.items():
             found.setdefault(id(parameter), (part._parameters, name))
     return [found[id(parameter)] for parameter in parameters]
+
+
+def mean_terms(terms: list[RowTerms]) -> RowTerms:
+    """Returns the terms of the ELBO of each row, averaged over draws.
+
+    Arguments:
+        terms: The terms of each draw, of the same rows.
+    """
+    reconstruction, kl = (
+        torch.stack([part[i] for part in terms]).mean(0)  # type: ignore[misc]
+        for i in range(2)
+    )
+    shared = [part.global_kl for part in terms if part.global_kl is not None]
+    return RowTerms(reconstruction, kl, torch.stack(shared).mean(0) if shared else None)
 
 
 class Totals(nn.Module):

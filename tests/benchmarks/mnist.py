@@ -47,13 +47,15 @@ EVALUATION_SEED = 1234
 
 def make_vae(pixels: int, seed: int) -> pv.VAE:
     with seeded(seed):
-        return pv.VAE(
+        vae = pv.VAE(
             pixels,
             50,
             pv.likelihoods.Bernoulli(),
             encoder=pv.networks.MLP(200, 200, activation=nn.Tanh),
             decoder=pv.networks.MLP(200, 200, activation=nn.Tanh),
         )
+    vae.is_initialized = True  # all start at torch's own initial weights
+    return vae
 
 
 class ByHand(nn.Module):
@@ -160,6 +162,13 @@ def _fitted(vae: pv.VAE, grey: Tensor, epochs: int, seed: int) -> History:
         lr=LR,
         batch_size=BATCH_SIZE,
         max_epochs=epochs,
+        validation=None,
+        max_steps=None,
+        warmup=0,
+        weight_prior=None,
+        averaged=False,
+        until_converged=False,
+        max_grad_norm=None,
         transform=datasets.binarize,
         device="cpu",
         seed=seed,

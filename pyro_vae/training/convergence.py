@@ -1,0 +1,126 @@
+"""Convergence: whether more steps would still change the objective, with an error."""
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["Check", "Convergence"]
+
+RATIO = math.sqrt(3.0)  # of the steps of a check to those of the check before it
+TOLERANCE = 0.1  # nats per row, which training three times as long would have to gain
+EARLIEST = 1000  # steps before which a fit whose latents carry nothing is not converged
+DEAD = 0.1  # nats per row of KL, below which no latent carries anything
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """The objective of some rows after a number of steps.
+
+    Arguments:
+        steps: The number of steps.
+        epoch: The epoch.
+        scores: The objective of each row, at the averaged weights, shape (rows,), in nats.
+        kl: The mean KL of the rows' latents, in nats; NaN if there are none.
+    """
+
+    steps: int
+    epoch: int
+    scores: Tensor
+    kl: float
+
+    @property
+    def mean(self) -> float:
+        """The mean objective, -inf if it is not a number."""
+        mean = float(self.scores.mean())
+        return -math.inf if math.isnan(mean) else mean
+
+    def gain_over(self, other: "Check") -> tuple[float, float]:
+        """Returns the mean gain over an earlier check and its paired standard error, in nats.
+
+        Arguments:
+            other: The earlier check, of the same rows.
+        """
+        gains = (self.scores - other.scores).double()
+        if len(gains) < 2:
+            return float(gains.mean()), math.nan
+        return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
+
+
+@dataclass(eq=False)
+class Convergence:
+    r"""Decides whether a fit has converged.
+
+    The rows are checked after numbers of steps that grow by the square root of 3. The fit has
+    converged at step t if, from t / 3 on, the mean gain per row plus two paired standard errors
+    is below 0.1 nats at both checks: three times as many steps brought nothing. If the rows were
+    held out, the fit has also ended if they lost: if the gain over the best check is negative by
+    more than two standard errors, and the best is a third of the way back.
+
+    Arguments:
+        is_held_out: Whether the checked rows are held out.
+        checks: The checks so far.
+    """
+
+    is_held_out: bool
+    checks: list[Check] = field(default_factory=list)
+
+    def is_due(self, steps: int) -> bool:
+        """Whether the next check is to be made after so many steps.
+
+        Arguments:
+            steps: The number of steps taken.
+        """
+        return not self.checks or steps >= RATIO * self.checks[-1].steps - 0.5
+
+    @property
+    def best(self) -> Check | None:
+        """The check whose weights the program gets: the best of held-out rows, else the last."""
+        if not self.is_held_out:
+            return self.checks[-1] if self.checks else None
+        return max(self.checks, key=lambda check: check.mean, default=None)
+
+    def verdict(self) -> str | None:
+        """Returns why the fit has ended, or `None` if it goes on."""
+        if not self.checks:
+            return None
+        now = self.checks[-1]
+        before = [check for check in self.checks if check.steps <= now.steps / (RATIO**2 - 0.1)]
+        if not before or (now.kl < DEAD and now.steps < EARLIEST):
+            return None
+        since = self.checks[self.checks.index(before[-1]) + 1 :]
+        gains = [check.gain_over(before[-1]) for check in since]
+        if all(gain + 2.0 * error < TOLERANCE for gain, error in gains):
+            what = "held-out rows" if self.is_held_out else "the training rows"
+            return f"{what} no longer gain"
+        best = self.best
+        if best is not None and best.steps <= before[-1].steps:
+            gain, error = now.gain_over(best)
+            if gain + 2.0 * error < 0.0:
+                return "held-out rows lose: more steps overfit"
+        return None
+
+    def rise(self) -> tuple[float, float]:
+        """Returns the gain per 1000 steps between the last two checks, and its error, in nats."""
+        if len(self.checks) < 2:
+            return math.nan, math.nan
+        earlier, now = self.checks[-2:]
+        per = 1000.0 / (now.steps - earlier.steps)
+        gain, error = now.gain_over(earlier)
+        return per * gain, per * error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the checks as tensors, for a checkpoint."""
+        return {f"{check.steps}.{check.epoch}.{check.kl!r}": check.scores for check in self.checks}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Undoes :meth:`tensors`.
+
+        Arguments:
+            tensors: Its result, on the CPU.
+        """
+        found = []
+        for key, scores in tensors.items():
+            steps, epoch, kl = key.split(".", 2)
+            found.append(Check(int(steps), int(epoch), scores, float(kl)))
+        self.checks = sorted(found, key=lambda check: check.steps)
