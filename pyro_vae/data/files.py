@@ -69,23 +69,19 @@ def read_tensors(
     """
     content = Path(path).read_bytes()  # once: a second opening could meet a file replaced since
     try:
-        tensors, metadata = load_bytes(content), _metadata(content)
+        tensors = load_bytes(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__")
     except (SafetensorError, ValueError, RuntimeError, KeyError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be a safetensors file; got {error}.") from error
-    if _HEADER not in metadata or _DIGEST not in metadata:
+    if not isinstance(metadata, dict) or not metadata.keys() >= {_HEADER, _DIGEST}:
         raise ValueError(f"Expected {path} to be a file of pyro_vae; got another's.")
     if metadata[_DIGEST] != _digest(tensors, metadata[_HEADER]):
         raise ValueError(f"Expected {path} as it was written; got an altered file.")
     return {name: t.to(device) for name, t in tensors.items()}, json.loads(metadata[_HEADER])
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    size = int.from_bytes(content[:8], "little")
-    found = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-    return found if isinstance(found, dict) else {}
-
-
-def load_state(program: nn.Module, state: Mapping[str, Tensor], source: Any) -> None:
+def load_state(program: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Loads weights into a program, all of them or, if any does not fit, none.
 
     Arguments:
