@@ -212,21 +212,6 @@ class _Options(NamedTuple):
     header: bool
 
 
-def _reader(path: Path) -> Callable[[Path, _Options], _Read]:
-    name = path.name.lower()
-    for ending, read in _FILES.items():
-        if name.endswith(ending):
-            return read
-    if _IDX.search(name.removesuffix(".gz")):
-        return _idx
-    near = [*closest(str(path), _NAMED), *closest(path.suffix, _FILES)]
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise ValueError(
-        f"Expected one of {', '.join(_NAMED)}, or a file ending in {', '.join(_FILES)} or "
-        f"-idx3-ubyte; got {str(path)!r}{hint}."
-    )
-
-
 def _refuse(what: str, **given: str | None) -> None:
     for name, value in given.items():
         if value is not None:

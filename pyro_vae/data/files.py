@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "sha256",
+    "sha256_of",
     "write_json",
     "write_tensors",
 ]
@@ -49,7 +50,7 @@ def write_tensors(
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(dict(header))
-    metadata = {_HEADER: text, _DIGEST: _digest(own, text)}
+    metadata = {_HEADER: text, _DIGEST: sha256_of(own, text)}
     with new_file(path, overwrite=True) as beside:
         beside.write_bytes(save(own, metadata))
 
@@ -76,7 +77,7 @@ def read_tensors(
         raise ValueError(f"Expected {path} to be a safetensors file; got {error}.") from error
     if not isinstance(metadata, dict) or not metadata.keys() >= {_HEADER, _DIGEST}:
         raise ValueError(f"Expected {path} to be a file of pyro_vae; got another's.")
-    if metadata[_DIGEST] != _digest(tensors, metadata[_HEADER]):
+    if metadata[_DIGEST] != sha256_of(tensors, metadata[_HEADER]):
         raise ValueError(f"Expected {path} as it was written; got an altered file.")
     return {name: t.to(device) for name, t in tensors.items()}, json.loads(metadata[_HEADER])
 
@@ -146,6 +147,21 @@ def sha256(path: PathLike) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Returns the SHA-256 of a text and of tensors, in hexadecimal digits.
+
+    Arguments:
+        tensors: The tensors by name; the name, dtype, shape and values of each one count.
+        text: The text.
+    """
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for chunk in tensor.flatten().split(2**24):
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -230,12 +246,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

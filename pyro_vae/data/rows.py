@@ -1,6 +1,5 @@
 """Rows in memory: a tensor or a dict of tensors, with labels."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from .files import sha256_of
 from .source import Row
 
 __all__ = ["PLATE", "Rows", "as_tensor", "floating_like"]
@@ -209,12 +209,7 @@ class Rows:
 
     def digest(self) -> str:
         """Returns a SHA-256 of the values, which differs between different data."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.fields.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for chunk in tensor.split(65536):
-                digest.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return sha256_of(self.fields)
 
     def column_names(self) -> list[str] | None:
         """Returns the names of the columns of x; `None` if x is no table with named columns."""
