@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ __all__ = [
     "checked_positive",
     "checked_shape",
     "closest",
+    "is_integer",
+    "is_number",
     "is_size",
     "part_size",
     "perhaps",
@@ -23,16 +25,34 @@ __all__ = [
 ]
 
 
-def is_size(value: Any) -> bool:
-    """Whether a value is a positive integer.
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number of Python or NumPy, and not a boolean.
 
     Arguments:
         value: Any value.
     """
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def checked_count(name: str, value: Any, *, least: int = 1) -> int:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer of Python or NumPy, and not a boolean.
+
+    Arguments:
+        value: Any value.
+    """
+    return is_number(value) and isinstance(value, Integral)
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether a value is a positive `int`.
+
+    Arguments:
+        value: Any value.
+    """
+    return isinstance(value, int) and value is not True and value > 0
+
+
+def checked_count(name: str, value: object, *, least: int = 1) -> int:
     """Checks an integer argument, which must fit into 64 bits, and returns it.
 
     Arguments:
@@ -47,14 +67,14 @@ def checked_count(name: str, value: Any, *, least: int = 1) -> int:
         >>> checked_count("patience", 3)
         3
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"Expected {name} to be an integer of at least {least}; got {value!r}.")
     if int(value) >= 2**63:
         raise ValueError(f"Expected {name} to be an integer below 2**63; got {value!r}.")
     return int(value)
 
 
-def checked_positive(name: str, value: Any) -> float:
+def checked_positive(name: str, value: object) -> float:
     """Checks an argument that must be a positive finite number, and returns it as a float.
 
     Arguments:
@@ -68,13 +88,12 @@ def checked_positive(name: str, value: Any) -> float:
         >>> checked_positive("lr", 1)
         1.0
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"Expected {name} to be a positive number; got {value!r}.")
     return float(value)
 
 
-def checked_number_of(what: str, value: Any) -> int:
+def checked_number_of(what: str, value: object) -> int:
     """Checks a number of parts, which must be a positive integer, and returns it.
 
     Arguments:
@@ -113,7 +132,7 @@ def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def size_of(shape: tuple[int, ...]) -> int | tuple[int, ...]:
-    """Returns a shape as a user writes it: one size as an int.
+    """Returns a shape as a user writes it: an int if there is one size, else a tuple.
 
     Arguments:
         shape: The shape.
@@ -125,7 +144,7 @@ def size_of(shape: tuple[int, ...]) -> int | tuple[int, ...]:
     return shape[0] if len(shape) == 1 else tuple(shape)
 
 
-def part_size(name: str, part: Any, rows: int) -> int:
+def part_size(name: str, part: object, rows: int) -> int:
     """Returns the number of rows of one part of a split, at least one row on either side.
 
     Arguments:
@@ -140,9 +159,8 @@ def part_size(name: str, part: Any, rows: int) -> int:
         >>> part_size("test", 0.2, 12), part_size("test", 3, 12)
         (2, 3)
     """
-    is_count = isinstance(part, Integral) and not isinstance(part, bool)
-    is_share = isinstance(part, Real) and 0.0 < float(part) < 1.0
-    if not is_share and not (is_count and part > 0):
+    is_count = is_integer(part)
+    if not is_number(part) or not (part > 0 if is_count else 0 < part < 1):
         raise ValueError(
             f"Expected {name} to be a share in (0, 1), or a number of rows; got {part!r}."
         )
@@ -187,7 +205,7 @@ def perhaps(name: str, names: Iterable[str]) -> str:
     return f", perhaps {near[0]!r}" if near else ""
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """Returns the `repr` of a value, the shape of a tensor, or the name of a class.
 
     Arguments:
@@ -198,12 +216,15 @@ def short(value: Any) -> str:
         >>> short(torch.zeros(2, 3)), short(0.5)
         ('tensor of shape (2, 3)', '0.5')
     """
-    if isinstance(value, type):
-        return value.__name__
-    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    match value:
+        case type():
+            return value.__name__
+        case Tensor():
+            return f"tensor of shape {tuple(value.shape)}"
+    return repr(value)
 
 
-def checked_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
+def checked_finite(name: str, value: object, *, least: float = -math.inf) -> float:
     """Checks an argument that must be a finite number, and returns it as a float.
 
     Arguments:
@@ -218,8 +239,7 @@ def checked_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
         >>> checked_finite("beta", 4, least=0.0)
         4.0
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < least:
+    if not is_number(value) or not math.isfinite(value) or value < least:
         at_least = "" if math.isinf(least) else f" of at least {least:g}"
         raise ValueError(f"Expected {name} to be a finite number{at_least}; got {value!r}.")
     return float(value)

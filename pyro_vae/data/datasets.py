@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from io import BufferedReader
 from os import PathLike
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .checks import closest, part_size
+from .rows import as_tensor
 
 __all__ = ["Dataset", "binarize", "load"]
 
@@ -32,9 +32,9 @@ Table: TypeAlias = Tensor | pd.DataFrame
 Labels: TypeAlias = Tensor | np.ndarray
 _Read: TypeAlias = tuple[Table, Labels | None]
 
+_NAMED = ("digits", "wine", "mnist", "fashion-mnist")
 _IDX = re.compile(r"[.-]idx\d-(ubyte|byte|short|int|float|double)$|\.idx$")
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-_TORCH_DTYPES = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float128": "float64"}
 _BROKEN = (
     EOFError,
     LookupError,
@@ -151,9 +151,20 @@ def load(
     """
     if isinstance(name, str) and name in _NAMED:
         _refuse("a file", key=key, label=label)
-        return Dataset(name, *_NAMED[name]())
+        return Dataset(name, *_named(name))
     path = Path(name).expanduser()
-    return Dataset(path.name, *_reader(path)(path, _Options(key, label, header)))
+    file = path.name.lower()
+    readers = [reader for ending, reader in _FILES.items() if file.endswith(ending)]
+    if _IDX.search(file.removesuffix(".gz")):
+        readers.append(_idx)
+    if not readers:
+        near = [*closest(str(path), _NAMED), *closest(path.suffix, _FILES)]
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ValueError(
+            f"Expected one of {', '.join(_NAMED)}, or a file ending in {', '.join(_FILES)} or "
+            f"-idx3-ubyte; got {str(path)!r}{hint}."
+        )
+    return Dataset(path.name, *readers[0](path, _Options(key, label, header)))
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -201,21 +212,6 @@ class _Options(NamedTuple):
     header: bool
 
 
-def _reader(path: Path) -> Callable[[Path, _Options], _Read]:
-    name = path.name.lower()
-    for ending, read in _FILES.items():
-        if name.endswith(ending):
-            return read
-    if _IDX.search(name.removesuffix(".gz")):
-        return _idx
-    near = [*closest(str(path), _NAMED), *closest(path.suffix, _FILES)]
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise ValueError(
-        f"Expected one of {', '.join(_NAMED)}, or a file ending in {', '.join(_FILES)} or "
-        f"-idx3-ubyte; got {str(path)!r}{hint}."
-    )
-
-
 def _refuse(what: str, **given: str | None) -> None:
     for name, value in given.items():
         if value is not None:
@@ -224,7 +220,7 @@ def _refuse(what: str, **given: str | None) -> None:
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns any error of parsing a file into a ValueError; errors of the system pass."""
+    """Turns any error of parsing a file into a ValueError, but not an error of the system."""
     try:
         yield
     except _BROKEN as error:
@@ -241,8 +237,7 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 def _numbers(array: np.ndarray, where: str) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"Expected numbers in {where}; got dtype {array.dtype}.")
-    dtype = _TORCH_DTYPES.get(array.dtype.name, array.dtype.newbyteorder("="))
-    return torch.from_numpy(array.astype(dtype, order="C"))
+    return as_tensor(array)
 
 
 def _rows_of(array: np.ndarray, where: str) -> Tensor:
@@ -272,30 +267,24 @@ def _npz(path: Path, options: _Options) -> _Read:
     with path.open("rb") as file:
         with _reading(path, what):
             archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
-        x, y = _members(archive, path, options)
+        names = archive.files
+        for member in (options.key, options.label):
+            if member is not None and member not in names:
+                raise ValueError(f"Expected one of {names} of {path}; got {member!r}.")
+        left = [name for name in names if name != options.key]
+        y = options.label or next((name for name in ("y", "labels") if name in left), None)
+        others = [name for name in names if name != y]
+        x = options.key or next((name for name in ("x", "images") if name in others), None)
+        if x is None and len(others) != 1:
+            with _reading(path, "an archive of NumPy arrays"):
+                others = [name for name in others if _is_wide(archive, name)] or others
+        if x is None and len(others) != 1:
+            raise ValueError(f"Expected key= to name one of {others} of {path}; got None.")
+        x = x or others[0]
         with _reading(path, what):
             arrays = {name: np.asarray(archive[name]) for name in (x, y) if name is not None}
     labels = None if y is None else _labels_of(arrays[y], f"{y} of {path}")
     return _rows_of(arrays[x], f"{x} of {path}"), labels
-
-
-def _members(
-    archive: np.lib.npyio.NpzFile, path: Path, options: _Options
-) -> tuple[str, str | None]:
-    names = archive.files
-    for member in (options.key, options.label):
-        if member is not None and member not in names:
-            raise ValueError(f"Expected one of {names} of {path}; got {member!r}.")
-    left = [name for name in names if name != options.key]
-    y = options.label or next((name for name in ("y", "labels") if name in left), None)
-    others = [name for name in names if name != y]
-    x = options.key or next((name for name in ("x", "images") if name in others), None)
-    if x is None and len(others) != 1:
-        with _reading(path, "an archive of NumPy arrays"):
-            others = [name for name in others if _is_wide(archive, name)] or others
-    if x is None and len(others) != 1:
-        raise ValueError(f"Expected key= to name one of {others} of {path}; got None.")
-    return x or others[0], y
 
 
 def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
@@ -320,20 +309,15 @@ def _csv(path: Path, options: _Options) -> _Read:
             file, header=0 if options.header else None, index_col=False, low_memory=False
         )
     if options.header:
-        frame = _named_by_header(frame, path)
+        names = [str(name) for name in frame.columns]
+        if names[0] == "Unnamed: 0":
+            frame, names = frame.set_index(frame.columns[0]).rename_axis(None), names[1:]
+        if names != [str(i) for i in range(len(names))] and all(map(_is_number, names)):
+            raise ValueError(
+                f"Expected the first line of {path} to name its columns, or header=False; "
+                f"got {', '.join(names[:3])}."
+            )
     return _of_frame(frame, path, options.label)
-
-
-def _named_by_header(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    names = [str(name) for name in frame.columns]
-    if names[0] == "Unnamed: 0":
-        frame, names = frame.set_index(frame.columns[0]).rename_axis(None), names[1:]
-    if names != [str(i) for i in range(len(names))] and all(map(_is_number, names)):
-        raise ValueError(
-            f"Expected the first line of {path} to name its columns, or header=False; "
-            f"got {', '.join(names[:3])}."
-        )
-    return frame
 
 
 def _is_number(text: str) -> bool:
@@ -363,10 +347,6 @@ def _of_frame(frame: pd.DataFrame, path: Path, label: str | None) -> _Read:
         labels = _labels_of(column.to_numpy(copy=True), f"column {label!r} of {path}")
     if frame.empty:
         raise ValueError(f"Expected rows and columns in {path}; got a table of {frame.shape}.")
-    return _numeric(frame, path), labels
-
-
-def _numeric(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     types = pd.api.types
     other = [
         str(name)
@@ -375,20 +355,19 @@ def _numeric(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     ]
     if other:
         raise ValueError(f"Expected numbers in every column of {path}; got others in {other}.")
-    return frame.astype(
-        {
-            name: np.float64 if frame[name].hasnans else frame[name].to_numpy().dtype
-            for name, dtype in frame.dtypes.items()
-            if not isinstance(dtype, np.dtype)
-        }
-    )
+    dtypes = {
+        name: np.float64 if frame[name].hasnans else frame[name].to_numpy().dtype
+        for name, dtype in frame.dtypes.items()
+        if types.is_extension_array_dtype(dtype)
+    }
+    return frame.astype(dtypes), labels
 
 
 def _idx(path: Path, options: _Options) -> _Read:
     _refuse("an .npz or a table", key=options.key, label=options.label)
     beside = path.with_name(re.sub(r"images([.-])idx3", r"labels\1idx1", path.name))
-    found = beside != path and beside.is_file()
-    labels = _labels_of(_idx_array(beside), str(beside)) if found else None
+    has_labels = beside != path and beside.is_file()
+    labels = _labels_of(_idx_array(beside), str(beside)) if has_labels else None
     return _rows_of(_idx_array(path), str(path)), labels
 
 
@@ -406,25 +385,20 @@ def _idx_array(path: Path) -> np.ndarray:
         return np.frombuffer(raw, dtype, offset=start).reshape(shape)
 
 
-def _digits() -> _Read:
-    from sklearn.datasets import load_digits
+def _named(name: str) -> _Read:
+    from sklearn import datasets
 
-    x, y = load_digits(return_X_y=True)
-    return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y)
-
-
-def _wine() -> _Read:
-    from sklearn.datasets import load_wine
-
-    wine = load_wine(as_frame=True)
-    return wine.data, torch.from_numpy(wine.target.to_numpy(copy=True))
-
-
-def _openml(title: str) -> _Read:
-    from sklearn.datasets import fetch_openml
-
+    if name == "digits":
+        x, y = datasets.load_digits(return_X_y=True)
+        return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y)
+    if name == "wine":
+        wine = datasets.load_wine(as_frame=True)
+        return wine.data, torch.from_numpy(wine.target.to_numpy(copy=True))
+    title = "mnist_784" if name == "mnist" else "Fashion-MNIST"
     try:
-        x, y = fetch_openml(title, version=1, return_X_y=True, as_frame=False, parser="pandas")
+        x, y = datasets.fetch_openml(
+            title, version=1, return_X_y=True, as_frame=False, parser="pandas"
+        )
     except URLError as error:
         raise ConnectionError(
             f"Expected {title} in scikit-learn's cache or OpenML within reach; got {error}."
@@ -432,12 +406,6 @@ def _openml(title: str) -> _Read:
     return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y.astype(np.uint8))
 
 
-_NAMED: dict[str, Callable[[], _Read]] = {
-    "digits": _digits,
-    "wine": _wine,
-    "mnist": partial(_openml, "mnist_784"),
-    "fashion-mnist": partial(_openml, "Fashion-MNIST"),
-}
 _FILES: dict[str, Callable[[Path, _Options], _Read]] = {
     ".npz": _npz,
     ".npy": _npy,

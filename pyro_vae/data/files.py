@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "sha256",
+    "sha256_of",
     "write_json",
     "write_tensors",
 ]
@@ -49,7 +50,7 @@ def write_tensors(
     """
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(dict(header))
-    metadata = {_HEADER: text, _DIGEST: _digest(own, text)}
+    metadata = {_HEADER: text, _DIGEST: sha256_of(own, text)}
     with new_file(path, overwrite=True) as beside:
         beside.write_bytes(save(own, metadata))
 
@@ -69,23 +70,19 @@ def read_tensors(
     """
     content = Path(path).read_bytes()  # once: a second opening could meet a file replaced since
     try:
-        tensors, metadata = load_bytes(content), _metadata(content)
+        tensors = load_bytes(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__")
     except (SafetensorError, ValueError, RuntimeError, KeyError, RecursionError) as error:
         raise ValueError(f"Expected {path} to be a safetensors file; got {error}.") from error
-    if _HEADER not in metadata or _DIGEST not in metadata:
+    if not isinstance(metadata, dict) or not metadata.keys() >= {_HEADER, _DIGEST}:
         raise ValueError(f"Expected {path} to be a file of pyro_vae; got another's.")
-    if metadata[_DIGEST] != _digest(tensors, metadata[_HEADER]):
+    if metadata[_DIGEST] != sha256_of(tensors, metadata[_HEADER]):
         raise ValueError(f"Expected {path} as it was written; got an altered file.")
     return {name: t.to(device) for name, t in tensors.items()}, json.loads(metadata[_HEADER])
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    size = int.from_bytes(content[:8], "little")
-    found = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-    return found if isinstance(found, dict) else {}
-
-
-def load_state(program: nn.Module, state: Mapping[str, Tensor], source: Any) -> None:
+def load_state(program: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
     """Loads weights into a program, all of them or, if any does not fit, none.
 
     Arguments:
@@ -150,6 +147,21 @@ def sha256(path: PathLike) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Returns the SHA-256 of a text and of tensors, in hexadecimal digits.
+
+    Arguments:
+        tensors: The tensors by name; the name, dtype, shape and values of each one count.
+        text: The text.
+    """
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for chunk in tensor.flatten().split(2**24):
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -234,12 +246,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

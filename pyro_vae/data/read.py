@@ -1,8 +1,9 @@
-"""Reads rows from any container: one list of readers, one check by the program."""
+"""Reads rows from any container, and lets the program check them."""
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -11,12 +12,12 @@ import xarray as xr
 from torch import Tensor, nn
 
 from .datasets import Dataset
-from .rows import Rows
+from .rows import Rows, as_tensor
 from .source import Source
 
 __all__ = ["READERS", "Field", "Reader", "check_rows", "read", "transformed"]
 
-Transform = Callable[[Any], Any]
+Transform: TypeAlias = Callable[[Any], Any]
 
 
 class Field(NamedTuple):
@@ -29,9 +30,9 @@ class Field(NamedTuple):
         name: The label of the only row, if the array is one row, shape (*event).
     """
 
-    values: Any
+    values: Tensor | np.ndarray
     labels: tuple[np.ndarray | None, ...] = ()
-    name: Any = None
+    name: object = None
 
 
 class Reader(NamedTuple):
@@ -47,18 +48,18 @@ class Reader(NamedTuple):
 
 
 def read(
-    x: Any,
+    x: object,
     program: nn.Module | None = None,
     *,
-    context: Any = None,
-    weights: Any = None,
+    context: object = None,
+    weights: object = None,
     check: bool = True,
     move: bool = False,
 ) -> Rows:
-    """Reads rows from whatever holds them, as a program takes them.
+    """Reads rows from any container, in the form that a program takes.
 
-    Floating values take the dtype of the program's weights; integers and booleans keep theirs. If
-    the program has a method `check(row)`, it is called with all rows, piece by piece. If the
+    Floating values take the dtype of the program's weights; integers and booleans do not change.
+    If the program has a method `check(row)`, it is called with all rows, piece by piece. If the
     program has an `event_shape` and x has exactly that shape, x is read as one row, and so are
     its context and weight.
 
@@ -87,11 +88,23 @@ def read(
         >>> sorted(read(torch.ones(2, 3), context=torch.zeros(2, 1), weights=[1, 2]).head(1))
         ['context', 'weight', 'x']
     """
-    x = _in_memory(x) if isinstance(x, Source) else x
+    given: dict[str, object]
+    match x:
+        case Source():
+            rows = _in_memory(x)
+            is_dict = isinstance(rows.x, dict)
+            given = {
+                name: Rows(tensor, rows.labels, {"x": rows.columns[name]})
+                for name, tensor in rows.fields.items()
+            }
+        case Mapping():
+            if not x:
+                raise ValueError("Expected at least one field of data; got an empty dict.")
+            given, is_dict = dict(x), True
+        case _:
+            given, is_dict = {"x": x}, False
     beside = {"context": context, "weight": weights}
     beside = {name: value for name, value in beside.items() if value is not None}
-    is_dict = bool(beside) or isinstance(x.x if isinstance(x, Rows) else x, Mapping)
-    given = _containers(x)
     if twice := sorted(given.keys() & beside.keys()):
         raise ValueError(
             f"x already has a field {twice[0]!r}: take it out of x, or do not pass it beside x."
@@ -99,8 +112,10 @@ def read(
     fields = {name: _field(name, value) for name, value in (given | beside).items()}
     shape = getattr(program, "event_shape", None)
     if "x" in fields and isinstance(shape, tuple) and fields["x"].values.shape == shape:
-        fields = {name: _as_one_row(field) for name, field in fields.items()}
-    rows = _rows(fields, is_dict=is_dict).to_like(program, move=move)
+        for name, field in list(fields.items()):
+            label = None if field.name is None else _labels(pd.Index([field.name]))
+            fields[name] = Field(field.values[None], (label, *field.labels))
+    rows = _rows(fields, is_dict=is_dict or bool(beside)).to_like(program, move=move)
     if check:
         check_rows(program, rows)
     return rows
@@ -129,7 +144,7 @@ def check_rows(program: nn.Module | None, rows: Rows, transform: Transform | Non
 
 
 def transformed(rows: Rows, transform: Transform, program: nn.Module | None = None) -> Rows:
-    """Applies a transform to rows, and keeps their labels.
+    """Applies a transform to rows; the result has the same labels.
 
     Arguments:
         rows: The rows.
@@ -145,72 +160,45 @@ def transformed(rows: Rows, transform: Transform, program: nn.Module | None = No
             f"Expected a transform that keeps the {len(rows)} rows; got {len(seen)} from it."
         )
     old, new = rows.event_shapes(), seen.event_shapes()
-    kept = {name: rows.columns[name] for name in new if old.get(name) == new[name]}
-    return Rows(seen.x, rows.labels, seen.columns | kept)
+    same = {name: rows.columns[name] for name in new if old.get(name) == new[name]}
+    return Rows(seen.x, rows.labels, seen.columns | same)
 
 
-def _of_dataset(data: Dataset) -> Field:
-    return _reader_of(data.x).field(data.x)
+def _read_container(container: object) -> Field:
+    readers = (reader for reader in READERS if isinstance(container, reader.kind))
+    return next(readers).field(container)
 
 
-def _of_source(source: Source) -> Field:
-    rows = _in_memory(source)
-    return Field(rows.field("x"), (rows.labels, *rows.columns["x"]))
+def _read_known(x: object) -> Field:
+    """Reads a container that the package knows, or anything that NumPy takes."""
+    match x:
+        case Dataset():
+            return _read_container(x.x)
+        case Source():
+            rows = _in_memory(x)
+            return Field(rows.field("x"), (rows.labels, *rows.columns["x"]))
+        case Tensor():
+            return Field(x.detach())
+        case pd.DataFrame():
+            return Field(x.to_numpy(), (_labels(x.index), _labels(x.columns)))
+        case pd.Series():
+            return Field(x.to_numpy(), (_labels(x.index),), x.name)
+        case xr.DataArray():
+            labels = [
+                _labels(x.coords[dim].to_index()) if dim in x.coords else None for dim in x.dims
+            ]
+            scalars = [coord.to_numpy()[()] for coord in x.coords.values() if coord.ndim == 0]
+            name = scalars[0] if len(scalars) == 1 else None
+            return Field(x.to_numpy(), tuple(labels), name)
+    return Field(np.asarray(x))
 
 
-def _of_tensor(tensor: Tensor) -> Field:
-    return Field(tensor.detach())
-
-
-def _of_frame(frame: pd.DataFrame) -> Field:
-    return Field(frame.to_numpy(), (_labels(frame.index), _labels(frame.columns)))
-
-
-def _of_series(series: pd.Series) -> Field:
-    return Field(series.to_numpy(), (_labels(series.index),), series.name)
-
-
-def _of_xarray(array: xr.DataArray) -> Field:
-    labels = [
-        _labels(array.coords[dim].to_index()) if dim in array.coords else None
-        for dim in array.dims
-    ]
-    scalars = [coord.to_numpy()[()] for coord in array.coords.values() if coord.ndim == 0]
-    return Field(array.to_numpy(), tuple(labels), scalars[0] if len(scalars) == 1 else None)
-
-
-def _of_array(array: Any) -> Field:
-    return Field(np.asarray(array))
-
-
-READERS = [
-    Reader(Dataset, _of_dataset),
-    Reader(Source, _of_source),
-    Reader(Tensor, _of_tensor),
-    Reader(pd.DataFrame, _of_frame),
-    Reader(pd.Series, _of_series),
-    Reader(xr.DataArray, _of_xarray),
-    Reader(object, _of_array),
-]
+READERS = [Reader(object, _read_known)]
 """The readers; the first one whose kind fits a container reads it.
 
 To read another container, insert a :class:`Reader` for its type before the last entry, which
-takes everything that NumPy takes.
+reads the containers that :func:`read` lists and everything that NumPy takes.
 """
-
-
-def _containers(x: Any) -> dict[str, Any]:
-    """The containers of the fields, by name."""
-    if isinstance(x, Rows):
-        return {
-            name: Rows(tensor, x.labels, {"x": x.columns[name]})
-            for name, tensor in x.fields.items()
-        }
-    if not isinstance(x, Mapping):
-        return {"x": x}
-    if not x:
-        raise ValueError("Expected at least one field of data; got an empty dict.")
-    return dict(x)
 
 
 def _in_memory(source: Source) -> Rows:
@@ -221,65 +209,34 @@ def _in_memory(source: Source) -> Rows:
             f"This {type(source).__name__} does not say how many rows it has, and they are read "
             "into memory all at once: pass a part of known length."
         )
-    x = source.head(source.num_rows)
-    names = x if isinstance(x, dict) else ["x"]
-    columns = {name: tuple(source.coords(name).values()) for name in names}
-    return Rows(x, source.labels, columns)
+    rows = Rows(source.head(source.num_rows), source.labels, {})
+    columns = {name: tuple(source.coords(name).values()) for name in rows.fields}
+    return replace(rows, columns=columns)
 
 
-def _reader_of(value: Any) -> Reader:
-    return next(reader for reader in READERS if isinstance(value, reader.kind))
-
-
-def _field(name: str, value: Any) -> Field:
+def _field(name: str, container: object) -> Field:
     """Reads one container, its values as a tensor."""
     try:
-        field = _reader_of(value).field(value)
+        field = _read_container(container)
     except (TypeError, ValueError) as error:
         raise ValueError(f"Expected {name} to be an array of numbers; got {error}.") from error
-    tensor = field.values if isinstance(field.values, Tensor) else _tensor(name, field.values)
-    if tensor.is_complex():
-        raise ValueError(f"Expected {name} to hold real numbers; got dtype {tensor.dtype}.")
-    return field._replace(values=tensor)
-
-
-def _tensor(name: str, array: np.ndarray) -> Tensor:
-    if array.dtype == object:
-        try:
-            array = array.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Expected {name} to hold numbers; got {error}.") from error
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"Expected {name} to hold numbers; got dtype {array.dtype}.")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(_torch_readable(array))
-
-
-def _torch_readable(array: np.ndarray) -> np.ndarray:
-    unsigned = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64}
-    if array.dtype in unsigned or array.dtype == np.uint64:
-        return array.astype(unsigned.get(array.dtype, np.int64))
-    if array.dtype == np.longdouble:
-        return array.astype(np.float64)
-    return np.array(array, order="C", copy=None if array.flags.writeable else True)
-
-
-def _as_one_row(field: Field) -> Field:
-    label = None if field.name is None else _labels(pd.Index([field.name]))
-    return Field(field.values[None], (label, *field.labels))
+    values = field.values
+    if not isinstance(values, Tensor):
+        if values.dtype == object:
+            try:
+                values = values.astype(np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Expected {name} to hold numbers; got {error}.") from error
+        if values.dtype.kind not in "fiub":
+            raise ValueError(f"Expected {name} to hold numbers; got dtype {values.dtype}.")
+        values = as_tensor(values)
+    if values.is_complex():
+        raise ValueError(f"Expected {name} to hold real numbers; got dtype {values.dtype}.")
+    return field._replace(values=values)
 
 
 def _rows(fields: dict[str, Field], *, is_dict: bool) -> Rows:
-    tensors = {name: field.values for name, field in fields.items()}
-    count = _common_length(tensors)
-    if "x" in tensors and "weight" in tensors:
-        tensors["weight"] = _checked_weight(tensors["weight"])
-    columns = {name: _columns(field) for name, field in fields.items()}
-    return Rows(tensors if is_dict else tensors["x"], _common_labels(fields, count), columns)
-
-
-def _common_length(tensors: dict[str, Tensor]) -> int:
+    tensors = {name: torch.as_tensor(field.values) for name, field in fields.items()}
     for name, tensor in tensors.items():
         if tensor.ndim == 0:
             raise ValueError(f"Expected {name} to have rows along its first dim; got a scalar.")
@@ -290,7 +247,18 @@ def _common_length(tensors: dict[str, Tensor]) -> int:
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Expected fields of equally many rows; got {lengths}.")
-    return next(iter(lengths.values()))
+    if "x" in tensors and "weight" in tensors:
+        tensors["weight"] = _checked_weight(tensors["weight"])
+    columns = {}
+    for name, field in fields.items():
+        labels_of_dims = itertools.zip_longest(
+            field.values.shape[1:], field.labels[1 : field.values.ndim]
+        )
+        columns[name] = tuple(
+            np.arange(size) if label is None else label for size, label in labels_of_dims
+        )
+    labels = _common_labels(fields, min(lengths.values()))
+    return Rows(tensors if is_dict else tensors["x"], labels, columns)
 
 
 def _checked_weight(weight: Tensor) -> Tensor:
@@ -309,7 +277,7 @@ def _checked_weight(weight: Tensor) -> Tensor:
     return weight
 
 
-def _common_labels(fields: Mapping[str, Field], count: int) -> np.ndarray:
+def _common_labels(fields: dict[str, Field], count: int) -> np.ndarray:
     """The labels of the rows, on which all fields that have labels must agree."""
     labelled = {
         name: field.labels[0]
@@ -328,15 +296,7 @@ def _common_labels(fields: Mapping[str, Field], count: int) -> np.ndarray:
     return labelled[first]
 
 
-def _columns(field: Field) -> tuple[np.ndarray, ...]:
-    labels = itertools.chain(field.labels[1:], itertools.repeat(None))
-    return tuple(
-        np.arange(size) if label is None else label
-        for size, label in zip(field.values.shape[1:], labels, strict=False)
-    )
-
-
 def _labels(index: pd.Index) -> np.ndarray:
-    if isinstance(index, pd.MultiIndex) or index.dtype.kind not in "iufM":
-        return np.asarray([str(label) for label in index], dtype=np.str_)
-    return index.to_numpy()
+    if index.dtype.kind in "iufM":
+        return index.to_numpy()
+    return np.asarray([str(label) for label in index], dtype=np.str_)

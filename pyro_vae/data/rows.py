@@ -1,10 +1,8 @@
 """Rows in memory: a tensor or a dict of tensors, with labels."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,14 +11,21 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from .files import sha256_of
 from .source import Row
 
-__all__ = ["PLATE", "Rows", "floating_like"]
+__all__ = ["PLATE", "Rows", "as_tensor", "floating_like"]
 
 
 PLATE = "data"
 
 CHECKED_AT_ONCE = 2**14
+TORCH_DTYPES = {
+    "uint16": "int32",
+    "uint32": "int64",
+    "uint64": "int64",
+    np.dtype(np.longdouble).name: "float64",
+}
 
 
 def floating_like(module: nn.Module | None) -> Tensor:
@@ -34,6 +39,23 @@ def floating_like(module: nn.Module | None) -> Tensor:
             if tensor.is_floating_point():
                 return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return torch.empty(0)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Returns an array of numbers as a tensor, which shares its memory if torch can read it.
+
+    Unsigned integers of 16 bits or more become int32 or int64, and long doubles become float64.
+
+    Arguments:
+        array: The array, of any shape.
+
+    Example:
+        >>> as_tensor(np.array([1, 2], np.uint16)).dtype
+        torch.int32
+    """
+    dtype = TORCH_DTYPES.get(array.dtype.name, array.dtype.newbyteorder("="))
+    copy = None if array.flags.writeable else True
+    return torch.from_numpy(np.array(array, dtype, order="C", copy=copy))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +130,7 @@ class Rows:
         """
         if program is not None:
             return self[index].to_like(program).x
-        if isinstance(self.x, dict):
-            return {name: value[index] for name, value in self.x.items()}
-        return self.x[index]
+        return self._map(lambda _, tensor: tensor[index])
 
     def head(self, n: int, program: nn.Module | None = None) -> Row:
         """Returns the first rows as a program takes them, without labels.
@@ -143,7 +163,7 @@ class Rows:
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
-    def ask(self, check: Callable[["Rows"], Any], like: nn.Module | None) -> None:
+    def ask(self, check: Callable[["Rows"], object], like: nn.Module | None) -> None:
         """Calls a check with all rows, piece by piece, on the device of a module.
 
         Arguments:
@@ -151,13 +171,17 @@ class Rows:
             like: The module to whose device and dtype each piece goes.
 
         Raises:
-            ValueError: If the check raises it; the message says from which row on the check
-                counts.
+            ValueError: If the check raises it. If the check counts rows from the start of a
+                later piece, the message gives the number of that row.
         """
         for start in range(0, len(self), CHECKED_AT_ONCE):
             piece = self[start : start + CHECKED_AT_ONCE].to_like(like)
-            with _counted_from(start):
+            try:
                 check(piece)
+            except ValueError as error:
+                if start == 0:
+                    raise
+                raise ValueError(f"{error} Rows are counted from row {start} here.") from error
 
     def to(self, device: torch.device | str) -> "Rows":
         """Moves the rows to a device.
@@ -165,7 +189,7 @@ class Rows:
         Arguments:
             device: The device.
         """
-        return self._map(lambda _, tensor: tensor.to(device))
+        return replace(self, x=self._map(lambda _, tensor: tensor.to(device)))
 
     def to_like(self, module: nn.Module | None, *, move: bool = True) -> "Rows":
         """Casts floating values to the dtype of a module's weights, and moves to its device.
@@ -185,16 +209,11 @@ class Rows:
             dtype = like.dtype if tensor.is_floating_point() and not is_kept else tensor.dtype
             return tensor.to(like.device if is_moved else tensor.device, dtype)
 
-        return self._map(cast)
+        return replace(self, x=self._map(cast))
 
     def digest(self) -> str:
         """Returns a SHA-256 of the values, which differs between different data."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.fields.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for chunk in tensor.split(65536):
-                digest.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return sha256_of(self.fields)
 
     def column_names(self) -> list[str] | None:
         """Returns the names of the columns of x; `None` if x is no table with named columns."""
@@ -238,16 +257,7 @@ class Rows:
         }
         return xr.Dataset(variables, {"datum": self.labels} | own, attrs)
 
-    def _map(self, function: Callable[[str, Tensor], Tensor]) -> "Rows":
-        fields = {name: function(name, tensor) for name, tensor in self.fields.items()}
-        return Rows(fields if isinstance(self.x, dict) else fields["x"], self.labels, self.columns)
-
-
-@contextmanager
-def _counted_from(start: int) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if start == 0:
-            raise
-        raise ValueError(f"{error} Rows are counted from row {start} here.") from error
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> Row:
+        if isinstance(self.x, dict):
+            return {name: function(name, tensor) for name, tensor in self.x.items()}
+        return function("x", self.x)

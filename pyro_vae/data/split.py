@@ -1,12 +1,9 @@
 """Splits rows into those to train on and those held out."""
 
-from numbers import Real
-from typing import Any
-
 import torch
 from torch import nn
 
-from .checks import part_size
+from .checks import is_number, part_size
 from .read import read
 from .rows import Rows
 
@@ -15,7 +12,7 @@ __all__ = ["split"]
 
 def split(
     rows: Rows,
-    held_out: float | Any,
+    held_out: object,
     program: nn.Module | None = None,
     *,
     seed: int,
@@ -29,7 +26,7 @@ def split(
             held out beside all of `rows`.
         program: The program that the rows are for.
         seed: The seed of the split.
-        name: What the caller calls the argument `held_out`, for messages.
+        name: The name of `held_out` in the signature of the caller, for messages.
 
     Raises:
         ValueError: If the share or the number is out of range, if there is only one row, or if
@@ -43,7 +40,7 @@ def split(
         >>> train.labels.tolist(), test.labels.tolist()
         ([1, 2, 3], [0, 4])
     """
-    if isinstance(held_out, bool) or not isinstance(held_out, Real):
+    if not is_number(held_out):
         other = read(held_out, program, check=False)
         if other.event_shapes() != rows.event_shapes():
             raise ValueError(
