@@ -456,7 +456,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "edited spec": lambda f: edit(f, lambda s: s.update(training=False), sign=False),
     "a newer format": lambda f: edit(f, lambda s: s.update(format="pyro_vae 9")),
     "an unknown entry": lambda f: edit(f, lambda s: s.update(callback="os.system")),
-    "an unknown part": lambda f: edit(f, lambda s: s["parts"].update(units={"version": 1})),
+    "an unknown part": lambda f: edit(f, lambda s: s["parts"].update(later={"version": 1})),
+    "units of another form": lambda f: edit(
+        f, lambda s: s["parts"].update(units={"version": 1, "form": "exp x"})
+    ),
     "a part of another version": lambda f: edit(
         f, lambda s: s["parts"]["members"].update(version=2)
     ),

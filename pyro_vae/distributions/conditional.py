@@ -1,7 +1,7 @@
 """Base classes of priors, likelihoods and posteriors: modules that return a distribution."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -125,6 +125,21 @@ class ConditionalDistribution(nn.Module, ABC):
             y: Values (rows, *event_shape), standardised, in float64.
             units: The location and scale by which they are standardised, if they are.
         """
+
+    def constants(self) -> dict[str, Tensor]:
+        """Returns the parameters at features of 0. By default there are none to tell."""
+        return {}
+
+    def at(self, constants: Mapping[str, Tensor]) -> Distribution:
+        """Returns the distribution of given parameters, without features.
+
+        Arguments:
+            constants: The result of :meth:`constants`.
+
+        Raises:
+            NotImplementedError: If the class does not define it, as by default.
+        """
+        raise NotImplementedError
 
     def arguments(self) -> Arguments:
         """Returns the arguments of the constructor, positional and by name.

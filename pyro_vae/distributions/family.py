@@ -281,7 +281,10 @@ class Family(ConditionalDistribution):
         if not self.is_built:
             raise ValueError(f"{self} has no layers yet: call build(event_shape, features) first.")
         rows = torch.Size() if features is None else _rows_of(features, self.feature_shape)
-        base = scored(self.distribution)(**self._values(features))
+        return self._distribution(self._values(features), rows)
+
+    def _distribution(self, values: dict[str, Any], rows: torch.Size) -> Distribution:
+        base = scored(self.distribution)(**values)
         wanted = rows + self._event()[: len(self._event()) - len(base.event_shape)]
         if base.batch_shape != wanted:
             base = base.expand(wanted)
@@ -411,12 +414,13 @@ class Family(ConditionalDistribution):
         if name not in self.links:
             return
         known, spec = IN_UNITS.get(self.distribution), self.specs.get(name)
-        if self.least is not None and known is not None and name == known.bounded:
-            value = torch.maximum(value - self.least, 1e-3 * self.least.double())
-        value = value.expand(self.shapes[name])
+        value, is_scale = value.expand(self.shapes[name]), known and name == known.bounded
         if isinstance(spec, Shared) and spec.scalar:
-            is_scale = known is not None and name == known.bounded
             value = value.square().mean().sqrt() if is_scale else value.mean()
+        if self.least is not None and is_scale:
+            least = self.least.double()
+            least = least if value.shape else least.amin()
+            value = torch.maximum(value - least, 1e-3 * least)
         free = self.links[name].inv(value.to(self._like))
         if not free.isfinite().all():
             return
@@ -425,6 +429,25 @@ class Family(ConditionalDistribution):
         else:
             head: Any = self.heads[name]
             head.start(free)
+
+    @torch.no_grad()
+    def constants(self) -> dict[str, Tensor]:
+        """Returns the parameters at features of 0, each of its own shape."""
+        features = None
+        if self.feature_shape is not None:
+            features = self._like.new_zeros((1, *self.feature_shape))
+        values = self._values(features)
+        return {name: values[name].reshape(self.shapes[name]) for name in self.links}
+
+    def at(self, constants: Mapping[str, Tensor]) -> Distribution:
+        """Returns the distribution of given parameters, without features.
+
+        Arguments:
+            constants: The result of :meth:`constants`.
+        """
+        fixed = {k: self._fixed(k, v) for k, v in self.specs.items() if v is not None}
+        values = {k: v for k, v in fixed.items() if k not in self.links} | dict(constants)
+        return self._distribution(values, torch.Size())
 
     def _heads(self) -> "list[_Head]":
         return [head for head in self.heads.values() if isinstance(head, _Head)]
@@ -446,8 +469,8 @@ class Family(ConditionalDistribution):
 
         with torch.enable_grad():
             try:
-                start, _ = float(loss()), optimizer.step(loss)
-                has_gained = float(loss()) <= start
+                start, _ = float(loss().detach()), optimizer.step(loss)
+                has_gained = float(loss().detach()) <= start
             except (RuntimeError, ValueError, NotImplementedError):
                 has_gained = False
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Units: densities of columns in the units of the data, computed on standardised values."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import pyro.distributions as dist
@@ -11,12 +11,22 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
-__all__ = ["IN_UNITS", "Affine", "InUnits", "Units", "column_units", "input_form", "resolution"]
+__all__ = [
+    "factor_loadings",
+    "IN_UNITS",
+    "Affine",
+    "InUnits",
+    "Units",
+    "column_units",
+    "input_form",
+    "resolution",
+]
 
 Convert: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LEAST_SPREAD = 1e-3  # of a column's standard deviation: the least scale of a density
 FAINT = 0.1  # of the root mean square of the columns: the least scale of an encoder's input
+EM_STEPS = 1000
 FLAT = 1e-12  # a column whose standard deviation is below this share of its size is constant
 
 
@@ -202,8 +212,9 @@ IN_UNITS: dict[Any, InUnits] = {
 def column_units(x: Tensor, *, has_location: bool) -> tuple[Tensor, Tensor]:
     """Returns the location and the scale of each column, in float64.
 
-    They are the mean and the standard deviation, or 0 and the geometric mean of columns that are
-    only scaled. A constant column has the scale of its own size, or 1.
+    They are the mean and the standard deviation. Columns that are only scaled have location 0
+    and the power of 2 next to their geometric mean, by which a division is exact. A constant
+    column has the scale of its own size, or 1.
 
     Arguments:
         x: Values (rows, *event), finite.
@@ -211,7 +222,7 @@ def column_units(x: Tensor, *, has_location: bool) -> tuple[Tensor, Tensor]:
     """
     x = x.double()
     if not has_location:
-        return torch.zeros_like(x[0]), x.log().mean(0).exp()
+        return torch.zeros_like(x[0]), x.log().mean(0).div(math.log(2.0)).round().exp2()
     loc = x.mean(0)
     scale = (x - loc).square().mean(0).sqrt()
     size = x.abs().amax(0)
@@ -260,6 +271,42 @@ def input_form(support: Any, x: Tensor) -> str | None:
     return "x" if form == "log x" and x.amin() <= 0.0 else form
 
 
+BUFFERS = ("loc", "scale", "least", "input_loc", "input_scale", "loadings", "noise")
+CONSTANT = "constant_"
+
+
+def factor_loadings(u: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    r"""Fits factor analysis by EM, and returns the loadings and the variances of the noise.
+
+    .. math:: u = W z + \epsilon, \quad z \sim N(0, I), \;
+        \epsilon \sim N(0, \mathrm{diag}(\psi))
+
+    References:
+        EM algorithms for ML factor analysis (Rubin & Thayer, 1982).
+
+    Arguments:
+        u: Standardised rows (rows, columns), with means of 0, in float64.
+        size: The number of factors, less than the number of columns.
+
+    Returns:
+        The loadings (columns, size), and the variances (columns,).
+    """
+    covariance = u.T @ u / len(u)
+    values, vectors = torch.linalg.eigh(covariance)
+    top = values[-size:].clamp_min(1e-6)
+    noise = covariance.diagonal().clamp_min(LEAST_SPREAD**2)
+    loadings = vectors[:, -size:] * top.sqrt() * 0.9
+    eye = torch.eye(size, dtype=u.dtype, device=u.device)
+    for _ in range(EM_STEPS):
+        scaled = loadings.T / noise
+        beta = torch.linalg.solve(eye + scaled @ loadings, scaled)
+        mixed = covariance @ beta.T
+        second = eye - beta @ loadings + beta @ mixed
+        loadings = torch.linalg.solve(second, mixed.T).T
+        noise = (covariance.diagonal() - (loadings * mixed).sum(1)).clamp_min(LEAST_SPREAD**2)
+    return loadings, noise
+
+
 class Units(nn.Module):
     r"""The units of the columns of x: how a density and an encoder see them.
 
@@ -273,8 +320,10 @@ class Units(nn.Module):
         least: The least scale that the density of each standardised column may have, if any.
         input_loc: The location of what the encoder sees, after `form`.
         input_scale: The scale of what the encoder sees.
+        loadings: The loadings of factor analysis on the standardised columns, if they are real.
+        noise: The variances of its noise.
         form: What the encoder sees: standardised `"x"`, `"log x"` or `"log1p x"`; `None` if it
-            sees x itself.
+            sees what the density sees.
     """
 
     loc: Tensor | None
@@ -282,6 +331,9 @@ class Units(nn.Module):
     least: Tensor | None
     input_loc: Tensor | None
     input_scale: Tensor | None
+
+    loadings: Tensor | None
+    noise: Tensor | None
 
     FORMS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "x": lambda x: x,
@@ -293,47 +345,60 @@ class Units(nn.Module):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.form: str | None = None
-        for name in ("loc", "scale", "least", "input_loc", "input_scale"):
+        for name in BUFFERS:
             self.register_buffer(name, None)
 
-    def allocate(self, names: Iterable[str], form: str | None) -> None:
-        """Makes buffers, which the state of a file then fills.
+    def allocate(self, state: Mapping[str, Tensor], form: str | None) -> None:
+        """Makes the buffers that a state has, which it then fills.
 
         Arguments:
-            names: Their names.
+            state: The tensors of the buffers, by name.
             form: What the encoder sees.
+
+        Raises:
+            ValueError: If a name is not that of a buffer.
         """
         self.form = form
-        for name in names:
-            setattr(self, name, torch.zeros(self.event_shape, dtype=torch.float64))
+        for name, tensor in state.items():
+            if name not in BUFFERS and not name.removeprefix(CONSTANT).isidentifier():
+                raise ValueError(f"Expected units named {BUFFERS}; got {name!r}.")
+            self.register_buffer(name, torch.zeros_like(tensor))
 
-    def state_names(self) -> list[str]:
-        """Returns the names of all buffers, also of those that are not learned."""
-        return list(self._buffers)
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The parameters of the likelihood without latents, as they were at the start."""
+        found = {
+            k: b for k, b in self._buffers.items() if k.startswith(CONSTANT) and b is not None
+        }
+        return {name.removeprefix(CONSTANT): buffer for name, buffer in found.items()}
+
+    @constants.setter
+    def constants(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.register_buffer(f"{CONSTANT}{name}", value.detach().clone())
 
     @property
     def density_units(self) -> tuple[Tensor, Tensor] | None:
         """The location and scale of the density, if it has units."""
         return None if self.loc is None or self.scale is None else (self.loc, self.scale)
 
-    def learn_inputs(self, x: Tensor, form: str | None) -> None:
+    def learn_inputs(self, u: Tensor, form: str | None) -> None:
         """Learns the location and scale of what the encoder sees.
 
-        If the density has no units, the scale of a column is at least a tenth of the root mean
-        square of all, so that columns that are nearly constant, as at the edge of an image, are
-        not blown up.
+        The scale of a column is at least a tenth of the root mean square of all, so that columns
+        that are nearly constant, as at the edge of an image, are not blown up. Real columns whose
+        density has units are standardised already.
 
         Arguments:
-            x: Rows (rows, *event), in float64.
+            u: Rows (rows, *event), in the units of the density, in float64.
             form: What the encoder sees.
         """
-        self.form = form
-        if form is None:
+        if form is None or (form == "x" and self.loc is not None):
             return
-        loc, scale = column_units(self.FORMS[form](x), has_location=True)
-        if self.loc is None:
-            scale = torch.maximum(scale, FAINT * scale.square().mean().sqrt())
-        self.input_loc, self.input_scale = loc, scale
+        self.form = form
+        loc, scale = column_units(self.FORMS[form](u), has_location=True)
+        self.input_loc = loc
+        self.input_scale = torch.maximum(scale, FAINT * scale.square().mean().sqrt())
 
     def inputs(self, x: Tensor) -> Tensor:
         """Returns what the encoder sees of rows; float64 if it is standardised.
@@ -341,6 +406,8 @@ class Units(nn.Module):
         Arguments:
             x: Rows (..., *event).
         """
+        if self.loc is not None and self.scale is not None:
+            x = (x.double() - self.loc) / self.scale
         if self.form is None or self.input_loc is None or self.input_scale is None:
             return x
         return (self.FORMS[self.form](x.double()) - self.input_loc) / self.input_scale
@@ -355,6 +422,24 @@ class Units(nn.Module):
         if self.loc is None or self.scale is None:
             return base
         return Affine(base, self.loc, self.scale, dtype)
+
+    def independent_columns(self, likelihood: Any, dtype: torch.dtype) -> Any:
+        """Returns p(x) without latents: each column at its maximum likelihood; `None` if unknown.
+
+        Arguments:
+            likelihood: The likelihood whose parameters were learned.
+            dtype: The dtype in which it computes.
+        """
+        constants = self.constants
+        return self.density(likelihood.at(constants), dtype) if constants else None
+
+    def factor_analysis(self) -> Any:
+        """Returns p(x) of factor analysis with as many latents; `None` if it was not learned."""
+        if self.loadings is None or self.noise is None:
+            return None
+        zeros = torch.zeros_like(self.noise)
+        base = dist.LowRankMultivariateNormal(zeros, self.loadings, self.noise)
+        return self.density(base, torch.float64)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
         """Moves the buffers to another device, and keeps them in float64."""

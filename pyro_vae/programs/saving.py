@@ -98,8 +98,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
     others = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SPEC)
     parts: dict[str, Any] = {"members": {"version": _PARTS["members"], "program": spec}}
     if isinstance(program, VAE) and program.is_initialized:
-        learned = [name for name, _ in program.units.named_buffers()]
-        parts["units"] = {"version": 1, "form": program.units.form, "learned": learned}
+        parts["units"] = {"version": _PARTS["units"], "form": program.units.form}
     content: dict[str, Any] = {
         "format": _FORMAT,
         "parts": parts,
@@ -158,26 +157,26 @@ def load(
     else:
         program = into
     if isinstance(program, VAE):
-        _allocate_units(program, spec["parts"].get("units"), folder)
+        _allocate_units(program, spec["parts"].get("units"), state, folder)
     load_state(program, state, folder)
     if isinstance(program, VAE):
         program.follow_units()
     return program
 
 
-def _allocate_units(vae: VAE, part: dict[str, Any] | None, folder: Path) -> None:
+def _allocate_units(
+    vae: VAE, part: dict[str, Any] | None, state: dict[str, Tensor], folder: Path
+) -> None:
     """Makes the buffers of the units that a file holds, or removes them if it holds none."""
-    part = {"form": None, "learned": []} if part is None else part
-    form, learned = part.get("form"), part.get("learned")
-    names = Units(()).state_names()
-    if form not in (None, *Units.FORMS) or not isinstance(learned, list):
-        raise ValueError(f"Expected units in {folder / _SPEC}; got {part}.")
-    if any(name not in names for name in learned):
-        raise ValueError(f"Expected units out of {names} in {folder / _SPEC}; got {learned}.")
     vae.units = Units(tuple(vae.event_shape))
-    vae.units.allocate(learned, form)
+    vae.is_initialized = part is not None
+    if part is None:
+        return
+    if part.get("form") not in (None, *Units.FORMS) or part.keys() - {"version", "form"}:
+        raise ValueError(f"Expected units in {folder / _SPEC}; got {part}.")
+    learned = {k.removeprefix("units."): v for k, v in state.items() if k.startswith("units.")}
+    vae.units.allocate(learned, part["form"])
     vae.units.to(floating_like(vae).device)
-    vae.is_initialized = bool(part.get("version"))
 
 
 def _checked_spec(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..data.rows import PLATE, Rows
 from ..data.source import Row
 from ..distributions import Likelihood, Posterior, Prior
 from ..distributions.links import base_of
-from ..distributions.units import Units, input_form
+from ..distributions.units import Units, factor_loadings, input_form
 from ..engine.running import evaluating, parameters_are_local, seeded, unmoved_statistics
 from ..networks import MLP
 from ..posteriors import Normal
@@ -40,6 +40,7 @@ __all__ = ["VAE"]
 WIDE = 200  # elements of x, above which the default networks are wider
 DEFAULT_UNITS = ((64, 64), (256, 256))
 LEARNED_FROM = 2**24  # elements of x, from which units and starts are learned
+MOST_COLUMNS = 500  # of factor analysis
 DRAWS = 4096  # of the prior, to which the posterior is fitted at the start
 
 
@@ -245,15 +246,67 @@ class VAE(nn.Module):
         units, learned = self.units, x if found is None else (x - found[0]) / found[1]
         units.loc, units.scale = (None, None) if found is None else found
         units.least = self.likelihood.least_scale(learned)
-        units.learn_inputs(x, form)
+        units.form = None
+        units.learn_inputs(learned, form)
         self.follow_units()
         self.likelihood.initialize(learned, found)
+        units.constants = self.likelihood.constants()
+        self._learn_factors(learned)
         with seeded(0):
             if self.prior.support is None:
                 draws = torch.randn((DRAWS, *self.latent_shape), device=x.device)
             else:
                 draws = self.prior().expand((DRAWS,)).sample()
             self.posterior.initialize(draws.double())
+
+    def _learn_factors(self, u: Tensor) -> None:
+        """Fits factor analysis of as many latents to standardised real columns, few of them."""
+        columns, size = self.event_shape.numel(), self.latent_shape.numel()
+        has_location = self.units.loc is not None and bool((self.units.loc != 0.0).any())
+        if has_location and size < columns <= MOST_COLUMNS and len(self.event_shape) == 1:
+            self.units.loadings, self.units.noise = factor_loadings(u - u.mean(0), size)
+
+    @torch.no_grad()
+    def baselines(self, x: Any) -> xr.Dataset:
+        r"""Scores rows by models without a network, fitted to the rows that `initialize` saw.
+
+        `independent_columns` is the likelihood without latents, each column at its maximum
+        likelihood; `factor_analysis`, for real columns, has as many latents as the VAE. A VAE
+        whose log p(x) is below either of them describes the rows worse than the simpler model.
+
+        Arguments:
+            x: Rows (rows, \*event_shape).
+
+        Raises:
+            ValueError: If the VAE is not initialised, or refuses the rows.
+
+        Returns:
+            log p(x) of each row under each model, in nats, over the dim `datum`.
+
+        Example:
+            >>> import pyro_vae as pv
+            >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+            >>> vae = pv.VAE(3, 1, pv.likelihoods.Normal(), seed=0).initialize(x)
+            >>> list(vae.baselines(x))
+            ['independent_columns', 'factor_analysis']
+        """
+        if not self.is_initialized:
+            raise ValueError("The VAE has no baselines yet: fit it, or call initialize(x) first.")
+        rows = read(x, self)
+        seen = self._observed(_x_of(rows.select(slice(None), self)))
+        laws = {
+            "independent_columns": self.units.independent_columns(
+                self.likelihood, self._like.dtype
+            ),
+            "factor_analysis": self.units.factor_analysis(),
+        }
+        about = {"units": "nats"}
+        scores = {
+            name: ("datum", law.log_prob(seen).double().cpu().numpy(), about)
+            for name, law in laws.items()
+            if law is not None
+        }
+        return xr.Dataset(scores, {"datum": rows.labels})
 
     def follow_units(self) -> None:
         """Passes the units to the likelihood, after they were learned or read from a file."""
@@ -371,8 +424,9 @@ class VAE(nn.Module):
     def extra_repr(self) -> str:
         """The shapes of x and z."""
         shapes = f"event_shape={tuple(self.event_shape)}, latent_shape={tuple(self.latent_shape)}"
+        density = "" if self.units.loc is None else ", columns in standardized units"
         seen = "" if self.units.form is None else f", encoder sees standardized {self.units.form}"
-        return shapes + (", standardized density" if self.units.loc is not None else "") + seen
+        return shapes + density + seen
 
 
 def _x_of(row: Row) -> Tensor:

@@ -54,8 +54,9 @@ class Convergence:
     The rows are checked after numbers of steps that grow by the square root of 3. The fit has
     converged at step t if, from t / 3 on, the mean gain per row plus two paired standard errors
     is below 0.1 nats at both checks: three times as many steps brought nothing. If the rows were
-    held out, the fit has also ended if they lost: if the gain over the best check is negative by
-    more than two standard errors, and the best is a third of the way back.
+    held out, the same holds for the gain since the best check, if that was at t / 3 or before.
+    Rows that have not gained since t / 3, but are too few for such an error, end the fit too, and
+    whether it has converged is not known.
 
     Arguments:
         is_held_out: Whether the checked rows are held out.
@@ -80,25 +81,30 @@ class Convergence:
             return self.checks[-1] if self.checks else None
         return max(self.checks, key=lambda check: check.mean, default=None)
 
-    def verdict(self) -> str | None:
-        """Returns why the fit has ended, or `None` if it goes on."""
+    def verdict(self) -> tuple[bool | None, str] | None:
+        """Returns whether the fit has converged and the reason, or `None` if it goes on."""
         if not self.checks:
             return None
-        now = self.checks[-1]
+        now, best = self.checks[-1], self.best
         before = [check for check in self.checks if check.steps <= now.steps / (RATIO**2 - 0.1)]
-        if not before or (now.kl < DEAD and now.steps < EARLIEST):
+        if not before or best is None or (now.kl < DEAD and now.steps < EARLIEST):
             return None
+        what = "held-out rows" if self.is_held_out else "the training rows"
         since = self.checks[self.checks.index(before[-1]) + 1 :]
         gains = [check.gain_over(before[-1]) for check in since]
         if all(gain + 2.0 * error < TOLERANCE for gain, error in gains):
-            what = "held-out rows" if self.is_held_out else "the training rows"
-            return f"{what} no longer gain"
-        best = self.best
-        if best is not None and best.steps <= before[-1].steps:
-            gain, error = now.gain_over(best)
-            if gain + 2.0 * error < 0.0:
-                return "held-out rows lose: more steps overfit"
-        return None
+            return True, f"{what} no longer gain"
+        if best.steps > before[-1].steps:
+            return None
+        gain, error = now.gain_over(best)
+        if gain + 2.0 * error < 0.0:
+            return True, f"{what} lose: more steps overfit"
+        if gain + 2.0 * error < TOLERANCE:
+            return True, f"{what} no longer gain"
+        return None, (
+            f"{what} have not gained since step {best.steps}, a third of the way, but are too few "
+            f"to be sure: the last change is {gain:.2g} +- {error:.1g} nats per row"
+        )
 
     def rise(self) -> tuple[float, float]:
         """Returns the gain per 1000 steps between the last two checks, and its error, in nats."""

@@ -30,7 +30,7 @@ class History:
             Latents that all rows share add nothing to the standard errors.
         best_epoch: The epoch whose weights the program has. (After Ctrl-C without validation the
             weights include the steps of the unfinished epoch after it.)
-        stopped: What ended the fit: `"converged"`, `"max_steps"`, `"max_epochs"`,
+        stopped: What ended the fit: `"converged"`, `"no gain"`, `"max_steps"`, `"max_epochs"`,
             `"max_seconds"`, `"callback"` or `"interrupted"`.
         seed: The seed of the fit.
         engine: The engine that took the steps.

@@ -198,8 +198,9 @@ class Loop:
 
     def _reason_to_stop(self) -> str | None:
         state, settings, done = self.state, self.settings, len(self.state.records)
-        if settings.until_converged and self.convergence.verdict() is not None:
-            return "converged"
+        verdict = self.convergence.verdict() if settings.until_converged else None
+        if verdict is not None:
+            return "converged" if verdict[0] else "no gain"
         if settings.max_epochs is not None and done >= settings.max_epochs:
             return "max_epochs"
         most = self._most_epochs()
@@ -402,8 +403,9 @@ class Loop:
         """Whether the fit has converged, and why, in words."""
         verdict, checks = self.convergence.verdict(), self.convergence.checks
         if verdict is not None:
+            converged, reason = verdict
             is_dead = checks[-1].kl < DEAD
-            return True, verdict + (": all latents have collapsed to the prior" if is_dead else "")
+            return converged, reason + "; all latents have collapsed to the prior" * is_dead
         limit = f"stopped by {stopped}"
         rise, error = self.convergence.rise()
         if math.isnan(rise):

@@ -1,0 +1,160 @@
+"""Default fits of raw tables: are they as good as simple models, and have they converged?
+
+`python tests/benchmarks/defaults.py tables` prints a line for each table and likelihood, the
+mean held-out log p(x) beside that of independent columns, probabilistic PCA and factor analysis,
+and exits 1 if a line fails. `nested`, `converged` and `latents` are the other parts. Each fit is
+a default call; the tables are in their own units.
+"""
+
+import argparse
+import gzip
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn import datasets
+from sklearn.decomposition import PCA, FactorAnalysis
+
+import pyro_vae as pv
+
+DATA = Path(os.environ.get("PYRO_VAE_DATA", "data")) / "tabular"
+SPLITS, SEEDS, LATENTS, NUM_SAMPLES = 3, 2, 2, 500
+SLACK = 0.3  # nats per row below the simple models
+
+
+def of_file(name: str, kinds: tuple[str, ...]) -> np.ndarray:
+    """The complete rows of a table of HI-VAE, and the columns of some kinds."""
+    with gzip.open(DATA / name / "data.csv.gz") as file:
+        table = np.genfromtxt(file, delimiter=",")
+    types = pd.read_csv(DATA / name / "data_types.csv")["type"]
+    table = table[:, [kind in kinds for kind in types]]
+    return table[~np.isnan(table).any(1)]
+
+
+def made(rows: int = 1000, seed: int = 0) -> np.ndarray:
+    """Two latents, seven columns: a year, one of 1e6, one of 1e-3, and others."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(rows, 2))
+    bent = [np.tanh(2.0 * z[:, :1]), z[:, :1] * z[:, 1:]]
+    columns = np.hstack([z, *bent, z @ rng.normal(size=(2, 3))])
+    columns += 0.3 * rng.normal(size=columns.shape)
+    columns -= columns.min(0) - 0.5
+    return columns * [10.0, 1e6, 1e-3, 1.0, 1e-6, 100.0, 1.0] + [2000.0, 0, 0, 0, 0, 0, 0]
+
+
+TABLES: dict[str, Callable[[], np.ndarray]] = {
+    "wine": lambda: datasets.load_wine().data,
+    "breast cancer": lambda: datasets.load_breast_cancer().data,
+    "diabetes": lambda: datasets.load_diabetes(scaled=False).data,
+    "Adult": lambda: of_file("Adult", ("count", "pos"))[:4000],
+    "Breast": lambda: of_file("Breast", ("cat", "ordinal", "count"))[:, :9],
+    "made": made,
+}
+
+
+def likelihoods_of(x: np.ndarray) -> list[str]:
+    return ["Normal", "StudentT"] + (["Gamma", "LogNormal"] if (x > 0.0).all() else [])
+
+
+def split(x: np.ndarray, seed: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    order = np.random.default_rng(seed).permutation(len(x))
+    held_out = int(share * len(x))
+    return x[order[held_out:]], x[order[:held_out]]
+
+
+def simple_models(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
+    """Mean held-out log p(x) of two models of standardised columns, in the units of the data."""
+    mean, scale = train.mean(0), train.std(0)
+    u, v, volume = (train - mean) / scale, (test - mean) / scale, np.log(scale).sum()
+    return {
+        "PPCA": PCA(LATENTS).fit(u).score(v) - volume,
+        "FA": FactorAnalysis(LATENTS, tol=1e-6, max_iter=5000).fit(u).score(v) - volume,
+    }
+
+
+def fitted(x: np.ndarray, likelihood: str, seed: int, **options: Any) -> tuple[pv.VAE, Any]:
+    vae = pv.VAE(x.shape[1], LATENTS, getattr(pv.likelihoods, likelihood)(), seed=seed)
+    return vae, pv.fit(vae, x, seed=seed, device="cpu", progress=False, **options)
+
+
+def log_p(vae: pv.VAE, x: np.ndarray) -> float:
+    found = pv.log_evidence(vae, x, num_samples=NUM_SAMPLES, seed=0, progress=False)
+    return float(found.log_evidence.mean())
+
+
+def one_fit(job: tuple[str, str, int, int]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    name, likelihood, part, seed = job
+    train, test = split(TABLES[name](), part)
+    start = time.perf_counter()
+    vae, history = fitted(train, likelihood, seed)
+    seconds = time.perf_counter() - start
+    independent = float(vae.baselines(test).independent_columns.mean())
+    best, last = history.table.validation_elbo.max(), history.table.validation_elbo
+    return {
+        "table": name,
+        "likelihood": likelihood,
+        "split": part,
+        "VAE": log_p(vae, test),
+        "independent": independent,
+        **simple_models(train, test),
+        "converged": history.converged,
+        "limit": history.stopped == "max_steps",
+        "lost": best - last[history.best_epoch],
+        "seconds": seconds,
+    }
+
+
+def run(function: Callable[[Any], dict[str, Any]], jobs: list[Any]) -> Iterator[dict[str, Any]]:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(function, jobs)
+
+
+def tables(*, quick: bool) -> bool:
+    """Acceptance 1: at least the simple models less 0.3 nats, and above FA in most."""
+    parts, seeds = (1, 1) if quick else (SPLITS, SEEDS)
+    jobs = [
+        (name, likelihood, part, seed)
+        for name, load in TABLES.items()
+        for likelihood in likelihoods_of(load())
+        for part in range(parts)
+        for seed in range(seeds)
+    ]
+    found = pd.DataFrame(run(one_fit, jobs))
+    numbers = ["VAE", "independent", "PPCA", "FA", "limit", "lost", "seconds"]
+    lines = found.groupby(["table", "likelihood"], sort=False)[numbers].mean()
+    lines["holds"] = lines.VAE >= lines[["independent", "PPCA"]].max(axis=1) - SLACK
+    lines["above FA"] = lines.VAE > lines.FA
+    print(lines.round(2).to_string())
+    at_limit = found.groupby("table").limit.mean()
+    print(f"\nfits that end at the limit, by table: {at_limit.round(2).to_dict()}")
+    is_half = (at_limit > 0.5).sum() <= len(at_limit) / 2
+    return bool(lines.holds.all() and lines["above FA"].mean() > 0.5 and is_half)
+
+
+PARTS: dict[str, Callable[..., bool]] = {"tables": tables}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="one split and one seed")
+    args = parser.parse_args()
+    passed = {}
+    for name in args.parts or PARTS:
+        print(f"\n{name}")
+        passed[name] = PARTS[name](quick=args.quick)
+    print("\n" + ", ".join(f"{k}: {'holds' if v else 'FAILS'}" for k, v in passed.items()))
+    sys.exit(not all(passed.values()))
+
+
+if __name__ == "__main__":
+    main()
