@@ -14,6 +14,7 @@ from . import plots as plots
 from . import posteriors as posteriors
 from . import priors as priors
 from .data import datasets as datasets
+from .data.degenerate import DegenerateColumnsWarning as DegenerateColumnsWarning
 from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
 from .diagnostics import race as race
@@ -78,6 +79,7 @@ __all__ = [
     "evidence",
     "plots",
     # data
+    "DegenerateColumnsWarning",
     "datasets",
 ]
 

@@ -12,7 +12,7 @@ import pyro_vae as pv
 from pyro_vae.training.convergence import RATIO, Check, Convergence
 
 STEPS = [round(500 * RATIO**i) for i in range(7)]
-IRIS = load_iris().data
+IRIS = load_iris().data + np.random.default_rng(0).uniform(-0.05, 0.05, size=(150, 4))
 QUICK: dict[str, Any] = {"seed": 0, "device": "cpu", "progress": False}
 
 

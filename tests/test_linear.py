@@ -86,6 +86,7 @@ def fitted(
     return vae
 
 
+@pytest.mark.filterwarnings("ignore::pyro_vae.DegenerateColumnsWarning")
 @pytest.mark.parametrize(
     ("load", "latents", "max_epochs", "batch_size"),
     [(digits, 2, 300, 128), (digits, 8, 300, 128), (wine, 2, 1200, 178)],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..data.checks import checked_shape, is_size
+from ..data.degenerate import degenerate_columns, warn_of
 from ..data.read import read
 from ..data.rows import PLATE, Rows
 from ..data.source import Row
@@ -128,6 +129,7 @@ class VAE(nn.Module):
             )
             self.units = Units(x_shape)
             self.is_initialized = False
+            self.degenerate: dict[str, list[int]] = {}
             with torch.autocast(like_of(self.encoder, self.decoder).device.type, enabled=False):
                 self._build()
 
@@ -218,6 +220,10 @@ class VAE(nn.Module):
         Raises:
             ValueError: If the rows are refused by :meth:`check`.
 
+        Warns:
+            DegenerateColumnsWarning: If columns under a density are constant, duplicated, exactly
+                collinear, or of one value in more than a tenth of the rows.
+
         Returns:
             The VAE itself.
 
@@ -232,6 +238,10 @@ class VAE(nn.Module):
         every = -(-len(rows) * self.event_shape.numel() // LEARNED_FROM)
         values = _x_of(rows.select(slice(None, None, every))).to(self._like.device)
         values = values.to(torch.promote_types(values.dtype, self._like.dtype))
+        self.degenerate = {}
+        if self.likelihood.units(values[:1].double()) is not None:
+            self.degenerate = degenerate_columns(values.double().flatten(1))
+            warn_of(self.degenerate, rows.column_names())
         modules = (self.likelihood, self.posterior, self.encoder, self.decoder)
         with evaluating(nn.ModuleList(modules)), torch.no_grad():
             self._learn(values.double(), standardize=standardize)
@@ -307,6 +317,19 @@ class VAE(nn.Module):
             if law is not None
         }
         return xr.Dataset(scores, {"datum": rows.labels})
+
+    @torch.no_grad()
+    def columns_at_bound(self) -> list[int]:
+        """Returns the numbers of the columns whose learned scale is at its lower bound.
+
+        The bound is the resolution of the data. A density that reaches it describes the rounding
+        of these columns, and their log p(x) depends on the bound.
+        """
+        least, now = self.units.least, self.likelihood.constants()
+        if least is None or "scale" not in now:
+            return []
+        close = now["scale"].double() < 1.05 * least
+        return close.expand(self.event_shape).flatten().nonzero().flatten().tolist()
 
     def follow_units(self) -> None:
         """Passes the units to the likelihood, after they were learned or read from a file."""

@@ -388,6 +388,8 @@ class Loop:
         epochs = pd.RangeIndex(1, len(records) + 1, name="epoch")
         table, seed = pd.DataFrame(records, index=epochs), self.settings.seed
         converged, reason = self._conclusion(stopped)
+        if stopped == "converged" and not converged:
+            stopped = "no gain"
         return History(
             table,
             self.state.best_epoch,
@@ -404,8 +406,12 @@ class Loop:
         verdict, checks = self.convergence.verdict(), self.convergence.checks
         if verdict is not None:
             converged, reason = verdict
-            is_dead = checks[-1].kl < DEAD
-            return converged, reason + "; all latents have collapsed to the prior" * is_dead
+            if checks[-1].kl < DEAD:
+                reason += "; all latents have collapsed to the prior"
+            if bounds := self._bounds():
+                reason += bounds
+                converged = None if "without a bound" in bounds else converged
+            return converged, reason
         limit = f"stopped by {stopped}"
         rise, error = self.convergence.rise()
         if math.isnan(rise):
@@ -413,6 +419,19 @@ class Loop:
         what = "held-out rows" if self.convergence.is_held_out else "the training rows"
         moving = f"{what} gained {rise:.2g} +- {error:.1g} nats per row and 1000 steps at the end"
         return (False if rise > 0.0 else None), f"{limit}: {moving}"
+
+    def _bounds(self) -> str:
+        """Says of which columns the density has no bound, or is at its bound."""
+        vae = self.state.program
+        if not isinstance(vae, VAE):
+            return ""
+        names, said = self.split.train.column_names(), ""
+        if at_bound := vae.columns_at_bound():
+            shown = ", ".join(str(c if names is None else names[c]) for c in at_bound[:5])
+            said = f"; the scale of {len(at_bound)} columns is at its lower bound ({shown})"
+        if vae.degenerate.keys() & {"duplicated", "collinear"}:
+            said += "; duplicated or collinear columns have a density without a bound"
+        return said
 
     def _identity(self) -> Identity:
         """What must be the same for a fit to go on from a checkpoint, as it is at the start."""
