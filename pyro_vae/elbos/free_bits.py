@@ -61,7 +61,7 @@ class FreeBits(MonteCarlo):
             if is_factorised(q) and is_factorised(p):
                 events = len(q.event_shape)
                 q, p = factors(q), factors(p)
-            else:  # all dims of the site are one group
+            else:  # All dims of the site are one group.
                 dims = q.event_shape.numel()
             own_mask, mask = (
                 m.reshape(m.shape + (1,) * events) if isinstance(m, Tensor) else m

@@ -103,7 +103,7 @@ class Trace_ELBO(PyroELBO, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa
 
     def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
-        surrogate, log_r = cast(Tensor, model_trace.log_prob_sum()), None  # for the gradient
+        surrogate, log_r = cast(Tensor, model_trace.log_prob_sum()), None
         for site in guide_trace.nodes.values():
             if site["type"] != "sample":
                 continue

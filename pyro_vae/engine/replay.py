@@ -500,7 +500,7 @@ _FUSIBLE: dict[OpOverload, Callable[..., Tensor | list[Tensor]]] = {
 
 def _inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Run:
     """Compiles a graph; on a CPU also the calls between its kernels, if Inductor can."""
-    with kept_generators(), torch.no_grad():  # in operations that Inductor can fuse with others
+    with kept_generators(), torch.no_grad():  # Inductor can fuse the operations of _FUSIBLE
         run = make_fx(lambda *flat: graph.forward(*flat), decomposition_table=_FUSIBLE)
         decomposed: GraphModule = run(*map(_copied, inputs))
     _remove_dead_code(decomposed)

@@ -70,7 +70,7 @@ class Updates:
         if all(group.get("fused") for group in self.optimizer.param_groups):
             self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
             self.optimizer.step()
-        else:  # restores every tensor if the step is bad, without reading that off the device
+        else:  # A bad step is undone without reading `is_bad` off the device.
             before = {key: t.detach().clone() for key, t in _tensors_of(self.optimizer).items()}
             self.optimizer.step()
             is_kept = is_bad.bool()
@@ -240,7 +240,7 @@ def optimizer_of(
         raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {error}") from error
     is_one = isinstance(optimizer, Optimizer)
     closure = inspect.signature(type(optimizer).step).parameters.get("closure") if is_one else None
-    needs_closure = closure is not None and closure.default is inspect.Parameter.empty  # as LBFGS
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
     if not is_one or needs_closure:
         raise ValueError(
             "Expected an optimiser that steps on gradients, such as torch.optim.Adam; got "
