@@ -68,25 +68,9 @@ class TotalCorrelation(MonteCarlo):
         site: Site = particles.model.nodes[name]
         kl = analytic_kl(guided["fn"], site["fn"])
         kl = densities.kl[0] if kl is None else particles.to_rows(kl.double())[0]
-        correlation = self._correlation(guided)
-        penalty = kl + (self.beta - 1.0) * correlation
-        return densities.reconstruction[0] - self.kl_weight * penalty
-
-    def with_particles(self, num_particles: int) -> Estimator | None:
-        """Returns `None`, since the number of draws is 1."""
-        return None
-
-    def _correlation(self, guided: Site) -> Tensor:
-        """The contribution of each row's draw to the estimate of TC, shape (rows,)."""
         q, z = factors(guided["fn"]), guided["value"][0]
-        pairs = q.log_prob(z[:, None]).double()
-        pairs = pairs.flatten(2) if pairs.ndim > 2 else pairs[..., None]
-        weights = self._log_weights(len(z), pairs)[..., None]
-        joint = (pairs.sum(2, keepdim=True) + weights).logsumexp(1)
-        marginals = (pairs + weights).logsumexp(1)
-        return joint.sum(1) - marginals.sum(1)
-
-    def _log_weights(self, rows: int, like: Tensor) -> Tensor:
+        pairs = _points(q.log_prob(z[:, None]).double())
+        rows = len(z)
         total = rows if self.num_rows is None else self.num_rows
         if total < rows:
             raise ValueError(
@@ -94,8 +78,17 @@ class TotalCorrelation(MonteCarlo):
                 f"got {total}."
             )
         of_others = (total - 1) / (total * max(rows - 1, 1))
-        own = torch.eye(rows, dtype=like.dtype, device=like.device)
-        return own * (math.log(1 / total)) + (1.0 - own) * math.log(max(of_others, 1e-300))
+        own = torch.eye(rows, dtype=pairs.dtype, device=pairs.device)
+        weights = own * (math.log(1 / total)) + (1.0 - own) * math.log(max(of_others, 1e-300))
+        weights = weights[..., None]
+        joint = (pairs.sum(2, keepdim=True) + weights).logsumexp(1)
+        marginals = (pairs + weights).logsumexp(1)
+        penalty = kl + (self.beta - 1.0) * (joint.sum(1) - marginals.sum(1))
+        return densities.reconstruction[0] - self.kl_weight * penalty
+
+    def with_particles(self, num_particles: int) -> Estimator | None:
+        """Returns `None`, since the number of draws is 1."""
+        return None
 
     def __repr__(self) -> str:
         return f"TotalCorrelation(beta={self.beta!r}, num_rows={self.num_rows})"
@@ -195,7 +188,7 @@ class MMD(MonteCarlo):
 
 
 def _points(draws: Tensor) -> Tensor:
-    """Draws as points (particles, rows, D)."""
+    """Values with one dim for their elements: draws as points (particles, rows, D)."""
     return draws.flatten(2) if draws.ndim > 2 else draws[..., None]
 
 

@@ -174,22 +174,19 @@ class _TensorSizes(TorchDispatchMode):
         return results
 
 
-def _tensor_sizes(
-    program: nn.Module, rows: Rows, shape: Structure, side: int, run: Run
-) -> list[int]:
-    few = rows.select(torch.arange(side, device=rows.device) % len(rows), program)
-    with _TensorSizes() as recorded:
-        run(program, few, side, shape)
-    return recorded.sizes
-
-
 def _elements_per_draw(program: nn.Module, rows: Rows, shape: Structure, run: Run) -> int:
     """Returns the number of elements of the largest tensor for each draw of each row.
 
     It is measured by two small runs, and so includes hidden layers. If the two runs differ in
     their operations (rejection sampling), it is an upper bound.
     """
-    small, large = (_tensor_sizes(program, rows, shape, side, run) for side in (2, 4))
+    sizes: list[list[int]] = []
+    for side in (2, 4):
+        few = rows.select(torch.arange(side, device=rows.device) % len(rows), program)
+        with _TensorSizes() as recorded:
+            run(program, few, side, shape)
+        sizes.append(recorded.sizes)
+    small, large = sizes
     events = max((math.prod(size) for size in shape.event_shapes.values()), default=1)
     if len(small) == len(large):
         growth = max((b - a for a, b in zip(small, large, strict=True)), default=0)

@@ -51,14 +51,18 @@ class TraceGraph_ELBO(PyroELBO, pyro.infer.TraceGraph_ELBO):  # type: ignore[mis
         TraceGraph_ELBO(5, vectorize_particles=True)
     """
 
-    def _estimate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Estimate:
+    def estimate(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Estimate:
+        """Returns the mean over the draws, which are one pass if the particles are vectorised."""
         losses, terms = [], []
         particles = self.num_particles if self.vectorize_particles else 1
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            elbo, surrogate = _compute_elbo(model_trace, guide_trace)
-            losses.append((surrogate - surrogate.detach() - elbo.detach()) / particles)
-            found = row_terms(model_trace, guide_trace, particles)
-            terms.append(RowTerms._make(map(detach_provenance, found)))
+        with tempered(self.kl_weight):
+            for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+                elbo, surrogate = _compute_elbo(model_trace, guide_trace)
+                losses.append((surrogate - surrogate.detach() - elbo.detach()) / particles)
+                found = row_terms(model_trace, guide_trace, particles)
+                terms.append(RowTerms._make(map(detach_provenance, found)))
         return self._averaged(losses, terms)
 
 
@@ -96,10 +100,14 @@ class TraceEnum_ELBO(PyroELBO, pyro.infer.TraceEnum_ELBO):  # type: ignore[misc]
 
     is_traceable = False
 
-    def _estimate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Estimate:
-        value = self._value(model, guide, args, kwargs)
-        with kept_generators(), kept_buffers(owners(model, guide)), torch.no_grad():
-            terms = row_terms_of(model, guide, *args, **kwargs)
+    def estimate(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Estimate:
+        """Returns the sum over the values of discrete sites, and the terms of the ELBO."""
+        with tempered(self.kl_weight):
+            value = self._value(model, guide, args, kwargs)
+            with kept_generators(), kept_buffers(owners(model, guide)), torch.no_grad():
+                terms = row_terms_of(model, guide, *args, **kwargs)
         return Estimate(-value, None, terms)
 
     def _value(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Tensor:

@@ -27,21 +27,27 @@ def analytic_kl(q: Distribution, p: Distribution) -> Tensor | None:
         >>> analytic_kl(q, dist.Normal(torch.zeros(2), 1.0).to_event(1))
         tensor(0.)
     """
-    if (
-        isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
-        and isinstance(p, Independent)
-        and p.reinterpreted_batch_ndims == 1
-        and isinstance(p.base_dist, dist.Normal)
-    ):
-        normal = p.base_dist
-        scaled = (q.variance + (q.loc - normal.loc).square()) / normal.scale.square() - 1.0
-        terms = 0.5 * (scaled + 2.0 * normal.scale.log()).sum(-1)
-        return terms - 0.5 * _log_determinant(q)
-    try:
-        divergence = kl_divergence(q, p)
-    except NotImplementedError:
-        return None
-    return torch.as_tensor(divergence).expand(q.batch_shape)
+    match q, p:
+        case (
+            dist.MultivariateNormal() | dist.LowRankMultivariateNormal(),
+            Independent(reinterpreted_batch_ndims=1, base_dist=dist.Normal() as normal),
+        ):
+            scaled = (q.variance + (q.loc - normal.loc).square()) / normal.scale.square() - 1.0
+            terms = 0.5 * (scaled + 2.0 * normal.scale.log()).sum(-1)
+        case _:
+            try:
+                return torch.as_tensor(kl_divergence(q, p)).expand(q.batch_shape)
+            except NotImplementedError:
+                return None
+    match q:
+        case dist.LowRankMultivariateNormal():
+            capacitance = q._capacitance_tril.diagonal(dim1=-2, dim2=-1)
+            rest = q._unbroadcasted_cov_diag.log().sum(-1)
+            log_determinant = 2.0 * capacitance.log().sum(-1) + rest
+        case _:
+            scales = q._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1)
+            log_determinant = 2.0 * scales.log().sum(-1)
+    return terms - 0.5 * log_determinant
 
 
 def is_factorised(distribution: Distribution) -> bool:
@@ -63,10 +69,3 @@ def factors(distribution: Distribution) -> Distribution:
         distribution: A distribution that :func:`is_factorised`.
     """
     return distribution.base_dist if distribution.event_shape else distribution  # type: ignore[attr-defined]
-
-
-def _log_determinant(q: dist.MultivariateNormal | dist.LowRankMultivariateNormal) -> Tensor:
-    if isinstance(q, dist.LowRankMultivariateNormal):
-        capacitance = q._capacitance_tril.diagonal(dim1=-2, dim2=-1)
-        return 2.0 * capacitance.log().sum(-1) + q._unbroadcasted_cov_diag.log().sum(-1)
-    return 2.0 * q._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)

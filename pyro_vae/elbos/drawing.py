@@ -60,14 +60,11 @@ class Drawing:
             self._seen.add(shape)
             return self._function(x, count)
         try:
-            return self._replay(x, count)
+            self._module.count = count
+            graph = self._replayed.graph(x, static=count)
         except UntraceableError:
             self.engine = "eager"
             return self._function(x, count)
-
-    def _replay(self, x: Row, count: int) -> dict[str, Tensor]:
-        self._module.count = count
-        graph = self._replayed.graph(x, static=count)
         tensors = self._replayed.tensors(x)
         self._names.setdefault(graph, self._module.names)
         self._uses[graph] += 1

@@ -5,7 +5,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pyro
 import pyro.infer
@@ -228,12 +228,18 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         rows = read(x, program, context=context, weights=weights, move=True)
         data = rows.head(len(rows))
         objective = Objective(*pair, self)
+        module = _RowValues(objective)
+        evaluate: Callable[[Row], Outputs] = module
         with seeded(seed), evaluating(program):
             objective.infer_plate_nesting(data)
-            evaluate = objective.estimator._evaluator(objective, data, num_repeats)
+            if num_repeats >= WORTH_TRACING and objective.is_traceable:
+                replayed = Replayed(module)
+                with contextlib.suppress(UntraceableError):
+                    replayed.graph(data)
+                    evaluate = replayed
 
             def moments() -> Tensor:
-                values = evaluate().double()
+                values = cast(Tensor, evaluate(data)[0]).double()
                 return torch.stack([values, values.square()])
 
             sums = moments()
@@ -242,21 +248,6 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         mean, square = sums / num_repeats
         variance = (square - mean.square()).clamp_min(0.0) / (num_repeats - 1 or math.nan)
         return PerRow(mean, variance.sqrt())
-
-    def _evaluator(self, objective: "Objective", x: Row, num_repeats: int) -> Callable[[], Tensor]:
-        """Returns a function that estimates each row's objective, traced if that saves time."""
-
-        def eager() -> Tensor:
-            return self._row_values(objective, x)
-
-        if num_repeats < WORTH_TRACING or not self.is_traceable:
-            return eager
-        replayed = Replayed(_RowValues(objective, self))
-        try:
-            replayed.graph(x)
-        except UntraceableError:
-            return eager
-        return lambda: replayed(x)[0]  # type: ignore[return-value]
 
     def _row_values(self, objective: "Objective", x: Row) -> Tensor:
         per_row: Tensor | None = objective(x).per_row
@@ -389,6 +380,8 @@ class Objective(nn.Module):
         ValueError: If the ELBO has no differentiable loss.
     """
 
+    elbo: pyro.infer.ELBO
+    estimator: Estimator
     kl_weight: Tensor | None
     weights: Tensor
 
@@ -401,20 +394,22 @@ class Objective(nn.Module):
         wrap: Callable[[Program], Program] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(elbo, type):
-            raise ValueError(
-                f"Expected an estimator, as {elbo.__name__}(...); got the class {elbo.__name__}."
-            )
-        if not isinstance(elbo, pyro.infer.ELBO) or not hasattr(elbo, "differentiable_loss"):
-            raise ValueError(
-                "Expected an ELBO with a differentiable loss, as pyro_vae.elbos.Trace_ELBO(); got "
-                f"{elbo!r}."
-            )
+        match elbo:
+            case Estimator():
+                self.elbo = self.estimator = copy.copy(elbo)
+            case pyro.infer.ELBO() if hasattr(elbo, "differentiable_loss"):
+                self.elbo = copy.copy(elbo)
+                self.estimator = _OfPyro(self.elbo)
+            case type():
+                name = elbo.__name__
+                raise ValueError(f"Expected an estimator, as {name}(...); got the class {name}.")
+            case _:
+                raise ValueError(
+                    "Expected an ELBO with a differentiable loss, as pyro_vae.elbos.Trace_ELBO(); "
+                    f"got {elbo!r}."
+                )
         self.programs = owners(model, guide)
         self.pair = (model, guide) if wrap is None else (wrap(model), wrap(guide))
-        self.elbo = copy.copy(elbo)
-        own = self.elbo
-        self.estimator = own if isinstance(own, Estimator) else _OfPyro(own)
         self.schedules = self.estimator.schedules()
         self.register_buffer("kl_weight", None, persistent=False)
         device = floating_like(self.programs).device
@@ -447,7 +442,7 @@ class Objective(nn.Module):
         for schedule, weight in zip(self.schedules, self.weights.unbind(), strict=True):
             number = schedule.number()
             with torch.no_grad():
-                weight.copy_(number) if isinstance(number, Tensor) else weight.fill_(number)
+                weight.fill_(number)
             schedule.held = weight
         try:
             yield
@@ -530,12 +525,12 @@ class _OfPyro(Estimator):
 class _RowValues(nn.Module):
     """The objective of each row, as a module that can be traced."""
 
-    def __init__(self, objective: Objective, elbo: Estimator) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.objective, self.elbo = objective, elbo
+        self.objective = objective
 
     def forward(self, x: Row) -> Outputs:
-        return (self.elbo._row_values(self.objective, x),)
+        return (self.objective.estimator._row_values(self.objective, x),)
 
 
 class _Loss(nn.Module):

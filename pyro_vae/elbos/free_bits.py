@@ -54,35 +54,31 @@ class FreeBits(MonteCarlo):
     def objective(self, particles: Particles, densities: Densities) -> Tensor:
         per_row = densities.reconstruction.mean(0)
         for name, guided in latent_sites(particles.guide):
-            if name in particles.model.nodes:
-                kl, threshold = _divergences(particles, guided, particles.model.nodes[name])
-                mean = kl.mean(0)
-                excess = (mean.clamp_min(self.nats * threshold) - mean).sum()
-                per_row = per_row - self.kl_weight * (kl.sum(1) + excess)
+            if name not in particles.model.nodes:
+                continue
+            site: Site = particles.model.nodes[name]
+            q, p, events, dims = guided["fn"], site["fn"], 0, 1
+            if is_factorised(q) and is_factorised(p):
+                events = len(q.event_shape)
+                q, p = factors(q), factors(p)
+            else:  # All dims of the site are one group.
+                dims = q.event_shape.numel()
+            own_mask, mask = (
+                m.reshape(m.shape + (1,) * events) if isinstance(m, Tensor) else m
+                for m in (guided["mask"], site["mask"])
+            )
+            kl = analytic_kl(q, p) if guided["mask"] is site["mask"] else None
+            if kl is None:
+                own = scale_and_mask(q.log_prob(guided["value"]), mask=own_mask)
+                kl = own - scale_and_mask(p.log_prob(guided["value"]), mask=mask)
+            else:
+                kl = scale_and_mask(kl, mask=own_mask)
+            kl = kl.double().mean(0).movedim(particles.rows_dim - events, 0)
+            kl = kl.flatten(1) if kl.ndim > 1 else kl[:, None]  # (rows, groups of dims)
+            mean = kl.mean(0)
+            excess = (mean.clamp_min(self.nats * dims) - mean).sum()
+            per_row = per_row - self.kl_weight * (kl.sum(1) + excess)
         return per_row
 
     def __repr__(self) -> str:
         return f"FreeBits({self.num_particles}, nats={self.nats!r})"
-
-
-def _divergences(particles: Particles, guided: Site, site: Site) -> tuple[Tensor, int]:
-    """The KL divergence of each row and group of dims, (rows, groups), and the size of a group."""
-    q, p, events, dims = guided["fn"], site["fn"], 0, 1
-    if is_factorised(q) and is_factorised(p):
-        events = len(q.event_shape)
-        q, p = factors(q), factors(p)
-    else:
-        dims = q.event_shape.numel()
-    masks = [
-        m.reshape(m.shape + (1,) * events) if isinstance(m, Tensor) else m
-        for m in (guided["mask"], site["mask"])
-    ]
-    kl = analytic_kl(q, p) if guided["mask"] is site["mask"] else None
-    if kl is None:
-        scores = (d.log_prob(guided["value"]) for d in (q, p))
-        own, other = (scale_and_mask(v, mask=m) for v, m in zip(scores, masks, strict=True))
-        kl = own - other
-    else:
-        kl = scale_and_mask(kl, mask=masks[0])
-    rows = kl.double().mean(0).movedim(particles.rows_dim - events, 0)
-    return (rows.flatten(1) if rows.ndim > 1 else rows[:, None]), dims

@@ -195,7 +195,32 @@ def structure(program: nn.Module, x: Row) -> Structure:
     few = read(x, program, check=False).head(2, program)
     with poutine.block(), evaluating(program), seeded(0):
         guide, model = _traces(*pair, (few,))
-    return _structure_of(model, guide)
+    frames = [f for trace in (model, guide) for _, s in _samples(trace) for f in _frames(s)]
+    dims = {frame.dim for frame in frames if frame.name == PLATE}
+    if len(dims) != 1:
+        raise ValueError(
+            f"Expected one plate named {PLATE!r} over the rows in model and guide; got plates "
+            f"{sorted({frame.name for frame in frames})}: pyro_vae.Program(model, guide, "
+            "plate=...) takes a plate of another name."
+        )
+    _check_match(model, guide)
+    latent = [name for name, site in _samples(model) if not site["is_observed"]]
+    sites = dict(_samples(model))
+    observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
+    return Structure(
+        rows_dim=dims.pop(),
+        max_plate_nesting=-min(frame.dim for frame in frames),
+        latents=tuple(name for name in latent if _in_rows(sites[name])),
+        is_ordered=latent == [name for name, _ in latent_sites(guide) if name in sites],
+        global_latents=tuple(name for name in latent if not _in_rows(sites[name])),
+        global_observed=tuple(name for name in observed if not _in_rows(sites[name])),
+        observed=tuple(name for name in observed if _in_rows(sites[name])),
+        event_shapes={name: torch.Size(site["fn"].event_shape) for name, site in sites.items()},
+        discrete={name: _is_discrete(sites[name]) for name in observed},
+        is_scaled=any(_in_rows(s) and not is_one_scale(s["scale"], 1.0) for s in sites.values()),
+        is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
+        unreparameterised=unreparameterised(guide),
+    )
 
 
 def check_particles(program: nn.Module, x: Row, known: Structure) -> None:
@@ -231,21 +256,17 @@ def check_particles(program: nn.Module, x: Row, known: Structure) -> None:
                 densities(model, guide, (few,), 2, known)
     except PROGRAM_ERRORS as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        named = {f"x[{k!r}]": v for k, v in few.items()} if isinstance(few, dict) else {"x": few}
+        name = next((name for name in named if name != "x['x']"), next(iter(named)))
+        latent = (*known.latents, *known.global_latents, "z")[0]
+        events = len(known.event_shapes.get(latent, (1,)))
+        dims = f"*{latent}.shape[:-{events}]" if events else f"*{latent}.shape"
+        expanded = f"{name}.expand({', '.join([dims, *['-1'] * (named[name].ndim - 1)])})"
         raise ValueError(
             "The program fails with several draws of each row, where a latent has shape (draws, "
             f"rows, *event): {reason}. Expand each tensor of the rows to the draws before it is "
-            f"joined to a latent, for example {_expanded(few, known)}."
+            f"joined to a latent, for example {expanded}."
         ) from error
-
-
-def _expanded(x: Row, known: Structure) -> str:
-    """The line that gives a tensor of the rows the dims of the draws, as Python code."""
-    named = {f"x[{k!r}]": v for k, v in x.items()} if isinstance(x, dict) else {"x": x}
-    name = next((name for name in named if name != "x['x']"), next(iter(named)))
-    latent = (*known.latents, *known.global_latents, "z")[0]
-    events = len(known.event_shapes.get(latent, (1,)))
-    dims = f"{latent}.shape[:-{events}]" if events else f"{latent}.shape"
-    return f"{name}.expand({', '.join(['*' + dims, *['-1'] * (named[name].ndim - 1)])})"
 
 
 def log_densities(
@@ -323,12 +344,23 @@ class Particles:
 
     def densities(self) -> Densities:
         """Returns the log-densities of every site, without scales, per particle and row."""
-        drawn = [name for name, _ in latent_sites(self.guide) if name in self.model.nodes]
-        return Densities(
-            {name: self._log_prob(site) for name, site in _samples(self.model)},
-            {n: self._log_prob(s) for n, s in _samples(self.guide) if not _is_computed(s)},
-            {name: self._value(self.guide.nodes[name]) for name in drawn},
-        )
+        model = {name: self._log_prob(site) for name, site in _samples(self.model)}
+        sites = [(n, s) for n, s in _samples(self.guide) if not _is_computed(s)]
+        guide = {name: self._log_prob(site) for name, site in sites}
+        values: dict[str, Tensor] = {}
+        for name, site in latent_sites(self.guide):
+            if name not in self.model.nodes:
+                continue
+            value, events = site["value"], len(site["fn"].event_shape)
+            batch = value.shape[: value.ndim - events]
+            value = value.reshape((1,) * (-self.dim - len(batch)) + value.shape)
+            inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, self.dim}
+            sizes = [value.shape[dim - events] for dim in sorted(inner)]
+            rest = (*sizes, *value.shape[value.ndim - events :])
+            value = value.movedim(self.rows_dim - events, 1)
+            value = value.reshape(*value.shape[:2], *rest)
+            values[name] = value.expand(self.num_particles, self.num_rows, *rest)
+        return Densities(model, guide, values)
 
     def scale(self) -> Scale:
         """Returns the scale that all sites have in common, such as N / B of a subsample.
@@ -380,17 +412,6 @@ class Particles:
         if inner:
             log_prob = log_prob.sum(inner)
         return log_prob.reshape(log_prob.shape[0], -1).expand(self.num_particles, self.num_rows)
-
-    def _value(self, site: Site) -> Tensor:
-        value, events = site["value"], len(site["fn"].event_shape)
-        batch = value.shape[: value.ndim - events]
-        value = value.reshape((1,) * (-self.dim - len(batch)) + value.shape)
-        inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, self.dim}
-        sizes = [value.shape[dim - events] for dim in sorted(inner)]
-        rest = (*sizes, *value.shape[value.ndim - events :])
-        value = value.movedim(self.rows_dim - events, 1)
-        value = value.reshape(*value.shape[:2], *rest)
-        return value.expand(self.num_particles, self.num_rows, *rest)
 
 
 def draw(
@@ -601,35 +622,6 @@ def _sum_sites(sites: dict[str, Tensor]) -> Tensor:
     return functools.reduce(operator.add, (log_prob.double() for log_prob in sites.values()))
 
 
-def _structure_of(model: Trace, guide: Trace) -> Structure:
-    frames = [f for trace in (model, guide) for _, s in _samples(trace) for f in _frames(s)]
-    dims = {frame.dim for frame in frames if frame.name == PLATE}
-    if len(dims) != 1:
-        raise ValueError(
-            f"Expected one plate named {PLATE!r} over the rows in model and guide; got plates "
-            f"{sorted({frame.name for frame in frames})}: pyro_vae.Program(model, guide, "
-            "plate=...) takes a plate of another name."
-        )
-    _check_match(model, guide)
-    latent = [name for name, site in _samples(model) if not site["is_observed"]]
-    sites = dict(_samples(model))
-    observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
-    return Structure(
-        rows_dim=dims.pop(),
-        max_plate_nesting=-min(frame.dim for frame in frames),
-        latents=tuple(name for name in latent if _in_rows(sites[name])),
-        is_ordered=latent == [name for name, _ in latent_sites(guide) if name in sites],
-        global_latents=tuple(name for name in latent if not _in_rows(sites[name])),
-        global_observed=tuple(name for name in observed if not _in_rows(sites[name])),
-        observed=tuple(name for name in observed if _in_rows(sites[name])),
-        event_shapes={name: torch.Size(site["fn"].event_shape) for name, site in sites.items()},
-        discrete={name: _is_discrete(sites[name]) for name in observed},
-        is_scaled=any(_in_rows(s) and not is_one_scale(s["scale"], 1.0) for s in sites.values()),
-        is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
-        unreparameterised=unreparameterised(guide),
-    )
-
-
 def _check_match(model: Trace, guide: Trace) -> None:
     """Checks that model and guide have the same latent sites, in the same plates."""
     guided = dict(_samples(guide))
@@ -679,6 +671,8 @@ def is_one_scale(scale: Scale, other: Scale) -> bool:
         scale: A number or a tensor.
         other: Another.
     """
-    if isinstance(scale, Tensor) or isinstance(other, Tensor):
-        return scale is other
-    return scale == other
+    match scale, other:
+        case (Tensor(), _) | (_, Tensor()):
+            return scale is other
+        case _:
+            return scale == other

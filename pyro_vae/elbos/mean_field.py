@@ -75,15 +75,33 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
         self._check_order(is_ordered=order == [name for name in guided if name in order])
         total: Tensor | float = 0.0
         divergences: dict[str, Tensor] = {}
-        for name, site in model_trace.nodes.items():
+        nodes: dict[str, Site] = model_trace.nodes
+        for name, site in nodes.items():
             if site["type"] != "sample":
                 continue
-            divergence = self._divergence(name, guided[name], site) if name in guided else None
-            if divergence is None:
+            own = guided.get(name)
+            divergence = None
+            if own is not None and own["mask"] is site["mask"]:
+                divergence = analytic_kl(own["fn"], site["fn"])
+            if own is not None and divergence is None:
+                message = (
+                    f"No analytic KL divergence for site {name!r}, from {_describe(own['fn'])} to "
+                    f"{_describe(site['fn'])}: {self} estimates it from draws instead."
+                )
+                if message not in self._warned:
+                    self._warned.add(message)
+                    warnings.warn(message, UserWarning, stacklevel=1)
+            if own is None or divergence is None:
                 total = total + site["log_prob"].sum()
                 continue
             divergences[name] = divergence
-            total = total - _scaled(divergence, guided.pop(name), site).sum()
+            del guided[name]
+            whole = scale_and_mask(divergence, scale=own["scale"], mask=own["mask"])
+            if not is_one_scale(own["scale"], site["scale"]):  # s_q E[log q] - s_p E[log p]
+                rest = site["scale"] - own["scale"]
+                log_prob = site["unscaled_log_prob"]
+                whole = whole - scale_and_mask(log_prob, scale=rest, mask=site["mask"])
+            total = total - whole.sum()
         for site in guided.values():
             total = total - site["log_prob"].sum()
         terms = row_terms(model_trace, guide_trace, particles, divergences)
@@ -100,30 +118,6 @@ class TraceMeanField_ELBO(Trace_ELBO, pyro.infer.TraceMeanField_ELBO):  # type: 
                 f"Expected a guide whose latent sites come in the model's order, under {self}; "
                 "got another order. Trace_ELBO, STL and the multi-sample bounds accept it."
             )
-
-    def _divergence(self, name: str, guided: Site, site: Site) -> Tensor | None:
-        """The analytic KL divergence of a site, or `None` and a warning the first time."""
-        divergence = None
-        if guided["mask"] is site["mask"]:
-            divergence = analytic_kl(guided["fn"], site["fn"])
-        if divergence is None:
-            message = (
-                f"No analytic KL divergence for site {name!r}, from {_describe(guided['fn'])} to "
-                f"{_describe(site['fn'])}: {self} estimates it from draws instead."
-            )
-            if message not in self._warned:
-                self._warned.add(message)
-                warnings.warn(message, UserWarning, stacklevel=2)
-        return divergence
-
-
-def _scaled(divergence: Tensor, guided: Site, site: Site) -> Tensor:
-    r"""Computes s_q E[log q] - s_p E[log p] with the scales s of guide and model."""
-    whole = scale_and_mask(divergence, scale=guided["scale"], mask=guided["mask"])
-    if is_one_scale(guided["scale"], site["scale"]):
-        return whole
-    rest = site["scale"] - guided["scale"]
-    return whole - scale_and_mask(site["unscaled_log_prob"], scale=rest, mask=site["mask"])
 
 
 def _describe(distribution: Distribution) -> str:

@@ -1,6 +1,5 @@
 """The evidence lower bound by draws from the guide."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..data.checks import checked_count
 from .estimator import Estimate, Estimator, tempered
-from .log_densities import Args, Kwargs, Program, RowTerms, row_terms
+from .log_densities import Program, RowTerms, row_terms
 
 __all__ = ["PLAIN_PARTICLES", "PyroELBO", "Trace_ELBO", "mean_terms_of"]
 
@@ -21,9 +20,10 @@ PLAIN_PARTICLES = 8
 
 
 class PyroELBO(Estimator):
-    """The base class of the estimators that extend one of Pyro's: it adds the KL weight.
+    """The base class of the estimators that extend one of Pyro's.
 
-    To add an estimator, subclass it and Pyro's class, and write `_estimate`.
+    To add an estimator, subclass it and Pyro's class, and write `estimate`, in which the programs
+    run with the weight of the KL terms as a scale, by `tempered`.
 
     Arguments:
         num_particles: The number of draws of z for each row.
@@ -43,18 +43,6 @@ class PyroELBO(Estimator):
             vectorize_particles=vectorize_particles and num_particles > 1,
             **options,
         )
-
-    def estimate(
-        self, model: Program, guide: Program, *args: object, **kwargs: object
-    ) -> Estimate:
-        """Runs the programs with the weight of the KL terms as a scale."""
-        with tempered(self.kl_weight):
-            return self._estimate(model, guide, args, kwargs)
-
-    @abstractmethod
-    def _estimate(
-        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
-    ) -> Estimate: ...
 
     def _averaged(self, losses: Sequence[Tensor], terms: Sequence[RowTerms]) -> Estimate:
         """The mean over passes. There is an objective of each row if no site is global."""
@@ -104,34 +92,32 @@ class Trace_ELBO(PyroELBO, pyro.infer.Trace_ELBO):  # type: ignore[misc]  # noqa
         >>> elbo(vae.model, vae.guide)(torch.ones(5, 4)).backward()
     """
 
-    def _estimate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Estimate:
-        traces = self._get_traces(model, guide, args, kwargs)
-        losses, terms = zip(*(self._of_traces(*pair) for pair in traces), strict=True)
+    def estimate(
+        self, model: Program, guide: Program, *args: object, **kwargs: object
+    ) -> Estimate:
+        """Returns the mean over the draws, which are one pass if the particles are vectorised."""
+        with tempered(self.kl_weight):
+            traces = self._get_traces(model, guide, args, kwargs)
+            losses, terms = zip(*(self._of_traces(*pair) for pair in traces), strict=True)
         return self._averaged(losses, terms)
 
     def _of_traces(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, RowTerms]:
         particles = self.num_particles if self.vectorize_particles else 1
-        surrogate = self._surrogate(model_trace, guide_trace)
-        value = cast(Tensor, model_trace.log_prob_sum() - guide_trace.log_prob_sum())
-        loss = -(value.detach() + surrogate - surrogate.detach()) / particles
-        return loss, row_terms(model_trace, guide_trace, particles)
-
-    def _surrogate(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        """A sum whose gradient is the estimator's."""
-        total = cast(Tensor, model_trace.log_prob_sum())
-        log_r = None
+        surrogate, log_r = cast(Tensor, model_trace.log_prob_sum()), None
         for site in guide_trace.nodes.values():
             if site["type"] != "sample":
                 continue
             parts: tuple[Tensor, ...] = site["score_parts"]
             _, score_function_term, entropy_term = parts
             if not is_identically_zero(entropy_term):
-                total = total - entropy_term.sum()
+                surrogate = surrogate - entropy_term.sum()
             if not is_identically_zero(score_function_term):
                 log_r = _compute_log_r(model_trace, guide_trace) if log_r is None else log_r
                 weight = log_r.sum_to(site["cond_indep_stack"])
-                total = total + (weight * score_function_term).sum()
-        return total
+                surrogate = surrogate + (weight * score_function_term).sum()
+        value = cast(Tensor, model_trace.log_prob_sum() - guide_trace.log_prob_sum())
+        loss = -(value.detach() + surrogate - surrogate.detach()) / particles
+        return loss, row_terms(model_trace, guide_trace, particles)
 
 
 def mean_terms_of(terms: Sequence[RowTerms]) -> RowTerms:

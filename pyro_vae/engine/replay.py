@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from ..data.checks import perhaps
 from .running import kept_generators, local_parameters, outer_handlers, unvalidated
@@ -136,7 +136,7 @@ class Graph:
                 other numbers.
         """
         inputs = [tensor.detach() for tensor in (*tensors, *self._constants)]
-        run = _inductor(_decomposed(self._module, inputs), inputs)
+        run = _inductor(self._module, inputs)
         ours, theirs = list(map(_copied, inputs)), list(map(_copied, inputs))
         with kept_generators(), torch.no_grad():
             found = run(*ours)
@@ -195,7 +195,7 @@ class Replayed:
         self._graphs: dict[_Key, Graph] = {}
         self._modules = list(module.modules())
         self._places: dict[str, tuple[Owner, str]] = {}
-        self._trained: list[nn.Parameter] = []
+        self._trained = list(module.parameters())
         seen: set[int] = set()
         for prefix, part in module.named_modules():
             for owner in cast(tuple[Owner, Owner], (part._parameters, part._buffers)):
@@ -203,8 +203,6 @@ class Replayed:
                     if tensor is not None and id(tensor) not in seen:
                         seen.add(id(tensor))
                         self._places[f"{prefix}.{name}".lstrip(".")] = (owner, name)
-                        if isinstance(tensor, nn.Parameter):
-                            self._trained.append(tensor)
 
     def __call__(self, *args: object, static: Hashable = None, **kwargs: object) -> Outputs:
         """Returns the result of the module.
@@ -230,11 +228,20 @@ class Replayed:
         Raises:
             UntraceableError: If the module cannot be replayed.
         """
-        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        leaves, spec = (args, None) if is_plain else tree_flatten((args, kwargs))
+        leaves, spec = _flattened(args, kwargs)
+        kinds: list[Hashable] = []
+        for leaf in leaves:
+            match leaf:
+                case Tensor():
+                    kinds.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+                case Hashable():
+                    kinds.append((type(leaf), leaf))
+                case _:
+                    name = type(leaf).__name__
+                    raise UntraceableError(f"an argument is a {name}, which may change")
         key = _Key(
             spec,
-            tuple([_leaf_key(leaf) for leaf in leaves]),
+            tuple(kinds),
             tuple([m.training for m in self._modules]),
             tuple([p.requires_grad for p in self._trained]),
             outer_handlers(),
@@ -248,7 +255,7 @@ class Replayed:
                     f"it is called in more than {MOST_GRAPHS} ways, with other shapes, Python "
                     "numbers or handlers each time"
                 )
-            found = self._graphs[key] = self._traced(*tree_flatten((args, kwargs)))
+            found = self._graphs[key] = self._traced(args, kwargs)
         return found
 
     @property
@@ -269,54 +276,52 @@ class Replayed:
             kwargs: The keyword arguments of a call.
         """
         now = [cast(Tensor, owner[name]) for owner, name in self._places.values()]
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return [*now, args[0]]
-        return now + [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        return now + [leaf for leaf in _flattened(args, kwargs)[0] if isinstance(leaf, Tensor)]
 
-    def _traced(self, leaves: list[object], spec: TreeSpec) -> Graph:
-        inputs = [tensor.detach() for tensor in self.tensors(*leaves)]
+    def _traced(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Graph:
+        inputs = [tensor.detach() for tensor in self.tensors(*args, **kwargs)]
+        trained = {id(p) for p in self._trained if p.requires_grad}
         is_present: list[bool] = []
 
         def function(*flat: Tensor) -> list[Tensor]:
-            tensors = iter(flat[len(self._places) :])
-            arguments = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = spec.unflatten(arguments)
-            outputs = self._swapped(flat[: len(self._places)], args, kwargs)
+            """Calls the module with tensors as its parameters and buffers, and updates them."""
+            arguments = iter(flat[len(self._places) :])
+            called = tree_map_only(Tensor, lambda _: next(arguments), (args, kwargs))
+            swapped: dict[str, Tensor] = {}
+            for (name, (owner, key)), tensor in zip(self._places.items(), flat, strict=False):
+                is_trained = id(owner[key]) in trained
+                swapped[name] = tensor.detach().requires_grad_() if is_trained else tensor
+            named = {f"module.{name}": tensor for name, tensor in swapped.items()}
+            outputs, after = functional_call(_Call(self.module), named, (self._places, *called))
+            for name, tensor in swapped.items():
+                if after[name] is not tensor:
+                    with torch.no_grad():
+                        tensor.copy_(after[name])
             is_present[:] = [output is not None for output in outputs]
-            return [output for output in outputs if output is not None]
+            return [output.detach() for output in outputs if output is not None]
 
         with kept_generators():
             expected = [*map(_copied, inputs)]
             expected = [*function(*expected), *expected]  # raises errors of the module itself
-        with unvalidated():
-            graph = _graph_of(function, [*map(_copied, inputs)])
+        try:
+            with unvalidated(), kept_generators(), _OneHot():
+                traced = make_fx(function, decomposition_table=_BATCH_NORM)
+                graph: GraphModule = traced(*map(_copied, inputs))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise UntraceableError(_reason(error)) from error
+        _remove_dead_code(graph)
         constants = _constants_as_inputs(graph)
         short = simplified(graph)
-        _clear_metadata(graph)
-        _clear_metadata(short)
+        for node in (*graph.graph.nodes, *short.graph.nodes):
+            node.meta.clear()
         ours = list(map(_copied, inputs))
         with kept_generators(), torch.no_grad():
             found = short.forward(*ours, *constants)
         if not _are_same([*found, *ours], expected):
             raise UntraceableError("its results differ from call to call, at the same draws")
         return Graph(graph, short, constants, tuple(is_present))
-
-    def _swapped(
-        self, tensors: Sequence[Tensor], args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Outputs:
-        """Calls the module with `tensors` as its parameters and buffers, and updates them."""
-        trained = {id(p) for p in self._trained if p.requires_grad}
-        swapped: dict[str, Tensor] = {}
-        for (name, (owner, key)), tensor in zip(self._places.items(), tensors, strict=True):
-            is_trained = id(owner[key]) in trained
-            swapped[name] = tensor.detach().requires_grad_() if is_trained else tensor
-        named = {f"module.{name}": tensor for name, tensor in swapped.items()}
-        outputs, after = functional_call(_Call(self.module), named, (self._places, args, kwargs))
-        for name, tensor in swapped.items():
-            if after[name] is not tensor:
-                with torch.no_grad():
-                    tensor.copy_(after[name])
-        return tuple(None if o is None else o.detach() for o in outputs)
 
 
 class _Call(nn.Module):
@@ -346,29 +351,18 @@ def saved_by_compiling(size: int) -> float:
     return 6e-6 * size
 
 
-def _leaf_key(leaf: object) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
-    if leaf.__hash__ is None:
-        raise UntraceableError(f"an argument is a {type(leaf).__name__}, which may change")
-    return (type(leaf), leaf)
+def _flattened(
+    args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[Sequence[object], TreeSpec | None]:
+    """The leaves of arguments and their structure, which is `None` for one tensor alone."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return args, None
+    return tree_flatten((args, kwargs))
 
 
 def _copied(tensor: Tensor) -> Tensor:
     """A copy with the same strides."""
     return tensor.clone(memory_format=torch.preserve_format)
-
-
-def _graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
-    try:
-        with kept_generators(), _OneHot():
-            graph = make_fx(function, decomposition_table=_BATCH_NORM)(*inputs)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise UntraceableError(_reason(error)) from error
-    _remove_dead_code(graph)
-    return graph
 
 
 class _OneHot(TorchFunctionMode):
@@ -427,12 +421,6 @@ def _remove_dead_code(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _clear_metadata(graph: GraphModule) -> None:
-    """Drops the tracer's metadata of each node, such as an example of its result."""
-    for node in graph.graph.nodes:
-        node.meta.clear()
-
-
 def _constants_as_inputs(graph: GraphModule) -> list[Tensor]:
     """Makes inputs of the tensors in attributes of the module, so that each run reads them."""
     nodes: list[Node] = [node for node in graph.graph.nodes if node.op == "get_attr"]
@@ -477,16 +465,6 @@ def _largest(tensor: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _decomposed(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
-    """The same graph, in operations that Inductor can fuse with those around them."""
-    with kept_generators(), torch.no_grad():
-        run = make_fx(lambda *flat: graph.forward(*flat), decomposition_table=_FUSIBLE)
-        decomposed: GraphModule = run(*map(_copied, inputs))
-    _remove_dead_code(decomposed)
-    _clear_metadata(decomposed)
-    return decomposed
-
-
 def _foreach_norm(tensors: list[Tensor], *order: float) -> list[Tensor]:
     return [tensor.square().sum().sqrt() for tensor in tensors]
 
@@ -520,35 +498,32 @@ _FUSIBLE: dict[OpOverload, Callable[..., Tensor | list[Tensor]]] = {
 }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses warnings, and log records up to warnings."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 def _inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Run:
     """Compiles a graph; on a CPU also the calls between its kernels, if Inductor can."""
+    with kept_generators(), torch.no_grad():  # Inductor can fuse the operations of _FUSIBLE
+        run = make_fx(lambda *flat: graph.forward(*flat), decomposition_table=_FUSIBLE)
+        decomposed: GraphModule = run(*map(_copied, inputs))
+    _remove_dead_code(decomposed)
+    for node in decomposed.graph.nodes:
+        node.meta.clear()
     is_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+    level = logging.root.manager.disable
     for wraps in (True, False) if is_cpu else (False,):
         options = {"fallback_random": True, "cpp_wrapper": wraps}
+        logging.disable(logging.WARNING)
         try:
-            with _quiet(), torch.no_grad():
+            with warnings.catch_warnings(), kept_generators(), torch.no_grad():
+                warnings.simplefilter("ignore")
                 from torch import _inductor as torch_inductor
 
-                run: Run = torch_inductor.compile(graph, [*inputs], options=options)
-                with kept_generators():
-                    run(*map(_copied, inputs))  # loads the compiled code
-                return run
+                compiled: Run = torch_inductor.compile(decomposed, [*inputs], options=options)
+                compiled(*map(_copied, inputs))  # loads the compiled code
+                return compiled
         except Exception as error:
             if not wraps:
                 raise UntraceableError(f"Inductor cannot compile it: {_reason(error)}") from error
+        finally:
+            logging.disable(level)
     raise AssertionError
 
 

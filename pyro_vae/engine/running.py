@@ -39,7 +39,7 @@ def device_of(device: str | torch.device) -> torch.device:
     Raises:
         ValueError: If there is no such device, or it does not support float64.
     """
-    if isinstance(device, str) and device == "auto":
+    if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         probe = torch.zeros((), dtype=torch.float64, device=device)
@@ -114,7 +114,7 @@ class _OwnParameters(Messenger):  # type: ignore[misc]
 
 def parameters_are_local() -> bool:
     """Whether parameters stay in their modules, so that no `pyro.module` statement is needed."""
-    return any(isinstance(handler, _OwnParameters) for handler in _PYRO_STACK)
+    return len(outer_handlers()) < len(_PYRO_STACK)
 
 
 def outer_handlers() -> tuple[Messenger, ...]:
@@ -139,12 +139,6 @@ def local_parameters(program: nn.Module) -> Iterator[None]:
             owns, or if two of its `PyroModule`s have parameters of the same name, which Pyro would
             treat as one.
     """
-    _check_names(program)
-    with pyro.get_param_store().scope(), _OwnParameters(program):
-        yield
-
-
-def _check_names(program: nn.Module) -> None:
     owners: dict[str, PyroModule] = {}
     for module in program.modules():
         if isinstance(module, PyroModule):
@@ -155,6 +149,8 @@ def _check_names(program: nn.Module) -> None:
                         "Expected the PyroParams of a program to have different names; got two "
                         f"called {full!r}: Pyro would make them one."
                     )
+    with pyro.get_param_store().scope(), _OwnParameters(program):
+        yield
 
 
 def unvalidated() -> Any:

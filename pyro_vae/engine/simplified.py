@@ -1,10 +1,11 @@
 """Simplifies traced graphs: fewer operations, and the same numbers bit for bit."""
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -19,7 +20,7 @@ _LIKE_ANOTHER = {"full_like", "zeros_like", "ones_like", "new_full", "new_zeros"
 _FROM_NOTHING = {"full", "zeros", "ones", "arange", "scalar_tensor", "eye"}
 _INVOLUTIONS = {aten.t.default, aten.transpose.int, aten.neg.default}
 _RESHAPING = {aten.view.default, aten._unsafe_view.default, aten.expand.default}
-_NEUTRAL = {
+_NEUTRAL: dict[object, int] = {
     aten.mul.Tensor: 1,
     aten.mul.Scalar: 1,
     aten.div.Tensor: 1,
@@ -67,7 +68,7 @@ def written_nodes(node: Node) -> list[Node]:
     Arguments:
         node: The operation.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return []
     schema = {argument.name: argument for argument in node.target._schema.arguments}
     arguments = dict(zip(schema, node.args)) | node.kwargs
@@ -84,39 +85,32 @@ def written_nodes(node: Node) -> list[Node]:
 def _removable(graph: Graph) -> set[Node]:
     """The operations that may be removed or shared: pure, on tensors that are never changed."""
     roots: dict[Node, Node] = {}
+    pure: list[Node] = []
     for node in graph.nodes:
-        source = node.all_input_nodes[0] if _is_view(node) else node
+        is_pure, may_share_memory = False, False
+        match node.target:
+            case operator.getitem:
+                is_pure, may_share_memory = True, True
+            case OpOverload(namespace=namespace, tags=tags, _schema=schema):
+                is_pure = (
+                    namespace == "aten"
+                    and not schema.is_mutable
+                    and torch.Tag.nondeterministic_seeded not in tags
+                    and _name(node) not in _UNINITIALISED
+                )
+                is_view = any(returned.alias_info is not None for returned in schema.returns)
+                may_share_memory = is_view or node.target is aten._unsafe_view.default
+        has_source = may_share_memory and node.all_input_nodes
+        source = node.all_input_nodes[0] if has_source else node
         roots[node] = roots.get(source, source)
+        if is_pure:
+            pure.append(node)
     changed = {roots[target] for node in graph.nodes for target in written_nodes(node)}
     return {
         node
-        for node in graph.nodes
-        if _is_pure(node)
-        and changed.isdisjoint(roots[other] for other in (node, *node.all_input_nodes))
+        for node in pure
+        if changed.isdisjoint(roots[other] for other in (node, *node.all_input_nodes))
     }
-
-
-def _is_pure(node: Node) -> bool:
-    target = node.target
-    if target is operator.getitem:
-        return True
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and target.namespace == "aten"
-        and not target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in target.tags
-        and _name(node) not in _UNINITIALISED
-    )
-
-
-def _is_view(node: Node) -> bool:
-    """Whether its result may share the memory of its first tensor."""
-    target = node.target
-    if target is operator.getitem or target is aten._unsafe_view.default:
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes:
-        return False
-    return any(returned.alias_info is not None for returned in target._schema.returns)
 
 
 def _name(node: Node) -> str:
@@ -124,9 +118,9 @@ def _name(node: Node) -> str:
 
 
 def _remove_repeated(graph: Graph, removable: set[Node]) -> None:
-    """Replaces operations without effect by their operand, and repeated ones by the first."""
+    """Shares repeated operations, and removes those that return an operand unchanged."""
     outputs = set(graph.output_node().all_input_nodes)
-    first: dict[Hashable, Node] = {}
+    first: dict[str, Node] = {}
     for node in list(graph.nodes):
         if node not in removable:
             continue
@@ -134,46 +128,39 @@ def _remove_repeated(graph: Graph, removable: set[Node]) -> None:
         if same is not None and node in outputs and (same in outputs or same.op == "placeholder"):
             same = None
         if same is None and node not in outputs:
-            same = first.setdefault(_hashable([node.target, node.args, node.kwargs]), node)
+            operation = repr((node.target, node.args, sorted(node.kwargs.items())))
+            same = first.setdefault(operation, node)
         if same is not None and same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
             removable.discard(node)
 
 
-def _hashable(value: object) -> Hashable:
-    """A hashable form of an operation, in which 1 differs from 1.0 and True."""
-    if isinstance(value, Node | torch._ops.OpOverload):
-        return value
-    if isinstance(value, list | tuple):
-        return tuple(map(_hashable, value))
-    if isinstance(value, dict):
-        return tuple((key, _hashable(value[key])) for key in sorted(value))
-    return repr(value)
-
-
 def _unchanged_operand(node: Node) -> Node | None:
     """The operand of an operation that returns it unchanged, in values and layout, else `None`."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node):
+    match node.args:
+        case (Node(target=node.target, args=(Node() as same, *_)), *_) if (
+            node.target in _INVOLUTIONS
+        ):
+            pass
+        case (Node() as same, int() | float() as other) if (
+            not node.kwargs and other == _NEUTRAL.get(node.target)
+        ):
+            pass
+        case (Node() as same, *_) if node.target in _RESHAPING:
+            pass
+        case _:
+            return None
+    layout = _layout(node)
+    return same if layout is not None and layout == _layout(same) else None
+
+
+def _layout(node: Node) -> tuple[Sequence[int], Sequence[int], torch.dtype, torch.device] | None:
+    """Shape, strides, dtype and device of the result of an operation, if it is one tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
         return None
-    if node.target in _INVOLUTIONS and source.target is node.target:
-        inner = source.args[0]
-        return inner if isinstance(inner, Node) and _are_alike(node, inner) else None
-    is_neutral = node.target in _NEUTRAL and len(node.args) == 2 and not node.kwargs
-    if is_neutral:
-        other = node.args[1]
-        is_neutral = isinstance(other, int | float) and other == _NEUTRAL[node.target]  # type: ignore[index]
-    changes_nothing = node.target in _RESHAPING or is_neutral
-    return source if changes_nothing and _are_alike(node, source) else None
-
-
-def _are_alike(one: Node, other: Node) -> bool:
-    """Whether two tensors have the same shape, layout and dtype."""
-    a, b = one.meta.get("val"), other.meta.get("val")
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return False
-    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    return value.shape, value.stride(), value.dtype, value.device
 
 
 def _fold_constants(module: GraphModule, removable: set[Node]) -> None:
@@ -197,24 +184,18 @@ def _fold_constants(module: GraphModule, removable: set[Node]) -> None:
 def _constant(node: Node, constants: dict[Node, Tensor]) -> Tensor | None:
     """The value of an operation that depends on constants and shapes alone, else `None`."""
     inputs = node.all_input_nodes
+    tensors = {source: constants[source] for source in inputs if source in constants}
     if _name(node) in _LIKE_ANOTHER:
-        shapes = {source: _empty_like(source) for source in inputs if source not in constants}
-    elif inputs or _name(node) in _FROM_NOTHING:
-        shapes = {}
-    else:
+        for source in inputs:
+            if source not in tensors and (layout := _layout(source)) is not None:
+                shape, strides, dtype, device = layout
+                tensors[source] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    elif not inputs and _name(node) not in _FROM_NOTHING:
         return None
-    tensors = constants | shapes
-    if any(tensors.get(source) is None for source in inputs):
+    if not tensors.keys() >= set(inputs):
         return None
     args, kwargs = map_arg((node.args, node.kwargs), tensors.__getitem__)
     value = node.target(*args, **kwargs)  # type: ignore[operator]
     if not isinstance(value, Tensor):
         return None
     return value if value.untyped_storage().nbytes() <= MOST_HELD * value.itemsize else None
-
-
-def _empty_like(node: Node) -> Tensor | None:
-    like = node.meta.get("val")
-    if not isinstance(like, Tensor):
-        return None
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)

@@ -67,7 +67,17 @@ class Updates:
             return
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        _step_unless(self.optimizer, is_bad)
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        else:  # A bad step is undone without reading `is_bad` off the device.
+            before = {key: t.detach().clone() for key, t in _tensors_of(self.optimizer).items()}
+            self.optimizer.step()
+            is_kept = is_bad.bool()
+            with torch.no_grad():
+                for key, tensor in _tensors_of(self.optimizer).items():
+                    value = before.get(key, torch.zeros_like(tensor))
+                    tensor.copy_(torch.where(is_kept, value, tensor))
         self.optimizer.zero_grad(set_to_none=True)
         self.is_warm = True
         self._fused = _FusedAdam.of(self.optimizer, self.parameters, gradients)
@@ -201,10 +211,23 @@ def optimizer_of(
     Raises:
         ValueError: If the optimiser cannot be made.
     """
-    build = _torch_constructor(make)
-    is_partial = isinstance(build, functools.partial)
-    target, own = (build.func, build.keywords) if is_partial else (build, {})  # type: ignore[attr-defined]
-    options = {name: value for name, value in defaults.items() if name not in own}
+    match make:
+        case PyroOptim():
+            if callable(make.pt_optim_args) or make.pt_clip_args:
+                raise ValueError(
+                    "Expected a pyro.optim optimiser with one dict of options for all parameters, "
+                    "and clipping left to max_grad_norm; got options or clipping by parameter."
+                )
+            constructor = cast(type[Optimizer], make.pt_optim_constructor)
+            given = functools.partial(constructor, **make.pt_optim_args)
+            return optimizer_of(given, parameters, **defaults)
+        case functools.partial():
+            target, own = make.func, make.keywords
+        case _ if callable(make):
+            target, own = make, {}
+        case _:
+            raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {make!r}.")
+    options: Group = {name: value for name, value in defaults.items() if name not in own}
     parameters = list(parameters)
     has_fused = inspect.isclass(target) and "fused" in inspect.signature(target).parameters
     if has_fused and "fused" not in own and "foreach" not in own:
@@ -212,50 +235,18 @@ def optimizer_of(
         if devices <= {"cpu", "cuda"}:
             options["fused"] = True
     try:
-        optimizer = build(parameters, **options)
+        optimizer = make(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {error}") from error
-    if not isinstance(optimizer, Optimizer) or _needs_closure(optimizer):
+    is_one = isinstance(optimizer, Optimizer)
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure") if is_one else None
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if not is_one or needs_closure:
         raise ValueError(
             "Expected an optimiser that steps on gradients, such as torch.optim.Adam; got "
             f"{type(optimizer).__name__}."
         )
     return optimizer
-
-
-def _needs_closure(optimizer: Optimizer) -> bool:
-    """Whether its steps evaluate the loss again, as those of LBFGS do."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _torch_constructor(make: MakeOptimizer) -> Callable[..., Optimizer]:
-    if not isinstance(make, PyroOptim):
-        if not callable(make):
-            raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {make!r}.")
-        return make
-    if callable(make.pt_optim_args) or make.pt_clip_args:
-        raise ValueError(
-            "Expected a pyro.optim optimiser with one dict of options for all parameters, and "
-            "clipping left to max_grad_norm; got options or clipping by parameter."
-        )
-    constructor = cast(type[Optimizer], make.pt_optim_constructor)
-    return functools.partial(constructor, **make.pt_optim_args)
-
-
-def _step_unless(optimizer: Optimizer, is_bad: Tensor) -> None:
-    """Steps, but changes nothing if `is_bad` is 1, without reading that off the device."""
-    if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = is_bad  # type: ignore[attr-defined]
-        optimizer.step()
-        return
-    before = {key: t.detach().clone() for key, t in _tensors_of(optimizer).items()}
-    optimizer.step()
-    is_kept = is_bad.bool()
-    with torch.no_grad():
-        for key, tensor in _tensors_of(optimizer).items():
-            value = before.get(key, torch.zeros_like(tensor))
-            tensor.copy_(torch.where(is_kept, value, tensor))
 
 
 def _tensors_of(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
