@@ -172,13 +172,11 @@ class Likelihood(ConditionalDistribution):
         if not self.event_shape:
             return
         with torch.enable_grad():
-            check_support(self._example(), x, self._title())
-
-    def _example(self) -> Distribution:
-        """The distribution at zero features, from which the support is read."""
-        if self.feature_shape is None:
-            return self()
-        return self(self._like.new_zeros((1, *self.feature_shape)))
+            if self.feature_shape is None:
+                example = self()
+            else:
+                example = self(self._like.new_zeros((1, *self.feature_shape)))
+            check_support(example, x, self._title())
 
     def _title(self) -> str:
         return type(self).__name__
