@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.elbos.multi_sample import MultiSample
 
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_vae.DegenerateColumnsWarning")
+
 ROWS, COLUMNS = 24, 4
 
 

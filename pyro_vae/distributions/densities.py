@@ -102,17 +102,13 @@ class Bernoullis(dist.Independent):  # type: ignore[misc]
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
         dims, logits = self.reinterpreted_batch_ndims, self.base_dist.logits
-        groups = (_group(math.prod(self.event_shape)), -1)
+        size = math.prod(self.event_shape)  # elements per logarithm: a divisor, SIMD-aligned
+        divisors = [few for few in range(1, MOST_IN_GROUP + 1) if size % few == 0]
+        aligned = [few for few in divisors if size // few % LANES == 0]
+        groups = (max(aligned or divisors), -1)
         scores = (value * logits - logits.clamp_min(0.0)).flatten(-dims).unflatten(-1, groups)
         factors = (1.0 + (-logits.abs()).exp()).flatten(-dims).unflatten(-1, groups)
         return (scores.sum(-2) - factors.prod(-2).log()).sum(-1)
-
-
-def _group(size: int) -> int:
-    """The number of elements per logarithm: a divisor of `size`, SIMD-aligned if possible."""
-    divisors = [few for few in range(1, MOST_IN_GROUP + 1) if size % few == 0]
-    aligned = [few for few in divisors if size // few % LANES == 0]
-    return max(aligned or divisors)
 
 
 def _once(expanded: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Predicted:
     link: Link | None = None
 
     def __post_init__(self) -> None:
-        _check_named(self.shape)
+        if self.shape is not None:
+            _sizes(self.shape)
 
     def __repr__(self) -> str:
         return _call("Predicted", shape=self.shape, link=self.link)
@@ -82,7 +83,8 @@ class Shared:
     link: Link | None = None
 
     def __post_init__(self) -> None:
-        _check_named(self.shape)
+        if self.shape is not None:
+            _sizes(self.shape)
 
     def __repr__(self) -> str:
         scalar = True if self.scalar else None
@@ -139,10 +141,43 @@ class Family(ConditionalDistribution):
 
     def __init__(self, distribution: type[Distribution], /, **parameters: ParameterSpec) -> None:
         super().__init__()
-        self.distribution: Any = _checked_class(distribution)
+        if not (inspect.isclass(distribution) and issubclass(distribution, Distribution)):
+            raise ValueError(f"Expected a class of pyro.distributions; got {distribution!r}.")
+        name, is_torchs = distribution.__name__, distribution.__module__.startswith("torch.")
+        self.distribution: Any = getattr(dist, name, distribution) if is_torchs else distribution
         self.specs = parameters
-        _check_specs(distribution, self.constraints, parameters)
         self.is_built = False
+        known, parts = self.constraints, inspect.signature(distribution.__init__).parameters
+        signature = {k: v for k, v in parts.items() if k not in ("self", "validate_args")}
+        absolute = {k: v for k, v in known.items() if not constraints.is_dependent(v)}
+        for word, spec in parameters.items():
+            if word not in signature and word not in known:
+                raise ValueError(
+                    f"Expected parameters of {name}, one of {sorted(signature)}"
+                    f"{perhaps(word, [*signature, *known])}; got {word!r}."
+                )
+            match spec:
+                case int() | float() | Tensor() if word in absolute:
+                    value, constraint = torch.as_tensor(spec), absolute[word]
+                    if value.ndim >= constraint.event_dim and not constraint.check(value).all():
+                        raise ValueError(
+                            f"Expected {word} to lie in {constraint}; got {short(spec)}."
+                        )
+                case Predicted() | Shared() | int() | float() | str() | Tensor() | None:
+                    pass
+                case _:
+                    raise ValueError(
+                        f"Expected {word} to be Predicted(), Shared(), a number or a tensor; got "
+                        f"{spec!r}."
+                    )
+        for word, parameter in signature.items():
+            has_default = parameter.default is not parameter.empty and word != "total_count"
+            if word in absolute:
+                has_default = not absolute[word].is_discrete
+            if not has_default and word not in parameters:
+                raise ValueError(
+                    f"The parameter {word} of {name} is missing: pass it by name, as {word}=..."
+                )
 
     @property
     def constraints(self) -> dict[str, Constraint]:
@@ -176,98 +211,75 @@ class Family(ConditionalDistribution):
         self.event_shape = torch.Size(event_shape)
         self.extra = torch.Size(extra)
         self.feature_shape = None if features is None else features.shape[1:]
-        like = torch.empty(0, dtype=self._fixed_dtype()) if features is None else features
+        dtype = torch.get_default_dtype()  # the widest of all, so that no fixed value is rounded
+        for spec in self.specs.values():
+            match spec:
+                case Tensor(dtype=own) if own.is_floating_point:
+                    dtype = torch.promote_types(dtype, own)
+        like = torch.empty(0, dtype=dtype) if features is None else features
         self.register_buffer("_like", like.new_zeros(()), persistent=False)
-        self.heads = nn.ModuleDict()
-        self.shared = nn.ParameterDict()
         self.register_buffer("least", None, persistent=False)
         self.in_units: dict[str, Tensor] = {}
+        self.heads = nn.ModuleDict()
+        self.shared = nn.ParameterDict()
         self.links: dict[str, Any] = {}
         self.shapes: dict[str, torch.Size] = {}
-        for name, spec in self._all_specs().items():
-            self._build_parameter(name, spec, features)
+        left_out = set(self.specs)
+        for group in ALTERNATIVES:
+            present = [name for name in group if name in self.constraints]
+            given = [name for name in present if self.specs.get(name) is not None]
+            left_out |= set(present) - set((given or present)[:1])
+        defaults = {name: self.default() for name in self.constraints if name not in left_out}
+        for name, spec in (defaults | self.specs).items():
+            match spec:
+                case Tensor():
+                    dtype = self._like.dtype if spec.is_floating_point() else spec.dtype
+                    fixed = spec.detach().to(self._like.device, dtype, copy=True)
+                    self.register_buffer(f"fixed_{name}", fixed)
+                case Predicted() | Shared():
+                    self._build_parameter(name, spec, features)
         self.is_built = True
         return self
 
-    def _fixed_dtype(self) -> torch.dtype:
-        """The widest dtype of torch's default and the fixed tensors, so that none is rounded."""
-        dtype = torch.get_default_dtype()
-        for spec in self.specs.values():
-            if isinstance(spec, Tensor) and spec.is_floating_point():
-                dtype = torch.promote_types(dtype, spec.dtype)
-        return dtype
-
-    def _all_specs(self) -> dict[str, ParameterSpec]:
-        left_out = {
-            other
-            for group in ALTERNATIVES
-            for other in _others(group, self.specs, self.constraints)
-        }
-        names = [name for name in self.constraints if name not in left_out]
-        defaults: dict[str, ParameterSpec] = {
-            name: self.default() for name in names if name not in self.specs
-        }
-        return defaults | {k: v for k, v in self.specs.items() if v is not None}
-
-    def _build_parameter(self, name: str, spec: ParameterSpec, features: Tensor | None) -> None:
-        if isinstance(spec, Tensor):
-            dtype = self._like.dtype if spec.is_floating_point() else spec.dtype
-            fixed = spec.detach().to(self._like.device, dtype, copy=True)
-            self.register_buffer(f"fixed_{name}", fixed)
-        if not isinstance(spec, Predicted | Shared):
-            return
-        constraint = self.constraints.get(name, constraints.real)
-        self.links[name] = link_of(constraint, spec.link)
-        self.shapes[name] = self._parameter_shape(name, spec, constraint)
-        shape = self._free_shape(name, spec)
-        if isinstance(spec, Shared):
-            free = _event_dim(constraint) > self._support_dim() and not _is_square(constraint)
-            spread = 0.1 if free and not spec.scalar else 0.0
-            self.shared[name] = _shared(name, spec, shape, self.links[name], self._like, spread)
-        else:
-            self.heads[name] = _Head(name, shape, self._event(), features)
-
-    def _event(self) -> torch.Size:
-        return self.extra + self.event_shape
-
-    def _parameter_shape(self, name: str, spec: Predicted | Shared, constraint: Any) -> torch.Size:
-        event, n, m = self._event(), self._support_dim(), _event_dim(constraint)
-        batch, own = event[: len(event) - n], event[len(event) - n :]
-        if spec.shape is not None:
-            named = (spec.shape,) if isinstance(spec.shape, int) else tuple(spec.shape)
-            return (event if m > n else batch) + torch.Size(named)
-        if m <= n:
-            return batch + own[:m]
-        if n > 0 and _is_square(constraint):
-            return event + event[-1:]
-        raise ValueError(
-            f"The event shape {tuple(self.event_shape)} does not determine the size of {name} of "
-            f"{self.distribution.__name__}: pass it, as in {name}=Predicted(shape=...)."
-        )
-
-    def _free_shape(self, name: str, spec: Predicted | Shared) -> torch.Size:
-        """The shape of the unconstrained values that the link maps to a parameter."""
-        link = self.links[name]
-        if not isinstance(spec, Shared) or not spec.scalar:
-            return torch.Size(link.inverse_shape(self.shapes[name]))
-        if link.domain.event_dim > 0:
-            raise ValueError(
-                f"{name} is a vector or a matrix, so it cannot be one number: remove scalar=True "
-                f"from {spec!r}."
-            )
-        return torch.Size()
-
-    def _support_dim(self) -> int:
-        try:
-            dim = self.distribution.support.event_dim
-        except (NotImplementedError, AttributeError):
-            dim = 0
+    def _build_parameter(
+        self, name: str, spec: Predicted | Shared, features: Tensor | None
+    ) -> None:
+        """Makes the layer that predicts a parameter, or its learned value."""
+        constraint: Any = self.constraints.get(name, constraints.real)
+        link = self.links[name] = link_of(constraint, spec.link)
+        event, dim = self.extra + self.event_shape, _event_dim(self.distribution.support)
         if dim > len(self.event_shape):
             raise ValueError(
                 f"Expected an event shape of at least {dim} dims for "
                 f"{self.distribution.__name__}; got {tuple(self.event_shape)}."
             )
-        return dim
+        own_dim, batch_dim = _event_dim(constraint), len(event) - dim
+        is_square = constraint in (
+            constraints.lower_cholesky,
+            constraints.lower_triangular,
+            constraints.positive_definite,
+            constraints.corr_cholesky,
+        )
+        if spec.shape is not None:
+            lead = event if own_dim > dim else event[:batch_dim]
+            shape = lead + torch.Size(_sizes(spec.shape))
+        elif own_dim <= dim:
+            shape = event[: batch_dim + own_dim]
+        elif dim > 0 and is_square:
+            shape = event + event[-1:]
+        else:
+            raise ValueError(
+                f"The event shape {tuple(self.event_shape)} does not determine the size of {name} "
+                f"of {self.distribution.__name__}: pass it, as in {name}=Predicted(shape=...)."
+            )
+        self.shapes[name] = shape
+        match spec:
+            case Predicted():
+                free_shape = torch.Size(link.inverse_shape(shape))
+                self.heads[name] = _Head(name, free_shape, event, features)
+            case Shared():
+                spread = 0.1 if own_dim > dim and not is_square else 0.0
+                self.shared[name] = _shared(name, spec, shape, link, self._like, spread)
 
     def forward(self, features: Tensor | None = None) -> Distribution:
         """Maps features to a distribution of batch shape (*rows) and event shape (*event).
@@ -280,39 +292,45 @@ class Family(ConditionalDistribution):
         """
         if not self.is_built:
             raise ValueError(f"{self} has no layers yet: call build(event_shape, features) first.")
-        rows = torch.Size() if features is None else _rows_of(features, self.feature_shape)
+        rows = torch.Size()
+        if features is not None and self.feature_shape is not None:
+            rows = features.shape[: features.ndim - len(self.feature_shape)]
         return self._distribution(self._values(features), rows)
 
     def _distribution(self, values: dict[str, Any], rows: torch.Size) -> Distribution:
-        base = scored(self.distribution)(**values)
-        wanted = rows + self._event()[: len(self._event()) - len(base.event_shape)]
+        base, event = scored(self.distribution)(**values), self.extra + self.event_shape
+        wanted = rows + event[: len(event) - len(base.event_shape)]
         if base.batch_shape != wanted:
             base = base.expand(wanted)
         return to_event(base, len(self.event_shape) - len(base.event_shape))
 
     def _values(self, features: Tensor | None) -> dict[str, Any]:
-        values: dict[str, Any] = {}
+        values = self._fixed_values()
         for name, head in self.heads.items():
             values[name] = self.links[name](head(features).to(self._like.dtype))
         for name, parameter in self.shared.items():
             values[name] = self.links[name](parameter).expand(self.shapes[name])
         if self.least is not None:
             bounded = IN_UNITS[self.distribution].bounded
-            if bounded in values:
+            if bounded in self.links:
                 values[bounded] = values[bounded] + self.least
-        for name, spec in self.specs.items():
-            if spec is not None and name not in values:
-                values[name] = self._fixed(name, spec)
         return values
 
-    def _fixed(self, name: str, spec: ParameterSpec) -> Any:
-        if name in self.in_units:
-            return self.in_units[name].to(self._like)
-        if isinstance(spec, Tensor):
-            return getattr(self, f"fixed_{name}")
-        if isinstance(spec, float) or (isinstance(spec, int) and name in self.constraints):
-            return torch.full_like(self._like, float(spec))
-        return spec
+    def _fixed_values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, spec in self.specs.items():
+            match spec:
+                case int() | float() | Tensor() if name in self.in_units:
+                    values[name] = self.in_units[name].to(self._like)
+                case Tensor():
+                    values[name] = getattr(self, f"fixed_{name}")
+                case int() if name not in self.constraints:
+                    values[name] = spec
+                case int() | float():
+                    values[name] = torch.full_like(self._like, float(spec))
+                case str():
+                    values[name] = spec
+        return values
 
     def units(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns the location and scale by which the density is standardised, in float64.
@@ -395,7 +413,7 @@ class Family(ConditionalDistribution):
         """The parameters that a user fixed or gave an initial value, in the units of training."""
         given: dict[str, Tensor] = {}
         known = IN_UNITS.get(self.distribution)
-        for name, spec in self._all_specs().items():
+        for name, spec in self.specs.items():
             value = spec.init if isinstance(spec, Shared) else spec
             if isinstance(value, str | bool | Predicted) or value is None:
                 continue
@@ -445,9 +463,7 @@ class Family(ConditionalDistribution):
         Arguments:
             constants: The result of :meth:`constants`.
         """
-        fixed = {k: self._fixed(k, v) for k, v in self.specs.items() if v is not None}
-        values = {k: v for k, v in fixed.items() if k not in self.links} | dict(constants)
-        return self._distribution(values, torch.Size())
+        return self._distribution(self._fixed_values() | dict(constants), torch.Size())
 
     def _heads(self) -> "list[_Head]":
         return [head for head in self.heads.values() if isinstance(head, _Head)]
@@ -536,96 +552,39 @@ class _Head(nn.Module):
         )
 
 
-def _checked_class(distribution: Any) -> type[Distribution]:
-    if not (inspect.isclass(distribution) and issubclass(distribution, Distribution)):
-        raise ValueError(f"Expected a class of pyro.distributions; got {distribution!r}.")
-    is_torchs = distribution.__module__.startswith("torch.")
-    return getattr(dist, distribution.__name__, distribution) if is_torchs else distribution
-
-
-def _signature(distribution: type[Distribution]) -> dict[str, inspect.Parameter]:
-    parameters = dict(inspect.signature(distribution.__init__).parameters)
-    return {k: v for k, v in parameters.items() if k not in ("self", "validate_args")}
-
-
-def _check_specs(
-    distribution: type[Distribution], known: dict[str, Any], specs: Mapping[str, ParameterSpec]
-) -> None:
-    signature = _signature(distribution)
-    for name, spec in specs.items():
-        if name not in signature and name not in known:
-            hint = perhaps(name, [*signature, *known])
-            raise ValueError(
-                f"Expected parameters of {distribution.__name__}, one of {sorted(signature)}"
-                f"{hint}; got {name!r}."
-            )
-        if not isinstance(spec, Predicted | Shared | int | float | str | Tensor | None):
-            raise ValueError(
-                f"Expected {name} to be Predicted(), Shared(), a number or a tensor; got {spec!r}."
-            )
-        if name in known and isinstance(spec, int | float | Tensor):
-            _check_fixed(name, spec, known[name])
-    for name, parameter in signature.items():
-        if name not in specs and _must_be_given(name, parameter, known):
-            raise ValueError(
-                f"The parameter {name} of {distribution.__name__} is missing: pass it by name, as "
-                f"{name}=..."
-            )
-
-
-def _check_fixed(name: str, spec: float | Tensor, constraint: Any) -> None:
-    value = torch.as_tensor(spec)
-    if constraints.is_dependent(constraint) or value.ndim < constraint.event_dim:
-        return
-    if not constraint.check(value).all():
-        raise ValueError(f"Expected {name} to lie in {constraint}; got {short(spec)}.")
-
-
-def _check_named(shape: Any) -> None:
-    sizes = shape if isinstance(shape, tuple | list) else (shape,)
-    if shape is not None and not all(map(is_size, sizes)):
+def _sizes(shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of a shape, which the user writes as an int or as a tuple."""
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if not all(map(is_size, sizes)):
         raise ValueError(f"Expected a positive integer or a tuple of them; got shape={shape!r}.")
-
-
-def _must_be_given(name: str, parameter: inspect.Parameter, known: dict[str, Any]) -> bool:
-    if name in known and not constraints.is_dependent(known[name]):
-        return bool(known[name].is_discrete)
-    return parameter.default is inspect.Parameter.empty or name == "total_count"
-
-
-def _others(
-    group: tuple[str, ...], specs: Mapping[str, ParameterSpec], known: dict[str, Any]
-) -> tuple[str, ...]:
-    present = [name for name in group if name in known]
-    given = [name for name in present if specs.get(name) is not None]
-    kept = given[0] if given else present[0] if present else None
-    return tuple(name for name in present if name != kept)
+    return sizes
 
 
 def _event_dim(constraint: Any) -> int:
+    """The number of event dims of a constraint, 0 if it does not declare them."""
     try:
         return constraint.event_dim
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):
         return 0
-
-
-def _is_square(constraint: Any) -> bool:
-    square = (
-        constraints.lower_cholesky,
-        constraints.lower_triangular,
-        constraints.positive_definite,
-        constraints.corr_cholesky,
-    )
-    return constraint in square
 
 
 def _shared(
     name: str, spec: Shared, shape: torch.Size, link: Any, like: Tensor, spread: float
 ) -> nn.Parameter:
+    """The unconstrained value of a shared parameter of a shape: as specified, or near 0."""
+    if not spec.scalar:
+        free_shape = torch.Size(link.inverse_shape(shape))
+    elif link.domain.event_dim == 0:
+        free_shape, spread = torch.Size(), 0.0
+    else:
+        raise ValueError(
+            f"{name} is a vector or a matrix, so it cannot be one number: remove scalar=True "
+            f"from {spec!r}."
+        )
     if spec.init is None:
-        return nn.Parameter(spread * torch.randn(shape, dtype=like.dtype, device=like.device))
+        return nn.Parameter(spread * torch.randn(free_shape, dtype=like.dtype, device=like.device))
     init = torch.as_tensor(spec.init, dtype=like.dtype, device=like.device)
-    value_shape = torch.Size(link.forward_shape(shape))
+    value_shape = torch.Size(link.forward_shape(free_shape))
     try:
         start = link.inv(init.expand(value_shape)).clone()
     except (RuntimeError, NotImplementedError) as error:
@@ -635,12 +594,6 @@ def _shared(
     if not torch.isclose(link(start), init, rtol=1e-3, atol=1e-7).all():
         raise ValueError(f"Expected init of {name} inside its support; got {spec.init!r}.")
     return nn.Parameter(start)
-
-
-def _rows_of(features: Tensor, feature_shape: torch.Size | None) -> torch.Size:
-    if feature_shape is None:
-        return torch.Size()
-    return features.shape[: features.ndim - len(feature_shape)]
 
 
 def _call(name: str, **arguments: Any) -> str:

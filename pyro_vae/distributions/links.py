@@ -20,7 +20,18 @@ Link: TypeAlias = str | Transform
 SMALLEST = 1e-6
 
 
-class _BoundedExp(Transform):
+class _Bounded(Transform):
+    """A map without parameters, which equals every other map of its class."""
+
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self))
+
+    __hash__ = Transform.__hash__
+
+
+class _BoundedExp(_Bounded):
     """exp of a value clamped to +- 30, so that float32 gives neither 0 nor inf.
 
     Gradients ignore the clamp (straight-through), so that training can move a value back inside.
@@ -28,13 +39,7 @@ class _BoundedExp(Transform):
 
     domain = constraints.real
     codomain = constraints.positive
-    bijective = True
     sign = +1
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BoundedExp)
-
-    __hash__ = Transform.__hash__
 
     def _call(self, x: Tensor) -> Tensor:
         return _bounded(x).exp()
@@ -50,18 +55,12 @@ def _bounded(x: Tensor) -> Tensor:
     return x.detach().clamp(-30.0, 30.0) + (x - x.detach())
 
 
-class _BoundedSoftplus(Transform):
+class _BoundedSoftplus(_Bounded):
     """softplus(x) + 1e-6."""
 
     domain = constraints.real
     codomain = constraints.positive
-    bijective = True
     sign = +1
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BoundedSoftplus)
-
-    __hash__ = Transform.__hash__
 
     def _call(self, x: Tensor) -> Tensor:
         return F.softplus(x) + SMALLEST
@@ -74,18 +73,12 @@ class _BoundedSoftplus(Transform):
         return F.logsigmoid(x)
 
 
-class _BoundedCholesky(Transform):
+class _BoundedCholesky(_Bounded):
     """A lower triangle of D (D + 1) / 2 entries, row by row, its diagonal softplus(x) + 1e-6."""
 
     domain = constraints.real_vector
     codomain = constraints.lower_cholesky
-    bijective = True
     diagonal = _BoundedSoftplus()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BoundedCholesky)
-
-    __hash__ = Transform.__hash__
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         size = round(((8 * shape[-1] + 1) ** 0.5 - 1) / 2)
@@ -142,21 +135,35 @@ def link_of(constraint: Constraint, link: Link | None = None) -> Transform:
         ValueError: If no link has that name, or no transform maps to the constraint.
     """
     if isinstance(link, str):
-        return _named(link)
+        links = named_links()
+        if link not in links:
+            raise ValueError(
+                f"Expected link to be one of {sorted(links)}{perhaps(link, links)}; got {link!r}."
+            )
+        return links[link]
     if link is not None:
         return link
     if constraints.is_dependent(constraint):
         return transforms.identity_transform
-    return _default(base_of(constraint))
-
-
-def _named(name: str) -> Transform:
-    links = named_links()
-    if name not in links:
+    base, softplus = base_of(constraint), _BoundedSoftplus()
+    if base in (constraints.lower_cholesky, constraints.lower_triangular):
+        return _BoundedCholesky()
+    match base:
+        case (
+            constraints.greater_than(lower_bound=low)
+            | constraints.greater_than_eq(lower_bound=low)
+        ):
+            if not isinstance(low, Tensor) and low == 0:
+                return softplus
+            return ComposeTransform([softplus, transforms.AffineTransform(low, 1.0)])
+        case constraints.half_open_interval(lower_bound=low, upper_bound=high):
+            base = constraints.interval(low, high)
+    try:
+        return transform_to(base)
+    except NotImplementedError as error:
         raise ValueError(
-            f"Expected link to be one of {sorted(links)}{perhaps(name, links)}; got {name!r}."
-        )
-    return links[name]
+            f"The constraint {base} has no default link: pass Predicted(link=...)."
+        ) from error
 
 
 def base_of(constraint: Any) -> Any:
@@ -169,27 +176,6 @@ def base_of(constraint: Any) -> Any:
         >>> base_of(constraints.independent(constraints.positive, 2))
         GreaterThan(lower_bound=0.0)
     """
-    while isinstance(constraint, type(constraints.independent(constraints.real, 1))):
+    while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
-
-
-def _default(constraint: Constraint) -> Transform:
-    if isinstance(constraint, type(constraints.greater_than(0.0)) | type(constraints.nonnegative)):
-        return _above(constraint.lower_bound)
-    if constraint in (constraints.lower_cholesky, constraints.lower_triangular):
-        return _BoundedCholesky()
-    if isinstance(constraint, type(constraints.half_open_interval(0.0, 1.0))):
-        constraint = constraints.interval(constraint.lower_bound, constraint.upper_bound)
-    try:
-        return transform_to(constraint)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"The constraint {constraint} has no default link: pass Predicted(link=...)."
-        ) from error
-
-
-def _above(bound: float | Tensor) -> Transform:
-    if not isinstance(bound, Tensor) and bound == 0:
-        return _BoundedSoftplus()
-    return ComposeTransform([_BoundedSoftplus(), transforms.AffineTransform(bound, 1.0)])

@@ -43,11 +43,16 @@ def check_support(example: Distribution, x: Tensor, name: str) -> None:
         base = base_of(example.support)
     except NotImplementedError:
         return
-    bounds = [bound for bound in vars(base).values() if isinstance(bound, Tensor)]
-    if any(bound.requires_grad for bound in bounds):
+    if any(isinstance(bound, Tensor) and bound.requires_grad for bound in vars(base).values()):
         return
-    outside = _outside(base, x)
-    remark = _hint(base)
+    outside: Tensor = ~base.check(x)  # elements, or whole rows if the support is one of vectors
+    if base.is_discrete:
+        broken = x != x.round()
+        of_rows = broken.ndim > outside.ndim
+        outside = outside | (broken.flatten(outside.ndim).any(-1) if of_rows else broken)
+    if isinstance(base, constraints.multinomial):
+        outside = outside | (x.sum(-1) != base.upper_bound)
+    remark = ""
     if not outside.any():
         outside = _at_infinite_edge(example, base, x)
         remark = f" (the log-density is infinite at {_first(x, outside)})" if outside.any() else ""
@@ -75,16 +80,6 @@ def check_positive(x: Tensor, name: str) -> None:
         )
 
 
-def _outside(base: Any, x: Tensor) -> Tensor:
-    """Marks the elements outside the support, or whole rows if the support is one of vectors."""
-    bad: Tensor = ~base.check(x)
-    if base.is_discrete:
-        bad = bad | _over_event(x != x.round(), bad)
-    if isinstance(base, type(constraints.multinomial(1))):
-        bad = bad | (x.sum(-1) != base.upper_bound)
-    return bad
-
-
 def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
     """Marks the elements on an edge of the support, in rows whose log-density is infinite."""
     edges = [getattr(base, name, None) for name in ("lower_bound", "upper_bound")]
@@ -99,10 +94,6 @@ def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             bad[bad.clone()] = ~example.log_prob(x[bad]).isfinite()
     return is_edge & bad.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _over_event(elements: Tensor, bad: Tensor) -> Tensor:
-    return elements.flatten(bad.ndim).any(-1) if elements.ndim > bad.ndim else elements
 
 
 def _place(x: Tensor, bad: Tensor) -> str:
@@ -122,30 +113,25 @@ def _first(x: Tensor, bad: Tensor) -> str:
     return f"{few} ({value.numel()} values with sum {value.sum().item():g})"
 
 
-def _hint(base: constraints.Constraint) -> str:
-    is_binary = isinstance(base, type(constraints.boolean))
-    return " (binarize grey levels, or use ContinuousBernoulli or Beta)" if is_binary else ""
-
-
 def _describe(base: constraints.Constraint) -> str:
-    low, high = (_bound(base, name) for name in ("lower_bound", "upper_bound"))
-    for kind, text in (
-        (constraints.boolean, "0 or 1"),
-        (constraints.simplex, "values >= 0 with sum 1"),
-        (constraints.multinomial(1), f"integers >= 0 with sum {high}"),
-        (constraints.integer_interval(0, 1), f"integers from {low} to {high}"),
-        (constraints.nonnegative_integer, f"integers >= {low}"),
-        (constraints.interval(0, 1), f"values in [{low}, {high}]"),
-        (constraints.half_open_interval(0, 1), f"values in [{low}, {high})"),
-        (constraints.greater_than(0), f"values > {low}"),
-        (constraints.greater_than_eq(0), f"values >= {low}"),
-        (constraints.less_than(0), f"values < {high}"),
-    ):
-        if type(base) is type(kind):
-            return text
-    return type(base).__name__.lstrip("_")
-
-
-def _bound(base: constraints.Constraint, name: str) -> str:
-    values = torch.as_tensor(getattr(base, name, torch.nan)).unique().tolist()
-    return " ... ".join(f"{value:.7g}" for value in sorted({values[0], values[-1]}))
+    bounds = []
+    for name in ("lower_bound", "upper_bound"):
+        values = torch.as_tensor(getattr(base, name, torch.nan)).unique().tolist()
+        ends = sorted({values[0], values[-1]})
+        bounds.append(" ... ".join(f"{end:.7g}" for end in ends))
+    low, high = bounds
+    texts = {
+        type(constraints.boolean): (
+            "0 or 1 (binarize grey levels, or use ContinuousBernoulli or Beta)"
+        ),
+        type(constraints.simplex): "values >= 0 with sum 1",
+        constraints.multinomial: f"integers >= 0 with sum {high}",
+        constraints.integer_interval: f"integers from {low} to {high}",
+        type(constraints.nonnegative_integer): f"integers >= {low}",
+        constraints.interval: f"values in [{low}, {high}]",
+        constraints.half_open_interval: f"values in [{low}, {high})",
+        constraints.greater_than: f"values > {low}",
+        constraints.greater_than_eq: f"values >= {low}",
+        constraints.less_than: f"values < {high}",
+    }
+    return texts.get(type(base), type(base).__name__.lstrip("_"))

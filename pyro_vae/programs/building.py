@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Member = TypeVar("Member", bound=nn.Module)
 
 
 def as_prior(prior: Any) -> Prior:
@@ -48,14 +49,15 @@ def as_prior(prior: Any) -> Prior:
     Raises:
         ValueError: If it is something else, or a member of another role.
     """
-    if isinstance(prior, bool | type):
-        raise ValueError(
-            f"Expected a prior with its shape, as in StandardNormal(8); got {prior!r}."
-        )
-    if isinstance(prior, int):
-        return priors.StandardNormal(prior)
-    if isinstance(prior, Distribution):
-        return priors.from_distribution(prior)
+    match prior:
+        case bool() | type():
+            raise ValueError(
+                f"Expected a prior with its shape, as in StandardNormal(8); got {prior!r}."
+            )
+        case int():
+            return priors.StandardNormal(prior)
+        case Distribution():
+            return priors.from_distribution(prior)
     return _in_role(prior, Prior, lambda module: fitting(OwnPrior, module))
 
 
@@ -89,16 +91,18 @@ def as_posterior(posterior: Any) -> Posterior:
 
 
 def _in_role(member: Any, role: Any, adapt: Callable[[nn.Module], Any]) -> Any:
+    """A copy of a user's member, which `adapt` gives a role if it has none."""
     name: str = role.__name__.lower()
-    if isinstance(member, role):
-        return _copied(member)
-    if isinstance(member, ConditionalDistribution):
-        raise ValueError(
-            f"Expected a {name}, a pyro_vae.{role.__name__}; got {member!r}, which has another "
-            "role."
-        )
-    if isinstance(member, nn.Module):
-        return adapt(_copied(member))
+    match member:
+        case role():
+            return _copied(member)
+        case ConditionalDistribution():
+            raise ValueError(
+                f"Expected a {name}, a pyro_vae.{role.__name__}; got {member!r}, which has "
+                "another role."
+            )
+        case nn.Module():
+            return adapt(_copied(member))
     kinds = {
         "prior": "a distribution, a member of pyro_vae.priors or a latent size",
         "likelihood": "a member of pyro_vae.likelihoods or a class of Pyro distributions",
@@ -118,15 +122,17 @@ def as_network(network: Any, role: str, x_shape: tuple[int, ...]) -> nn.Module:
     Raises:
         ValueError: If it is not a module.
     """
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"Expected the {role} to be an nn.Module; got {network!r}.")
-    copied = _copied(network)
-    if isinstance(copied, Network):
-        copied.set_event_shape(x_shape)
-    return copied
+    match network:
+        case Network():
+            sized = _copied(network)
+            sized.set_event_shape(x_shape)
+            return sized
+        case nn.Module():
+            return _copied(network)
+    raise ValueError(f"Expected the {role} to be an nn.Module; got {network!r}.")
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def _copied(module: Member) -> Member:
     """A deep copy; lazy buffers, which refuse to be copied, are created anew."""
     lazy = [buffer for buffer in module.buffers() if isinstance(buffer, UninitializedBuffer)]
     make: Any = UninitializedBuffer
@@ -155,10 +161,14 @@ def features_of(network: nn.Module, shape: tuple[int, ...], like: Tensor, role: 
         raise ValueError(
             f"Expected the {role} to take rows of shape {tuple(inputs.shape)}; got {error}"
         ) from error
-    if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != 2:
-        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"Expected the {role} to map 2 rows to features (2, ...); got {got}.")
-    return features
+    match features:
+        case Tensor() if features.ndim >= 2 and len(features) == 2:
+            return features
+        case Tensor():
+            got: object = tuple(features.shape)
+        case _:
+            got = type(features).__name__
+    raise ValueError(f"Expected the {role} to map 2 rows to features (2, ...); got {got}.")
 
 
 def built_posterior(posterior: Posterior, prior: Prior, features: Tensor) -> Posterior:

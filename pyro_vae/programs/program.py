@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Self
@@ -165,19 +165,25 @@ class Program(nn.Module):
         """
         if self._is_prepared:
             return self
+        other: tuple[Any, ...] = ()
         with self._in_place():
             if len(args) == 1 and not kwargs:
                 rows = read(args[0], self, check=False, move=True)
-                first, other = (
+                args, other = (
                     (rows.select(torch.arange(count, device=rows.device) % len(rows)),)
                     for count in (2, 3)
                 )
-                found = self._dry_run(first, {})
-                _check_guides(self.modules(), self.plate)
-                _check_sizes(found.params, self._dry_run(other, {}).params)
-            else:
-                found = self._dry_run(args, kwargs)
-                _check_guides(self.modules(), self.plate)
+            found = self._dry_run(args, kwargs)
+            _check_guides(self.modules(), self.plate)
+            three = self._dry_run(other, {}).params if other else {}
+        for name, two in found.params.items():
+            if name in three and two.shape != three[name].shape:
+                raise ValueError(
+                    f"The shape of pyro.param({name!r}) depends on the number of rows, "
+                    f"{tuple(two.shape)} for 2 rows and {tuple(three[name].shape)} for 3, so the "
+                    "program cannot run on minibatches or other rows: compute it from each row by "
+                    "a network."
+                )
         self._own(found)
         self._is_prepared = True
         return self
@@ -287,8 +293,18 @@ class Program(nn.Module):
             self.eval()
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
             poutine.replay(model, trace=trace)(*args, **kwargs)
-        if self.plate not in noted.plates or PLATE in noted.plates - {self.plate}:
-            raise _wrong_plate(self.plate, noted.plates)
+        if self.plate not in noted.plates:
+            raise ValueError(
+                f"No site of the program is in a plate named {self.plate!r}: its plates are "
+                f"{sorted(noted.plates)}. Name the plate of the rows: "
+                "pv.Program(model, guide, plate=...)."
+            )
+        if PLATE in noted.plates - {self.plate}:
+            raise ValueError(
+                f"The plate of the rows is {self.plate!r}, and another plate is named {PLATE!r}, "
+                "which is the name of the plate of the rows in this package: rename the latter "
+                "plate."
+            )
         return _Found(noted.modules, dict(state["params"]), dict(state["constraints"]))
 
     def _own(self, found: "_Found") -> None:
@@ -319,11 +335,6 @@ class Program(nn.Module):
         while name in self.parts._modules:
             name += "_"
         self.parts._modules[name] = module
-
-    def _param(self, name: str) -> Tensor:
-        """Returns the constrained value of a parameter of the model or the guide."""
-        unconstrained: Any = self.params._parameters[_key(name)]
-        return _stated(unconstrained, transform_to(self._constraints[name])(unconstrained))
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,7 +378,11 @@ class _Noted(Messenger):  # type: ignore[misc]
         self.plates |= {frame.name for frame in msg["cond_indep_stack"]}
 
     def _pyro_param(self, msg: Any) -> None:
-        module = _module_in_statement()
+        frame, module = inspect.currentframe(), None  # Pyro passes handlers only a module's name
+        while frame is not None and module is None:
+            if frame.f_code is pyro.primitives.module.__code__:
+                module = frame.f_locals["nn_module"]
+            frame = frame.f_back
         if module is not None and module not in self.modules.values():
             self.modules[module_from_param_with_module_name(msg["name"])] = module
             self.modes |= {part: part.training for part in module.modules()}
@@ -400,11 +415,13 @@ class _Owned(Messenger):  # type: ignore[misc]
             return
         stated = msg["args"][-1]
         if name in self.program._constraints:
-            msg["value"], msg["done"] = self.program._param(name), True
+            value: Any = self.program.params._parameters[_key(name)]
+            constrain = transform_to(self.program._constraints[name])
+            msg["value"], msg["done"] = _stated(value, constrain(value)), True
         elif id(stated) in self.owned:
             msg["value"], msg["done"] = _stated(stated, stated), True
         elif name in store:
-            value: Any = store[name]
+            value = store[name]
             msg["value"], msg["done"] = _stated(value.unconstrained(), value), True
         else:
             raise ValueError(
@@ -422,14 +439,6 @@ def _stated(unconstrained: Tensor, value: Tensor) -> Tensor:
 
 
 _param_site: Any = effectful(lambda parameter: _stated(parameter, parameter), type="param")
-
-
-def _module_in_statement() -> nn.Module | None:
-    """The module of the running `pyro.module` statement. Pyro passes handlers only its name."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not pyro.primitives.module.__code__:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["nn_module"]
 
 
 def owner_of(pyro_program: Callable[..., Any]) -> nn.Module | None:
@@ -463,44 +472,21 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _wrong_plate(plate: str, plates: set[str]) -> ValueError:
-    if plate in plates:
-        return ValueError(
-            f"The plate of the rows is {plate!r}, and another plate is named {PLATE!r}, which "
-            "is the name of the plate of the rows in this package: rename the latter plate."
-        )
-    return ValueError(
-        f"No site of the program is in a plate named {plate!r}: its plates are "
-        f"{sorted(plates)}. Name the plate of the rows: pv.Program(model, guide, plate=...)."
-    )
-
-
 def _check_guides(modules: Iterator[nn.Module], plate: str) -> None:
     """Refuses an AutoGuide with parameters for each row."""
-    guide: Any
     for guide in modules:
-        is_whole = isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList)
-        if is_whole and guide.prototype_trace is not None:
-            per_row = [
-                name
-                for name, site in guide.prototype_trace.iter_stochastic_nodes()
-                if any(frame.name == plate for frame in site["cond_indep_stack"])
-            ]
-            if per_row:
-                raise ValueError(
-                    f"{type(guide).__name__} has parameters of its own for each row of "
-                    f"{', '.join(per_row)}, so it cannot run on minibatches or other rows: "
-                    "write a guide that computes them from each row."
-                )
-
-
-def _check_sizes(two: Mapping[str, Tensor], three: Mapping[str, Tensor]) -> None:
-    """Refuses parameters that have another shape in a dry run on three rows than on two."""
-    for name in two.keys() & three.keys():
-        if two[name].shape != three[name].shape:
-            raise ValueError(
-                f"The shape of pyro.param({name!r}) depends on the number of rows, "
-                f"{tuple(two[name].shape)} for 2 rows and {tuple(three[name].shape)} for 3, so "
-                "the program cannot run on minibatches or other rows: compute it from each row by "
-                "a network."
-            )
+        match guide:
+            case AutoGuideList():
+                pass
+            case AutoGuide(prototype_trace=trace) if trace is not None:
+                per_row = [
+                    name
+                    for name, site in trace.iter_stochastic_nodes()
+                    if any(frame.name == plate for frame in site["cond_indep_stack"])
+                ]
+                if per_row:
+                    raise ValueError(
+                        f"{type(guide).__name__} has parameters of its own for each row of "
+                        f"{', '.join(per_row)}, so it cannot run on minibatches or other rows: "
+                        "write a guide that computes them from each row."
+                    )

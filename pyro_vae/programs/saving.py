@@ -3,11 +3,10 @@
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyro.distributions as dist
@@ -36,14 +35,7 @@ __all__ = ["load", "save", "write_program"]
 
 _SPEC, _WEIGHTS = "spec.json", "weights.safetensors"
 _FORMAT = "pyro_vae 3"
-_KEYS: dict[str, type] = {
-    "format": str,
-    "parts": dict,
-    "dtype": str,
-    "training": bool,
-    "versions": dict,
-    "sha256": dict,
-}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 _PARTS = {"members": 1, "units": 1}  # the parts of a specification, and the version of each
 
 
@@ -95,6 +87,13 @@ def write_program(program: nn.Module, folder: Path) -> None:
     spec = _encode(program, values)
     state = {f"program.{name}": tensor for name, tensor in program.state_dict().items()}
     write_tensors(folder / _WEIGHTS, state | values, {"kind": "program"})
+    versions = {"python": platform.python_version()}
+    packages = {"pyro_vae": "pyro-vae", "torch": "torch", "pyro": "pyro-ppl"}
+    for name, package in packages.items():
+        try:
+            versions[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     others = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SPEC)
     parts: dict[str, Any] = {"members": {"version": _PARTS["members"], "program": spec}}
     if isinstance(program, VAE) and program.is_initialized:
@@ -104,7 +103,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
         "parts": parts,
         "dtype": str(floating_like(program).dtype).removeprefix("torch."),
         "training": program.training,
-        "versions": _versions(),
+        "versions": versions,
         "sha256": {other.relative_to(folder).as_posix(): sha256(other) for other in others},
     }
     content["sha256"][_SPEC] = _digest(content)
@@ -141,7 +140,7 @@ def load(
         >>> bool((loaded.sample(3, seed=0) == vae.sample(3, seed=0)).all())
         True
     """
-    if into is not None and not isinstance(into, nn.Module):
+    if not isinstance(into, nn.Module | None):
         raise ValueError(f"Expected a program to load into, an nn.Module; got {into!r}.")
     folder, target = Path(path), device_of(device)
     spec = _checked_spec(folder)
@@ -156,11 +155,17 @@ def load(
         program.to(target, getattr(torch, spec["dtype"])).train(spec["training"])
     else:
         program = into
-    if isinstance(program, VAE):
+    if not isinstance(program, VAE):
+        load_state(program, state, folder)
+        return program
+    before = program.units, program.is_initialized
+    try:
         _allocate_units(program, spec["parts"].get("units"), state, folder)
-    load_state(program, state, folder)
-    if isinstance(program, VAE):
-        program.follow_units()
+        load_state(program, state, folder)
+    except ValueError:
+        program.units, program.is_initialized = before
+        raise
+    program.follow_units()
     return program
 
 
@@ -186,34 +191,51 @@ def _checked_spec(folder: Path) -> dict[str, Any]:
     if not (folder / _SPEC).exists():
         raise ValueError(f"Expected a folder with {_SPEC}; got {folder}, which has none.")
     spec = read_json(folder / _SPEC)
-    if spec.get("format") != _FORMAT and isinstance(spec.get("format"), str):
-        raise ValueError(
-            f"{folder / _SPEC} has the format {spec['format']!r}; this version reads {_FORMAT!r}. "
-            "Load it with the version of pyro_vae that wrote it."
-        )
-    is_complete = all(isinstance(spec.get(key), kind) for key, kind in _KEYS.items())
-    if not is_complete or spec["dtype"] not in _DTYPES:
-        raise ValueError(
-            f"Expected {folder / _SPEC} to be a specification of pyro_vae; got another."
-        )
-    parts = spec["parts"]
-    unknown = sorted(spec.keys() - _KEYS.keys()) + sorted(parts.keys() - _PARTS.keys())
-    for name, part in parts.items():
-        if name in _PARTS and (not isinstance(part, dict) or part.get("version") != _PARTS[name]):
-            unknown.append(f"another version of {name}")
+    match spec:
+        case {"format": str() as written} if written != _FORMAT:
+            raise ValueError(
+                f"{folder / _SPEC} has the format {written!r}; this version reads {_FORMAT!r}. "
+                "Load it with the version of pyro_vae that wrote it."
+            )
+        case {
+            "format": str(),
+            "parts": dict() as parts,
+            "dtype": str() as dtype,
+            "training": bool(),
+            "versions": dict(),
+            "sha256": dict() as digests,
+            **others,
+        } if dtype in _DTYPES:
+            unknown = sorted(others) + sorted(parts.keys() - _PARTS.keys())
+        case _:
+            raise ValueError(
+                f"Expected {folder / _SPEC} to be a specification of pyro_vae; got another."
+            )
+    for name, version in _PARTS.items():
+        match parts.get(name, {"version": version}):
+            case {"version": found} if found == version:
+                pass
+            case _:
+                unknown.append(f"another version of {name}")
     if unknown:
         raise ValueError(
             f"{folder / _SPEC} holds {', '.join(unknown)}, which this version does not know. Load "
             "it with a newer version of pyro_vae."
         )
     with _of_few_levels(folder):
-        is_as_saved = spec["sha256"].pop(_SPEC, None) == _digest(spec)
+        is_as_saved = digests.pop(_SPEC, None) == _digest(spec)
     if not is_as_saved:
         raise ValueError(f"Expected {folder / _SPEC} as it was saved; got an altered file.")
-    if _WEIGHTS not in spec["sha256"]:
+    if _WEIGHTS not in digests:
         raise ValueError(f"Expected {folder / _SPEC} to record {_WEIGHTS}; got no such record.")
-    for name, digest in spec["sha256"].items():
-        _check_file(folder, name, digest)
+    for name, digest in digests.items():
+        file = (folder / name).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            raise ValueError(f"Expected files inside {folder}; got a record of {name}.")
+        if not file.is_file():
+            raise ValueError(f"Expected {name} in {folder}; got no such file.")
+        if sha256(file) != digest:
+            raise ValueError(f"Expected {file} as it was saved; got an altered file.")
     return spec
 
 
@@ -231,69 +253,37 @@ def _digest(spec: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
 
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-
-def _check_file(folder: Path, name: str, digest: str) -> None:
-    file = (folder / name).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise ValueError(f"Expected files inside {folder}; got a record of {name}.")
-    if not file.is_file():
-        raise ValueError(f"Expected {name} in {folder}; got no such file.")
-    if sha256(file) != digest:
-        raise ValueError(f"Expected {file} as it was saved; got an altered file.")
-
-
-def _versions() -> dict[str, str]:
-    packages = {"pyro_vae": "pyro-vae", "torch": "torch", "pyro": "pyro-ppl"}
-    versions = {"python": platform.python_version()}
-    for name, package in packages.items():
-        try:
-            versions[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        name = f"value.{len(tensors)}"
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, tuple | list):
-        return [_encode(item, tensors) for item in value]
-    if isinstance(value, Predicted | Shared):
-        return {"parameter": type(value).__name__, **_encode_call((), vars(value), tensors)}
-    if isinstance(value, type):
-        return _encode_class(value)
-    return _encode_member(value, tensors)
-
-
-def _encode_class(value: type) -> dict[str, str]:
-    for kind, module in (("distribution", dist), ("activation", nn)):
-        if vars(module).get(value.__name__) is value:
-            return {kind: value.__name__}
-    return {"foreign": f"{value.__module__}.{value.__qualname__}"}
-
-
-def _encode_member(value: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if type(value) is nn.Identity:
-        return {"member": "Identity"}
-    for name, kind in _members().items():
-        if type(value) is kind:
-            args, kwargs = value.arguments()
-            return {"member": name, **_encode_call(args, kwargs, tensors)}
-    return {"foreign": f"{type(value).__module__}.{type(value).__qualname__}"}
-
-
-def _encode_call(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
+    """An argument of a constructor as JSON; its tensors are added to `tensors`."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Tensor():
+            name = f"value.{len(tensors)}"
+            tensors[name] = value
+            return {"tensor": name}
+        case tuple() | list():
+            return [_encode(item, tensors) for item in value]
+        case type():
+            kind: type = value
+            for room, module in (("distribution", dist), ("activation", nn)):
+                if vars(module).get(kind.__name__) is kind:
+                    return {room: kind.__name__}
+            return {"foreign": f"{kind.__module__}.{kind.__qualname__}"}
+        case Predicted() | Shared():
+            args: tuple[Any, ...] = ()
+            named, kwargs = {"parameter": type(value).__name__}, vars(value)
+        case _:
+            names, kind = {member: name for name, member in _members().items()}, type(value)
+            if kind is nn.Identity:
+                return {"member": "Identity"}
+            if kind not in names:
+                return {"foreign": f"{kind.__module__}.{kind.__qualname__}"}
+            named, (args, kwargs) = {"member": names[kind]}, value.arguments()
     return {
-        "args": [_encode(value, tensors) for value in args],
-        "kwargs": {name: _encode(value, tensors) for name, value in kwargs.items()},
+        **named,
+        "args": [_encode(item, tensors) for item in args],
+        "kwargs": {word: _encode(item, tensors) for word, item in kwargs.items()},
     }
 
 
@@ -308,48 +298,37 @@ def _members() -> dict[str, type[Any]]:
 
 
 def _decode(spec: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(spec, list):
-        return tuple(_decode(item, tensors) for item in spec)
-    if not isinstance(spec, dict):
-        return spec
-    if "tensor" in spec:
-        name = _only(spec, "tensor")
-        if name not in tensors:
-            raise ValueError(f"Expected the tensor {name!r} beside the specification; got none.")
-        return tensors[name]
-    if "distribution" in spec:
-        return _class_of(dist, _only(spec, "distribution"), Distribution)
-    if "activation" in spec:
-        return _class_of(nn, _only(spec, "activation"), nn.Module)
-    if "parameter" in spec:
-        return _decode_call({"Predicted": Predicted, "Shared": Shared}, "parameter", spec, tensors)
-    return _decode_call({**_members(), "Identity": nn.Identity}, "member", spec, tensors)
-
-
-def _only(spec: dict[str, Any], key: str) -> str:
-    """The value of the only entry of a specification."""
-    if spec.keys() != {key} or not isinstance(spec[key], str):
-        raise _unknown(spec)
-    return str(spec[key])
-
-
-def _class_of(room: ModuleType, name: str, kind: type) -> type:
-    found = vars(room).get(name)
-    if name.startswith("_") or not (isinstance(found, type) and issubclass(found, kind)):
-        raise _unknown(f"{room.__name__}.{name}")
-    return found
-
-
-def _decode_call(
-    classes: Mapping[str, type], key: str, spec: dict[str, Any], tensors: dict[str, Tensor]
-) -> Any:
+    """The value that :func:`_encode` wrote. It may name members and distributions only."""
+    match spec:
+        case list():
+            return tuple(_decode(item, tensors) for item in spec)
+        case {"tensor": str() as name} if len(spec) == 1:
+            if name not in tensors:
+                raise ValueError(
+                    f"Expected the tensor {name!r} beside the specification; got none."
+                )
+            return tensors[name]
+        case {"distribution": str() as name} | {"activation": str() as name} if len(spec) == 1:
+            room, base = (dist, Distribution) if "distribution" in spec else (nn, nn.Module)
+            found = vars(room).get(name)
+            if name.startswith("_") or not (isinstance(found, type) and issubclass(found, base)):
+                raise _unknown(f"{room.__name__}.{name}")
+            return found
+        case {"tensor": _} | {"distribution": _} | {"activation": _}:
+            raise _unknown(spec)
+        case {"parameter": _}:
+            key, classes = "parameter", {"Predicted": Predicted, "Shared": Shared}
+        case dict():
+            key, classes = "member", {**_members(), "Identity": nn.Identity}
+        case _:
+            return spec
     name, args, kwargs = spec.get(key), spec.get("args", []), spec.get("kwargs", {})
     if not isinstance(name, str) or name not in classes or spec.keys() - {key, "args", "kwargs"}:
         raise _unknown(spec.get("foreign", name))
     if not (isinstance(args, list) and isinstance(kwargs, dict)):
         raise ValueError(f"Expected arguments of {name} in a specification; got {args}, {kwargs}.")
     given = [_decode(value, tensors) for value in args]
-    named = {key: _decode(value, tensors) for key, value in kwargs.items()}
+    named = {word: _decode(value, tensors) for word, value in kwargs.items()}
     try:
         return classes[name](*given, **named)
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
