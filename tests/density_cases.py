@@ -30,13 +30,18 @@ LOGITS = [
 
 
 class Law(NamedTuple):
-    """A class of Pyro, its log-density in many digits, and points: parameters and a value each."""
+    """How to make a density of a class or of its mended version, its log-density in many digits.
 
-    kind: Any
+    A point has parameters and a value, each a number: `value0` and `value1` are those of a vector.
+    Derivatives are measured in units: by the logarithm of a positive parameter, by scales of a
+    location.
+    """
+
+    make: Callable[..., Any]
     reference: Callable[..., Any]
     points: Callable[[], Iterator[Point]]
-    units: Callable[[Point], dict[str, float]]  # in which a derivative is measured
-    has_kink: Callable[[Point], bool] = lambda point: False
+    units: Callable[[Point], dict[str, float]]
+    fixed: frozenset[str] = frozenset()  # what has no derivative
 
 
 class Errors(NamedTuple):
@@ -52,8 +57,13 @@ def single(x: float) -> float:
     return float(np.float32(x))
 
 
-def at(x: Any, **parameters: float) -> Point:
-    return {"value": single(x), **{name: single(v) for name, v in parameters.items()}}
+def at(value: float, **others: float) -> Point:
+    """A point of float32 numbers."""
+    return {name: single(v) for name, v in {"value": value, **others}.items()}
+
+
+def vector(**numbers: float) -> Point:
+    return {name: single(v) for name, v in numbers.items()}
 
 
 def whole(mean: float, spread: float, most: float = MOST) -> set[float]:
@@ -92,6 +102,12 @@ def continuous_bernoulli(value: Any, logits: Any) -> Any:
 def gamma(value: Any, concentration: Any, rate: Any) -> Any:
     kernel = (concentration - 1) * mp.log(value) - rate * value
     return kernel + concentration * mp.log(rate) - mp.loggamma(concentration)
+
+
+def weibull(value: Any, scale: Any, concentration: Any) -> Any:
+    logs = mp.log(value / scale)
+    kernel = (concentration - 1) * logs - mp.exp(concentration * logs)
+    return mp.log(concentration / scale) + kernel
 
 
 def beta(value: Any, concentration1: Any, concentration0: Any) -> Any:
@@ -156,11 +172,19 @@ def of_gamma() -> Iterator[Point]:
             yield at(max(centre * share, 1e-30), concentration=concentration, rate=rate)
 
 
+def of_weibull() -> Iterator[Point]:
+    for concentration, scale in itertools.product(SIZES[1:-1], (1e-6, 1.0, 1e4)):
+        for quantile in (1e-6, 0.1, 0.5, 0.9, 1.0 - 1e-6):
+            logs = math.log(-math.log1p(-quantile)) / concentration
+            value = scale * math.exp(min(max(logs, -50.0), 50.0))
+            yield at(value, scale=scale, concentration=concentration)
+
+
 def of_beta() -> Iterator[Point]:
     for size, mean in itertools.product(SIZES, (0.5, 1e-3, 0.999)):
         one, zero = max(size * mean, 1e-13), max(size * (1.0 - mean), 1e-13)
         spread = (mean * (1.0 - mean) / (size + 1.0)) ** 0.5
-        values = {mean + step * spread for step in STEPS} | {1e-30, 0.01, 1.0 - 6e-8}
+        values = {mean + step * spread for step in STEPS} | {1e-20, 0.01, 1.0 - 6e-8}
         for value in sorted(value for value in values if 0.0 < single(value) < 1.0):
             yield at(value, concentration1=one, concentration0=zero)
 
@@ -193,80 +217,170 @@ def of_beta_binomial() -> Iterator[Point]:
             yield at(value, total_count=total, concentration1=one, concentration0=zero)
 
 
-def as_it_is(point: Point) -> dict[str, float]:
-    """Derivatives of positive parameters by their logarithms, others as they are."""
-    return {name: 1.0 if name == "logits" else max(abs(v), 1e-6) for name, v in point.items()}
+def of_categories() -> Iterator[Point]:
+    for size in (0.0, 1.0, 100.0, 1e5, 3e6):
+        for value in (0.0, 1.0, 2.0):
+            yield at(value, logits0=size, logits1=size - 1.0, logits2=0.0)
+
+
+def of_plane() -> Iterator[Point]:
+    """Deviations of standard normal variables, mapped by a lower triangle (first, mixed, last)."""
+    for first, mixed, last in itertools.product(
+        (1e-3, 1.0), (0.0, 1.0, -100.0), (1e-6, 1e-3, 1.0)
+    ):
+        for one, two in itertools.product((0.0, 1.0, -5.0), (0.5, -5.0)):
+            values = {"value0": 0.3 + first * one, "value1": -2.0 + mixed * one + last * two}
+            yield vector(**values, loc0=0.3, loc1=-2.0, first=first, mixed=mixed, last=last)
+
+
+def of_factor() -> Iterator[Point]:
+    for one, two, scale in itertools.product((1.0, 1e3), (1.0, -1e3), (1e-6, 1e-3, 1.0)):
+        for step, noise in itertools.product((0.0, 1.0, -5.0), (-1.0, 5.0)):
+            values = {"value0": step * one, "value1": step * two + noise * scale**0.5}
+            yield vector(**values, factor0=one, factor1=two, scale0=scale, scale1=2.0 * scale)
+
+
+def triangular(**p: Any) -> Any:
+    one = (p["value0"] - p["loc0"]) / p["first"]
+    two = (p["value1"] - p["loc1"] - p["mixed"] * one) / p["last"]
+    return normal(one, 0, 1) + normal(two, 0, 1) - mp.log(p["first"]) - mp.log(p["last"])
+
+
+def low_rank(**p: Any) -> Any:
+    one, two = p["factor0"], p["factor1"]
+    above, below = one**2 + p["scale0"], two**2 + p["scale1"]
+    det = p["scale0"] * p["scale1"] + one**2 * p["scale1"] + two**2 * p["scale0"]
+    across = 2 * one * two * p["value0"] * p["value1"]
+    squares = p["value0"] ** 2 * below + p["value1"] ** 2 * above - across
+    return -squares / det / 2 - mp.log(det) / 2 - mp.log(2 * mp.pi)
+
+
+def of_triangle(kind: Any, **p: Tensor) -> Any:
+    rows = [stacked(p["first"], torch.zeros_like(p["first"])), stacked(p["mixed"], p["last"])]
+    return kind(stacked(p["loc0"], p["loc1"]), scale_tril=torch.stack(rows, -2))
+
+
+def of_low_rank(kind: Any, **p: Tensor) -> Any:
+    factor, scales = stacked(p["factor0"], p["factor1"]), stacked(p["scale0"], p["scale1"])
+    return kind(torch.zeros_like(scales), factor[..., None], scales)
+
+
+def stacked(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors, -1)
+
+
+def natural(point: Point) -> dict[str, float]:
+    """Derivatives of logits as they are, of other parameters by their logarithms."""
+    return {name: 1.0 if "logits" in name else abs(v) or 1.0 for name, v in point.items()}
 
 
 def in_scales(point: Point) -> dict[str, float]:
-    return as_it_is(point) | {"loc": point["scale"], "value": point["scale"]}
+    return natural(point) | {"loc": point["scale"], "value": point["scale"]}
 
 
-LAWS = {
-    "Bernoulli": Law(
+def made(kind: Any, **parameters: Tensor) -> Any:
+    return kind(**parameters, validate_args=False)
+
+
+COUNT = frozenset({"value", "total_count"})
+
+LAWS: dict[str, tuple[Any, Law]] = {
+    "Bernoulli": (
         dist.Bernoulli,
-        lambda value, logits: value * logits - softplus(logits),
-        of_logits,
-        as_it_is,
+        Law(
+            made,
+            lambda value, logits: value * logits - softplus(logits),
+            of_logits,
+            natural,
+            COUNT,
+        ),
     ),
-    "Beta": Law(dist.Beta, beta, of_beta, as_it_is),
-    "BetaBinomial": Law(dist.BetaBinomial, beta_binomial, of_beta_binomial, as_it_is),
-    "Binomial": Law(dist.Binomial, binomial, of_binomial, as_it_is),
-    "ContinuousBernoulli": Law(dist.ContinuousBernoulli, continuous_bernoulli, of_grey, as_it_is),
-    "Gamma": Law(dist.Gamma, gamma, of_gamma, as_it_is),
-    "Laplace": Law(
+    "Beta": (dist.Beta, Law(made, beta, of_beta, natural)),
+    "BetaBinomial": (
+        dist.BetaBinomial,
+        Law(made, beta_binomial, of_beta_binomial, natural, COUNT),
+    ),
+    "Binomial": (dist.Binomial, Law(made, binomial, of_binomial, natural, COUNT)),
+    "Categorical": (
+        dist.Categorical,
+        Law(
+            lambda kind, **p: kind(logits=stacked(p["logits0"], p["logits1"], p["logits2"])),
+            lambda value, **p: p[f"logits{int(value)}"] - mp.log(sum(map(mp.exp, p.values()))),
+            of_categories,
+            natural,
+            COUNT,
+        ),
+    ),
+    "ContinuousBernoulli": (
+        dist.ContinuousBernoulli,
+        Law(made, continuous_bernoulli, of_grey, lambda point: dict.fromkeys(point, 1.0)),
+    ),
+    "Gamma": (dist.Gamma, Law(made, gamma, of_gamma, natural)),
+    "Laplace": (
         dist.Laplace,
-        lambda value, loc, scale: -abs(value - loc) / scale - mp.log(2 * scale),
-        of_location,
-        in_scales,
+        Law(
+            made,
+            lambda value, loc, scale: -abs(value - loc) / scale - mp.log(2 * scale),
+            of_location,
+            in_scales,
+        ),
     ),
-    "LogNormal": Law(
+    "LogNormal": (
         dist.LogNormal,
-        lambda value, loc, scale: normal(mp.log(value), loc, scale) - mp.log(value),
-        of_log_normal,
-        lambda point: in_scales(point) | {"value": point["value"]},
+        Law(
+            made,
+            lambda value, loc, scale: normal(mp.log(value), loc, scale) - mp.log(value),
+            of_log_normal,
+            lambda point: in_scales(point) | {"value": point["value"]},
+        ),
     ),
-    "NegativeBinomial": Law(
-        dist.NegativeBinomial, negative_binomial, of_negative_binomial, as_it_is
+    "LowRankMultivariateNormal": (
+        dist.LowRankMultivariateNormal,
+        Law(of_low_rank, low_rank, of_factor, natural, frozenset({"value"})),
     ),
-    "Normal": Law(dist.Normal, normal, of_location, in_scales),
-    "Poisson": Law(dist.Poisson, poisson, of_poisson, as_it_is),
-    "StudentT": Law(dist.StudentT, student_t, of_t, in_scales),
+    "MultivariateNormal": (
+        dist.MultivariateNormal,
+        Law(of_triangle, triangular, of_plane, natural, frozenset({"value"})),
+    ),
+    "NegativeBinomial": (
+        dist.NegativeBinomial,
+        Law(made, negative_binomial, of_negative_binomial, natural, frozenset({"value"})),
+    ),
+    "Normal": (dist.Normal, Law(made, normal, of_location, in_scales)),
+    "Poisson": (dist.Poisson, Law(made, poisson, of_poisson, natural, COUNT)),
+    "Weibull": (dist.Weibull, Law(made, weibull, of_weibull, natural)),
+    "StudentT": (dist.StudentT, Law(made, student_t, of_t, in_scales)),
 }
 
 
-def errors_of(law: Law, kind: Any = None) -> Errors:
+def errors_of(name: str, mended: Callable[[Any], Any] = scored) -> Errors:
     """The errors of a float32 log-density and of its derivatives, in nats per 1000 nats or less.
 
-    Beyond 1000 nats an error counts in proportion, as float32 holds 7 digits. Derivatives are by
-    the logarithm of positive parameters, and by scales of locations and of values.
+    Beyond 1000 nats an error counts in proportion, as float32 holds 7 digits.
     """
+    kind, law = LAWS[name]
     points = list(law.points())
-    names = [
-        name for name in points[0] if name != "total_count" or law.kind is dist.NegativeBinomial
-    ]
-    tensors = {name: torch.tensor([point[name] for point in points]) for name in points[0]}
-    is_discrete = law.reference in (poisson, binomial, negative_binomial, beta_binomial)
-    slopes = [n for n in names if n != "value" or not (is_discrete or law.kind is dist.Bernoulli)]
-    for name in slopes:
-        tensors[name].requires_grad_()
-    parameters = {name: tensor for name, tensor in tensors.items() if name != "value"}
-    made = (kind or scored(law.kind))(**parameters, validate_args=False)
-    log_prob: Tensor = made.log_prob(tensors["value"])
+    tensors = {key: torch.tensor([point[key] for point in points]) for key in points[0]}
+    slopes = [key for key in tensors if key not in law.fixed]
+    for key in slopes:
+        tensors[key].requires_grad_()
+    values = [tensor for key, tensor in tensors.items() if key.startswith("value")]
+    parameters = {key: tensor for key, tensor in tensors.items() if not key.startswith("value")}
+    density = law.make(mended(kind), **parameters)
+    log_prob = density.log_prob(values[0] if len(values) == 1 else stacked(*values))
     assert log_prob.dtype == torch.float32
-    found = torch.autograd.grad(log_prob.sum(), [tensors[name] for name in slopes])
-    exact = [{name: mp.mpf(v) for name, v in point.items()} for point in points]
+    found = torch.autograd.grad(log_prob.sum(), [tensors[key] for key in slopes])
+    exact = [{key: mp.mpf(v) for key, v in point.items()} for point in points]
     true = [law.reference(**point) for point in exact]
     units = [law.units(point) for point in points]
     by_name = {}
-    for name, slope in zip(slopes, found, strict=True):
-        wanted = [
-            derivative(law, p, name, unit[name]) for p, unit in zip(exact, units, strict=True)
-        ]
-        ours = [mp.mpf(float(s)) * unit[name] for s, unit in zip(slope, units, strict=True)]
-        by_name[name] = proportional(ours, wanted)
-    ours = [mp.mpf(float(p)) for p in log_prob.detach()]
-    return Errors(points, np.array([float(t) for t in true]), proportional(ours, true), by_name)
+    for key, slope in zip(slopes, found, strict=True):
+        pairs = zip(exact, units, strict=True)
+        wanted = [derivative(law, point, key, unit[key]) for point, unit in pairs]
+        ours = [mp.mpf(s) * unit[key] for s, unit in zip(slope.tolist(), units, strict=True)]
+        by_name[key] = proportional(ours, wanted)
+    error = proportional(list(map(mp.mpf, log_prob.tolist())), true)
+    return Errors(points, np.array([float(t) for t in true]), error, by_name)
 
 
 def derivative(law: Law, point: dict[str, Any], name: str, unit: float) -> Any:

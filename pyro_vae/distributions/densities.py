@@ -24,6 +24,7 @@ __all__ = [
     "MultivariateNormal",
     "Normal",
     "StudentT",
+    "Weibull",
     "scored",
     "to_event",
 ]
@@ -57,6 +58,7 @@ def scored(distribution: Any) -> Any:
         dist.Normal: Normal,
         dist.Poisson: counts.Poisson,
         dist.StudentT: StudentT,
+        dist.Weibull: Weibull,
     }.get(distribution, distribution)
 
 
@@ -156,6 +158,23 @@ class Gamma(dist.Gamma):  # type: ignore[misc]
         shape, rate = once(self.concentration).double(), once(self.rate).double()
         log_prob = _deviance(shape, rate * value.double() / shape) + (rate / shape).log()
         return rounded(log_prob - stirling_rest(shape), value, self.rate)
+
+
+class Weibull(dist.Weibull):  # type: ignore[misc]
+    """Pyro's Weibull, with a log-density in float64."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns log p(value).
+
+        Arguments:
+            value: Positive numbers, of a shape that broadcasts with the parameters.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        shape, scale = once(self.concentration).double(), once(self.scale).double()
+        ratio = value.double() / scale
+        kernel = torch.xlogy(shape - 1.0, ratio) - ratio**shape
+        return rounded(kernel + (shape / scale).log(), value, self.scale)
 
 
 class Beta(dist.Beta):  # type: ignore[misc]
@@ -309,10 +328,14 @@ class MultivariateNormal(dist.MultivariateNormal):  # type: ignore[misc]
 
 
 class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):  # type: ignore[misc]
-    """Pyro's low-rank multivariate normal, with Woodbury's identity in float64.
+    r"""Pyro's low-rank multivariate normal, in float64 and as a least-squares problem.
 
-    In float32 the identity subtracts numbers whose ratio is the condition of the covariance, and
-    the Cholesky factor of its inner matrix fails for factors of ordinary size.
+    .. math:: (x - \mu)^\top (W W^\top + D)^{-1} (x - \mu)
+        = \min_c\; (x - \mu - W c)^\top D^{-1} (x - \mu - W c) + c^\top c
+
+    Woodbury's identity, which torch uses, subtracts numbers whose ratio to the result is that of
+    :math:`W W^\top` to D; and the Cholesky factor of its inner matrix fails in float32 for
+    factors of ordinary size.
     """
 
     def __init__(
@@ -345,13 +368,20 @@ class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):  # type: ignore
         """
         if self._validate_args:
             self._validate_sample(value)
-        exact = dist.LowRankMultivariateNormal(
-            self.loc.double(),
+        factor, scales = (
             self._unbroadcasted_cov_factor.double(),
             self._unbroadcasted_cov_diag.double(),
-            validate_args=False,
         )
-        return rounded(exact.log_prob(value.double()), value[..., 0], self.loc[..., 0])
+        away, weighted = value.double() - self.loc, (factor / scales[..., None]).mT
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        inner = identity + weighted @ factor
+        tril = torch.linalg.cholesky(inner)
+        shared = torch.cholesky_solve(weighted @ away[..., None], tril)
+        rest = away - (factor @ shared)[..., 0]
+        squares = (rest**2 / scales).sum(-1) + (shared**2).sum((-2, -1))
+        log_scales = 0.5 * scales.log().sum(-1) + tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_prob = -0.5 * squares - log_scales - self._event_shape[0] * HALF_LOG_2PI
+        return rounded(log_prob, value[..., 0], self.loc[..., 0])
 
 
 def to_event(base: Any, dims: int) -> Any:
