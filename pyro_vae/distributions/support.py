@@ -29,6 +29,8 @@ def check_finite(x: Tensor) -> None:
 def check_support(example: Distribution, x: Tensor, name: str) -> None:
     """Refuses values outside the support, or at an edge where the log-density is infinite.
 
+    Counts that the dtype of x cannot tell from their neighbours are refused, too.
+
     If the bounds of the support are learned, or the distribution has no support, it accepts all.
 
     Arguments:
@@ -60,6 +62,12 @@ def check_support(example: Distribution, x: Tensor, name: str) -> None:
         raise ValueError(
             f"Expected data in the support of {name}, {_describe(base)}{remark}; got "
             f"{_place(x, outside)}."
+        )
+    most = 2.0 / torch.finfo(x.dtype).eps if base.is_discrete and x.is_floating_point() else None
+    if most is not None and (large := x.abs() >= most).any():
+        raise ValueError(
+            f"Expected counts below {most:.0f}, since {x.dtype} does not hold all whole numbers "
+            f"above; got {_place(x, large)}. Call .double() on the program."
         )
 
 
