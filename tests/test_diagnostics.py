@@ -284,7 +284,8 @@ def test_compare_puts_the_best_first() -> None:
     )
     assert table.loc["wrong", "difference_se"] < table.loc["wrong", "se"]
     np.testing.assert_allclose(table["elbo_se"], table["se"])
-    assert table.columns.to_list()[-3:] == ["elbo", "elbo_se", "pareto_k_over"]
+    last = ["elbo", "elbo_se", "pareto_k_over", "pareto_k_missing", "note"]
+    assert table.columns.to_list()[-5:] == last
     assert "training seed" in table.attrs["remark"]
     assert table.attrs["num_samples"] == 50
     assert table.attrs["num_rows"] == 60
@@ -305,6 +306,26 @@ def test_a_ranking_has_a_summary_and_a_plot() -> None:
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["true", "wrong"]
     assert table.plot(ax=axes) is figure
+
+
+def test_a_ranking_says_where_the_error_is_unknown() -> None:
+    programs, x = true_and_wrong()
+    bad = LinearGaussian(programs["true"].weight.detach(), factor=0.4)
+    given = {"exact": programs["true"], "bad": bad}
+    with pytest.warns(UserWarning, match="for 'bad'"):
+        table = compare(given, x, 400, seed=0, progress=False)
+    over = int(pv.log_evidence(bad, x, 400, seed=0, progress=False).is_over().sum())
+    assert over > 30
+    note = f"error unknown in {over} of 60 rows"
+    assert table["note"].to_dict() == {"exact": "", "bad": note}
+    assert f"Notes on log p(x): 'bad': {note}. The error is unknown if" in table.summary()
+    assert "Notes" not in compare({"exact": programs["true"]}, x, 400, seed=0).summary()
+    few = compare({"exact": programs["true"], "again": programs["true"]}, x, 20, seed=0)
+    assert (few["pareto_k_over"] == 0).all()  # the weights of the posterior itself are constant
+    narrow = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
+    few = compare({"narrow": narrow}, x, 20, seed=0)
+    assert (few.loc["narrow", "pareto_k_over"], few.loc["narrow", "pareto_k_missing"]) == (0, 1)
+    assert "Notes on log p(x): 'narrow': k not known in 60 of 60 rows." in few.summary()
 
 
 def test_compare_draws_a_seed_of_its_own() -> None:

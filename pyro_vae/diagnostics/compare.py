@@ -49,6 +49,13 @@ class Ranking(pd.DataFrame):
                 f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
             )
         lines.append(_trend_sentence(self))
+        if noted := [f"{n!r}: {note}" for n, note in self["note"].items() if note]:
+            lines.append(
+                f"Notes on log p(x): {'; '.join(noted)}. The error is unknown if Pareto k is over "
+                f"{self.attrs['good_k']:.2f}; log p(x) is then too low, by more than the change "
+                "with the draws, and a difference from it has an unknown error too. Without a k, "
+                "which needs more than 20 draws, nothing is known of the error."
+            )
         return " ".join([*lines, self.attrs["remark"]])
 
     def plot(self, *, ax: Axes | None = None) -> Canvas:  # type: ignore[override]
@@ -77,9 +84,9 @@ def compare(
     """Compares programs by the mean log p(x) of the same rows, held out from their training.
 
     Each estimate of log p(x) is biased downwards, more so for a worse guide, so a difference is
-    biased too. The change of a difference from S / 4 draws to S shows how large its bias may be.
-    If it is larger than the standard error of the difference, a warning says so. All numbers are
-    in nats per row.
+    biased too. The change of a difference from S / 4 draws to S shows that a bias is left, but not
+    how large it is: usually several times the change. If the change is larger than the standard
+    error of the difference, a warning says so. All numbers are in nats per row.
 
     Arguments:
         programs: Modules with methods `model(x)` and `guide(x)`, by name.
@@ -96,9 +103,11 @@ def compare(
         A table with one line a program, the best first, and equal ones in the order given:
         `log_evidence` and its standard error `se` over rows; `difference` from the best, row by
         row, and its `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error
-        `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`.
-        Its `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`. It has the
-        methods :meth:`Ranking.summary` and :meth:`Ranking.plot`.
+        `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`;
+        `pareto_k_missing`, the share of rows whose k is NaN, as with 20 draws or fewer; and a
+        `note`: in how many rows the error of log p(x) is unknown, or k is not known. Its
+        `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`. It has the methods
+        :meth:`Ranking.summary` and :meth:`Ranking.plot`.
 
         `trend` is the change from S / 4 to S draws: of log p(x) itself for the best program, of
         the difference from it for the others. A trend larger than its error means: draw more
@@ -176,7 +185,7 @@ def _table(evidence: dict[str, Evidence]) -> Ranking:
     return Ranking(pd.DataFrame.from_dict(rows, orient="index").rename_axis("model"))
 
 
-def _line(evidence: Evidence, best: Evidence) -> dict[str, float]:
+def _line(evidence: Evidence, best: Evidence) -> dict[str, float | str]:
     full, quarter, elbo = (
         evidence[name].to_numpy() for name in ("log_evidence", "log_evidence_quarter", "elbo")
     )
@@ -194,6 +203,8 @@ def _line(evidence: Evidence, best: Evidence) -> dict[str, float]:
         "elbo": elbo.mean(),
         "elbo_se": standard_error(elbo),
         "pareto_k_over": evidence.is_over().mean(),
+        "pareto_k_missing": evidence["pareto_k"].isnull().to_numpy().mean(),
+        "note": evidence.note(),
     }
 
 
