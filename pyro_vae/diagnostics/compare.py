@@ -13,11 +13,11 @@ from torch import nn
 
 from .. import plots
 from ..data.read import read
-from ..elbos.chunks import MAX_ELEMENTS, data_sites
-from ..elbos.log_densities import programs_of, structure
-from ..engine.running import evaluating
+from ..elbos.chunks import MAX_ELEMENTS
+from ..elbos.log_densities import programs_of
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 from .naming import checked_names, naming
+from .observed import Observed, check_same_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,6 +83,10 @@ def compare(
 ) -> Ranking:
     """Compares programs by the mean log p(x) of the same rows, held out from their training.
 
+    The programs must score the same data: their observed values must be equal, cell by cell and
+    in the same units, under sites of any names and in any order. A program of log(x), of
+    standardised values, or of some of the columns is refused beside a program of x.
+
     Each estimate of log p(x) is biased downwards, more so for a worse guide, so a difference is
     biased too. The change of a difference from S / 4 draws to S shows that a bias is left, but not
     how large it is: usually several times the change. If the change is larger than the standard
@@ -114,8 +118,9 @@ def compare(
         samples.
 
     Raises:
-        ValueError: If there is no program, one of them is not a program, or their likelihoods have
-            different base measures: a mass function cannot be compared with a density.
+        ValueError: If there is no program, one of them is not a program, or they do not score the
+            same data: other values, other units, other columns, another mask or `pyro.factor`, or
+            a mass function beside a density.
 
     Example:
         >>> import pyro_vae as pv
@@ -129,7 +134,15 @@ def compare(
         'binomial' has the largest mean log p(x):
     """
     programs = checked_names("programs", programs)
-    _check_measures(programs, x, context, weights)
+    found = {}
+    for name, program in programs.items():
+        with naming(f"program {name!r}"):
+            programs_of(program)
+            rows = read(x, program, context=context, weights=weights)
+            if len(programs) > 1:
+                found[name] = Observed.of(program, rows, max_elements)
+    if found:
+        check_same_data(found, rows.labels)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     evidence = {}
     for name, program in programs.items():
@@ -150,31 +163,6 @@ def compare(
     if _doubtful(table):
         warnings.warn(_trend_sentence(table), UserWarning, stacklevel=2)
     return table
-
-
-def _check_measures(
-    programs: Mapping[str, nn.Module], x: object, context: object, weights: object
-) -> None:
-    """Checks that all likelihoods are mass functions, or all are densities, site by site."""
-    measures: dict[str, dict[str, str]] = {}
-    for name, program in programs.items():
-        with naming(f"program {name!r}"):
-            programs_of(program)
-            rows = read(x, program, context=context, weights=weights)
-            with evaluating(program):
-                known = structure(program, rows.head(2, program))
-        sites = data_sites(known)
-        measures[name] = {s: "mass" if known.discrete[s] else "density" for s in sites}
-    (first, expected), *others = measures.items()
-    for name, measure in others:
-        is_same = measure == expected
-        if measure.keys() != expected.keys():
-            is_same = sorted(measure.values()) == sorted(expected.values())
-        if not is_same:
-            raise ValueError(
-                f"Expected likelihoods with one base measure; got {expected} in {first!r} and "
-                f"{measure} in {name!r}. A mass function cannot be compared with a density."
-            )
 
 
 def _table(evidence: dict[str, Evidence]) -> Ranking:

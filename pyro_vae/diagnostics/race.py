@@ -23,6 +23,7 @@ from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
 from ..elbos import Objective
+from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of, structure
 from ..engine.progress import progress_bar
 from ..engine.running import seeded
@@ -31,6 +32,7 @@ from ..evidence.pareto_k import good_k
 from ..training.fit import Transform, fit
 from ..training.history import History, NonFiniteError
 from .naming import checked_names, naming
+from .observed import Observed, check_same_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -209,7 +211,8 @@ def race(
         A :class:`Race`.
 
     Raises:
-        ValueError: If an argument is invalid, or an estimator does not support the program. Then
+        ValueError: If an argument is invalid, an estimator does not support the program, or the
+            programs of different seeds do not score the same data, as for :func:`compare`. Then
             nothing is trained.
 
     Example:
@@ -341,6 +344,10 @@ class _Entrants:
             with naming(f"estimator {name!r}"):
                 Objective(*programs_of(program), elbo).check(known)
         log_evidence(program, rows[:2], 4, seed=self.seed, progress=False)
+        if len(self.seeds) > 1:
+            programs = {f"seed {s}": self.program(s) for s in self.seeds}
+            found = {n: Observed.of(p, rows, MAX_ELEMENTS) for n, p in programs.items()}
+            check_same_data(found, rows.labels)
         return train, rows
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:
