@@ -1,5 +1,6 @@
 """The command line: its input, its files, its texts and its errors."""
 
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import xarray as xr
 import pyro_vae as pv
 from pyro_vae.cli import main, member, runs, specs
 from pyro_vae.cli.commands import ELBOS
+from pyro_vae.cli.judgement import Judgement
 from pyro_vae.cli.members import members
 from pyro_vae.data.files import read_tensors
 
@@ -310,6 +312,32 @@ def test_compare_elbos_if_log_evidence_has_a_closed_form(
     assert "The reference of log p(x) is exact. The reference" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("k", "words"),
+    [
+        ([0.1, -math.inf, 0.3], ["but not the variation", "0 of 3 rows"]),
+        ([0.1, 0.9, 0.95], ["error unknown in 2 of 3 rows", "too low by an unknown amount"]),
+        ([0.1, math.nan, 0.2], ["Pareto k not known", "k not known in 1 of 3 rows", "than 20"]),
+        ([math.nan] * 3, ["0 of 3 rows; fewer", "k not known in 3 of 3 rows", "than 20 draws"]),
+        ([0.9, math.nan, 0.2], ["error unknown in 1 of 3 rows, k not known in 1 of 3 rows"]),
+    ],
+)
+def test_evidence_of_unknown_error_is_named(
+    k: list[float],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    vae = pv.VAE(4, 2, pv.likelihoods.Normal(), seed=0)
+    evidence = pv.log_evidence(vae, torch.zeros(3, 4), 40, seed=0)
+    evidence["pareto_k"] = ("datum", np.array(k))
+    active = pv.diagnostics.active_units(vae, torch.zeros(3, 4), seed=0)
+    Judgement(evidence, active).show("three rows")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert [word for word in words if word not in printed] == []
 
 
 def test_a_point_mass_has_no_evidence(table: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -284,7 +284,8 @@ def test_compare_puts_the_best_first() -> None:
     )
     assert table.loc["wrong", "difference_se"] < table.loc["wrong", "se"]
     np.testing.assert_allclose(table["elbo_se"], table["se"])
-    assert table.columns.to_list()[-3:] == ["elbo", "elbo_se", "pareto_k_over"]
+    last = ["elbo", "elbo_se", "pareto_k_over", "pareto_k_missing", "note"]
+    assert table.columns.to_list()[-5:] == last
     assert "training seed" in table.attrs["remark"]
     assert table.attrs["num_samples"] == 50
     assert table.attrs["num_rows"] == 60
@@ -305,6 +306,26 @@ def test_a_ranking_has_a_summary_and_a_plot() -> None:
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["true", "wrong"]
     assert table.plot(ax=axes) is figure
+
+
+def test_a_ranking_says_where_the_error_is_unknown() -> None:
+    programs, x = true_and_wrong()
+    bad = LinearGaussian(programs["true"].weight.detach(), factor=0.4)
+    given = {"exact": programs["true"], "bad": bad}
+    with pytest.warns(UserWarning, match="for 'bad'"):
+        table = compare(given, x, 400, seed=0, progress=False)
+    over = int(pv.log_evidence(bad, x, 400, seed=0, progress=False).is_over().sum())
+    assert over > 30
+    note = f"error unknown in {over} of 60 rows"
+    assert table["note"].to_dict() == {"exact": "", "bad": note}
+    assert f"Notes on log p(x): 'bad': {note}. The error is unknown if" in table.summary()
+    assert "Notes" not in compare({"exact": programs["true"]}, x, 400, seed=0).summary()
+    few = compare({"exact": programs["true"], "again": programs["true"]}, x, 20, seed=0)
+    assert (few["pareto_k_over"] == 0).all()  # the weights of the posterior itself are constant
+    narrow = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
+    few = compare({"narrow": narrow}, x, 20, seed=0)
+    assert (few.loc["narrow", "pareto_k_over"], few.loc["narrow", "pareto_k_missing"]) == (0, 1)
+    assert "Notes on log p(x): 'narrow': k not known in 60 of 60 rows." in few.summary()
 
 
 def test_compare_draws_a_seed_of_its_own() -> None:
@@ -360,7 +381,7 @@ def delta() -> nn.Module:
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "mass beside density": (
         lambda: compare({"a": vae(), "b": other(pv.likelihoods.Normal())}, COUNTS),
-        "'mass'.*'a'.*'density'.*'b'.*cannot be compared",
+        "'a' and 'b' have different base measures: a mass function and a density for x.0.",
     ),
     "nothing": (lambda: compare({}, COUNTS), "dict of programs"),
     "a list": (lambda: compare([vae()], COUNTS), "dict of programs"),  # type: ignore[arg-type]
@@ -409,6 +430,87 @@ def test_active_units_draw_a_seed_and_record_it() -> None:
     assert one.attrs["seed"] != two.attrs["seed"]
     again = active_units(program, x, 5, seed=one.attrs["seed"])
     pd.testing.assert_frame_equal(again, one)
+
+
+class Units(nn.Module):
+    """One latent that follows x and one that is drawn from the prior; both in units of `unit`."""
+
+    def __init__(self, prior: Callable[[Tensor], Any], unit: float, *, level: bool) -> None:
+        super().__init__()
+        self.unit = nn.Parameter(torch.tensor(unit, dtype=torch.float64))
+        self.prior, self.level = prior, level
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            level = torch.zeros_like(x)
+            if self.level:
+                level = pyro.sample("level", dist.Normal(0 * self.unit, self.unit))
+            u = pyro.sample("u", self.prior(self.unit))
+            pyro.sample("idle", self.prior(self.unit))
+            z = pyro.sample("z", dist.Normal(level, self.unit)) if self.level else u
+            pyro.sample("x", dist.Normal((u + z) / self.unit, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            if self.level:
+                pyro.sample("level", dist.Normal(x * self.unit, self.unit))
+                pyro.sample("z", dist.Normal(0 * self.unit, self.unit))
+            low = self.unit * (0.2 + 2 * torch.sigmoid(3 * x))
+            pyro.sample("u", dist.Uniform(low, low + self.unit))
+            pyro.sample("idle", self.prior(self.unit))
+
+
+def shifted(unit: Tensor) -> Any:
+    normal = dist.Normal(torch.zeros_like(unit), torch.ones_like(unit))
+    return dist.TransformedDistribution(normal, [dist.transforms.AffineTransform(0.0, unit)])
+
+
+PRIORS: dict[str, Callable[[Tensor], Any]] = {
+    "normal": lambda unit: dist.Normal(0 * unit, unit),
+    "uniform": lambda unit: dist.Uniform(0 * unit, 4 * unit),
+    "gamma": lambda unit: dist.Gamma(2.0, 1 / unit),
+    "student t, of infinite variance": lambda unit: dist.StudentT(2.0, 0 * unit, unit),
+    "cauchy, without a mean": lambda unit: dist.Cauchy(0 * unit, unit),
+    "without moments in closed form": shifted,
+}
+
+
+@pytest.mark.parametrize("level", [False, True])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_units_are_active_on_the_scale_of_the_prior(prior: str, level: bool) -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, *others = (
+        active_units(Units(PRIORS[prior], unit, level=level), x, 60, seed=0, progress=False)
+        for unit in (1.0, 1e-6, 1e4)
+    )
+    expected = {"u": True, "idle": False} | ({"level": True, "z": False} if level else {})
+    assert one["active"].to_dict() == expected
+    if prior in ("normal", "without moments in closed form"):
+        assert one.loc["idle", "within"] == pytest.approx(1.0, rel=0.1)
+    for other, unit in zip(others, (1e-6, 1e4)):
+        np.testing.assert_allclose(other["prior_scale"], unit * one["prior_scale"])
+        pd.testing.assert_frame_equal(
+            other.drop(columns="prior_scale"), one.drop(columns="prior_scale")
+        )
+    if level:  # var(z) = var(level) + 1
+        assert one.loc["z", "prior_scale"] == pytest.approx(2**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [10, 50, 300])
+@pytest.mark.parametrize("num_samples", [2, 3, 10])
+def test_units_without_data_are_not_active_by_chance(rows: int, num_samples: int) -> None:
+    dead = LinearGaussian(torch.zeros(2, 300))
+    x = torch.zeros(rows, 2, dtype=torch.float64)
+    table = active_units(dead, x, num_samples, seed=0, progress=False)
+    assert (table["variance"] > 0.01).mean() > 0.1 or num_samples == 10
+    assert table["active"].mean() <= 0.01
+    assert table["variance"].std() == pytest.approx(table["se"].mean(), rel=0.25)
+
+
+@pytest.mark.parametrize(("rows", "num_samples"), [(10, 10), (100, 2), (100, 10)])
+def test_units_that_move_are_active_with_few_draws_or_rows(rows: int, num_samples: int) -> None:
+    program, x = linear_gaussian(rows=rows)
+    assert active_units(program, x, num_samples, seed=0, progress=False)["active"].all()
 
 
 class Schools(nn.Module):

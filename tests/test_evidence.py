@@ -277,7 +277,7 @@ def test_the_result_is_a_data_set_with_a_summary_and_a_picture() -> None:
     assert repr(evidence).startswith("<xarray.Evidence>")
     assert isinstance(evidence.isel(datum=slice(2)), Evidence)
     table = evidence.summary()
-    assert table.columns.to_list() == ["mean", "se", "mcse"]
+    assert table.columns.to_list() == ["mean", "se", "mcse", "note"]
     assert table.loc["elbo", "mean"] == pytest.approx(float(evidence["elbo"].mean()))
     figure = evidence.plot()
     axes = figure.subplots()
@@ -305,13 +305,40 @@ def test_estimates_of_zero_weights_warn_of_nothing() -> None:
     assert values["ess"][1] == pytest.approx(50)
 
 
-def test_summary_counts_what_is_not_known_to_be_good() -> None:
+def test_rows_without_a_reliable_k_are_noted() -> None:
     values = estimates(log_weights(0.9, 1000, rows=4))
     values["pareto_k"] = np.array([0.1, 0.9, np.nan, -np.inf])
     evidence = Evidence(
         {name: ("datum", value) for name, value in values.items()}, attrs={"good_k": 0.67}
     )
-    assert evidence.summary().loc["pareto_k_over", "mean"] == 0.5
+    table = evidence.summary()
+    assert table.loc["pareto_k_over", "mean"] == 0.25
+    assert table.loc["pareto_k_missing", "mean"] == 0.25
+    note = "error unknown in 1 of 4 rows, k not known in 1 of 4 rows"
+    for name in ("log_evidence", "log_evidence_quarter", "gap"):
+        assert table.loc[name, "note"] == note
+    for name in ("elbo", "pareto_k_over", "pareto_k_missing"):
+        assert table.loc[name, "note"] == ""
+
+
+@pytest.mark.parametrize("num_samples", [4, 5, 16, 20, 21, 400])
+@pytest.mark.parametrize("factor", [1.0, 0.9, 0.4])
+def test_each_row_has_a_note(factor: float, num_samples: int) -> None:
+    program, x = linear_gaussian(rows=30, factor=factor)
+    evidence = log_evidence(program, x, num_samples, seed=0)
+    k, notes = evidence["pareto_k"].to_numpy(), evidence["note"].to_numpy()
+    assert np.isnan(k).all() == (num_samples <= 20 and factor < 1)
+    assert ((notes == "error unknown") == (k > evidence.attrs["good_k"])).all()
+    assert ((notes == "k not known") == np.isnan(k)).all()
+    assert ((notes == "ok") == (k <= evidence.attrs["good_k"])).all()
+    assert evidence.to_dataframe()["note"].to_list() == notes.tolist()
+    if num_samples <= 20:
+        table = evidence.summary()
+        assert table.loc["pareto_k_over", "mean"] == 0
+        assert table.loc["pareto_k_missing", "mean"] == (factor < 1)
+        assert table.loc["gap", "note"] == ("k not known in 30 of 30 rows" if factor < 1 else "")
+    if (factor, num_samples) == (0.4, 400):
+        assert "error unknown in" in evidence.summary().loc["log_evidence", "note"]
 
 
 def delta_vae() -> nn.Module:

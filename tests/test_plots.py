@@ -133,6 +133,9 @@ def test_axes_are_labelled() -> None:
     (axes,) = plots.pareto_k(evidence()).axes
     assert axes.get_xlabel() == "row"
     assert axes.get_ylabel() == "Pareto k of the importance weights"
+    unknown = evidence()
+    unknown["pareto_k"][:3] = np.nan
+    assert "k not known in 3" in plots.pareto_k(unknown).axes[0].get_title()
     (axes,) = plots.prior_samples(Covariate(), x=COVARIATES).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("column", "y")
     (axes,) = plots.prior_samples(TABLE_OF_WINES).axes

@@ -1,5 +1,6 @@
 """race: the same start for all, paired differences, standard errors, and how it ends."""
 
+import copy
 import datetime
 import importlib
 import itertools
@@ -17,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import linear_gaussian
 from small_vae import GREY, X, small
 from torch import Tensor, nn
 
@@ -124,6 +126,22 @@ def test_a_summary_and_a_plot() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == table.index.to_list()
     assert axes.get_xlabel() == "difference from one ± 2 s.e., nats per row"
     assert found.plot(ax=axes) is figure
+
+
+def test_the_rows_of_unknown_error_are_named() -> None:
+    few = race(seeds=[3])
+    assert (few.table["pareto_k_over"] == 0).all()
+    assert (few.runs["pareto_k_missing"] == 1).all()
+    assert "Pareto k is not known, and so neither is the error, in 100% of the rows of" in (
+        few.summary()
+    )
+    program, x = linear_gaussian(rows=30, factor=0.4)
+    options: dict[str, Any] = {"seeds": [3], "num_samples": 200, "budget": 1, "held_out": x[:20]}
+    many = race(lambda seed: copy.deepcopy(program), x, {"one": Trace_ELBO()}, **options)
+    over = many.table.loc["one", "pareto_k_over"]
+    assert 0 < over < 1
+    expected = f"The error is unknown (Pareto k over 0.57) in {over:.0%} of the rows of 'one'."
+    assert expected in many.summary()
 
 
 def test_a_seed_is_drawn_and_recorded() -> None:

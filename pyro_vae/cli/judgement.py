@@ -74,6 +74,7 @@ class Judgement:
         if self.evidence is not None:
             summary, attrs = self.evidence.summary(), self.evidence.attrs
             means, errors = (dict(summary[column].items()) for column in ("mean", "se"))
+            notes = dict(summary["note"].items())
             limit, size = attrs["good_k"], attrs["num_samples"]
             for name, label, meaning in (
                 ("elbo", "ELBO", "lower bound"),
@@ -81,22 +82,41 @@ class Judgement:
                 ("log_evidence_quarter", f"log p(x), S = {size // 4}", "trend in S"),
             ):
                 value, error = f"{means[name]:.2f}", f"{errors[name]:.2f}"
-                table.add_row(label, value, error, f"{meaning}, nats per row")
-            over, rows = means["pareto_k_over"], self.evidence.sizes["datum"]
+                meaning = f"{meaning}, nats per row"
+                if note := notes[name]:
+                    meaning = f"{meaning}; {note}"
+                table.add_row(label, value, error, meaning)
+            over, missing = means["pareto_k_over"], means["pareto_k_missing"]
+            rows = self.evidence.sizes["datum"]
             meaning = f"{round(over * rows)} of {rows} rows; fewer is better"
             table.add_row(f"Pareto k over {limit:.2f}", f"{over:.1%}", "", meaning)
-            advice = (
-                "The standard errors cover rows and draws for these weights, but not the "
-                "variation between training seeds."
-                if over <= MOST_OVER
-                else f"Pareto k is over its limit in more than {MOST_OVER:.0%} of the rows. "
-                "There, log p(x) is too low by an unknown amount. Try more draws (--num-samples), "
-                "a richer posterior, or a likelihood with a larger spread."
-            )
+            if missing:
+                meaning = f"{round(missing * rows)} of {rows} rows; it needs more than 20 draws"
+                table.add_row("Pareto k not known", f"{missing:.1%}", "", meaning)
+            advice = _advice(over, missing)
         used = f"{int(self.active['active'].sum())} of {len(self.active)}"
         table.add_row("active units", used, "", "dims that depend on the data")
         console.print(table)
         console.print(advice, highlight=False)
+
+
+def _advice(over: float, missing: float) -> str:
+    """The advice for the shares of rows whose Pareto k is over its limit, or is not known."""
+    if over > MOST_OVER:
+        return (
+            f"Pareto k is over its limit in more than {MOST_OVER:.0%} of the rows. "
+            "There, log p(x) is too low by an unknown amount. Try more draws (--num-samples), "
+            "a richer posterior, or a likelihood with a larger spread."
+        )
+    if missing:
+        return (
+            "Where Pareto k is not known, the error of log p(x) is not known either. Use more "
+            "than 20 draws (--num-samples)."
+        )
+    return (
+        "The standard errors cover rows and draws for these weights, but not the variation "
+        "between training seeds."
+    )
 
 
 def show_estimators(comparison: Comparison, title: str) -> None:

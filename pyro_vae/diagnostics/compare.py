@@ -13,11 +13,11 @@ from torch import nn
 
 from .. import plots
 from ..data.read import read
-from ..elbos.chunks import MAX_ELEMENTS, data_sites
-from ..elbos.log_densities import programs_of, structure
-from ..engine.running import evaluating
+from ..elbos.chunks import MAX_ELEMENTS
+from ..elbos.log_densities import programs_of
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 from .naming import checked_names, naming
+from .observed import Observed, check_same_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +49,13 @@ class Ranking(pd.DataFrame):
                 f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
             )
         lines.append(_trend_sentence(self))
+        if noted := [f"{n!r}: {note}" for n, note in self["note"].items() if note]:
+            lines.append(
+                f"Notes on log p(x): {'; '.join(noted)}. The error is unknown if Pareto k is over "
+                f"{self.attrs['good_k']:.2f}; log p(x) is then too low, by more than the change "
+                "with the draws, and a difference from it has an unknown error too. Without a k, "
+                "which needs more than 20 draws, nothing is known of the error."
+            )
         return " ".join([*lines, self.attrs["remark"]])
 
     def plot(self, *, ax: Axes | None = None) -> Canvas:  # type: ignore[override]
@@ -76,10 +83,14 @@ def compare(
 ) -> Ranking:
     """Compares programs by the mean log p(x) of the same rows, held out from their training.
 
+    The programs must score the same data: their observed values must be equal, cell by cell and
+    in the same units, under sites of any names and in any order. A program of log(x), of
+    standardised values, or of some of the columns is refused beside a program of x.
+
     Each estimate of log p(x) is biased downwards, more so for a worse guide, so a difference is
-    biased too. The change of a difference from S / 4 draws to S shows how large its bias may be.
-    If it is larger than the standard error of the difference, a warning says so. All numbers are
-    in nats per row.
+    biased too. The change of a difference from S / 4 draws to S shows that a bias is left, but not
+    how large it is: usually several times the change. If the change is larger than the standard
+    error of the difference, a warning says so. All numbers are in nats per row.
 
     Arguments:
         programs: Modules with methods `model(x)` and `guide(x)`, by name.
@@ -96,17 +107,20 @@ def compare(
         A table with one line a program, the best first, and equal ones in the order given:
         `log_evidence` and its standard error `se` over rows; `difference` from the best, row by
         row, and its `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error
-        `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`.
-        Its `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`. It has the
-        methods :meth:`Ranking.summary` and :meth:`Ranking.plot`.
+        `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`;
+        `pareto_k_missing`, the share of rows whose k is NaN, as with 20 draws or fewer; and a
+        `note`: in how many rows the error of log p(x) is unknown, or k is not known. Its
+        `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`. It has the methods
+        :meth:`Ranking.summary` and :meth:`Ranking.plot`.
 
         `trend` is the change from S / 4 to S draws: of log p(x) itself for the best program, of
         the difference from it for the others. A trend larger than its error means: draw more
         samples.
 
     Raises:
-        ValueError: If there is no program, one of them is not a program, or their likelihoods have
-            different base measures: a mass function cannot be compared with a density.
+        ValueError: If there is no program, one of them is not a program, or they do not score the
+            same data: other values, other units, other columns, another mask or `pyro.factor`, or
+            a mass function beside a density.
 
     Example:
         >>> import pyro_vae as pv
@@ -120,7 +134,15 @@ def compare(
         'binomial' has the largest mean log p(x):
     """
     programs = checked_names("programs", programs)
-    _check_measures(programs, x, context, weights)
+    found = {}
+    for name, program in programs.items():
+        with naming(f"program {name!r}"):
+            programs_of(program)
+            rows = read(x, program, context=context, weights=weights)
+            if len(programs) > 1:
+                found[name] = Observed.of(program, rows, max_elements)
+    if found:
+        check_same_data(found, rows.labels)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     evidence = {}
     for name, program in programs.items():
@@ -143,31 +165,6 @@ def compare(
     return table
 
 
-def _check_measures(
-    programs: Mapping[str, nn.Module], x: object, context: object, weights: object
-) -> None:
-    """Checks that all likelihoods are mass functions, or all are densities, site by site."""
-    measures: dict[str, dict[str, str]] = {}
-    for name, program in programs.items():
-        with naming(f"program {name!r}"):
-            programs_of(program)
-            rows = read(x, program, context=context, weights=weights)
-            with evaluating(program):
-                known = structure(program, rows.head(2, program))
-        sites = data_sites(known)
-        measures[name] = {s: "mass" if known.discrete[s] else "density" for s in sites}
-    (first, expected), *others = measures.items()
-    for name, measure in others:
-        is_same = measure == expected
-        if measure.keys() != expected.keys():
-            is_same = sorted(measure.values()) == sorted(expected.values())
-        if not is_same:
-            raise ValueError(
-                f"Expected likelihoods with one base measure; got {expected} in {first!r} and "
-                f"{measure} in {name!r}. A mass function cannot be compared with a density."
-            )
-
-
 def _table(evidence: dict[str, Evidence]) -> Ranking:
     means = {name: float(data["log_evidence"].mean()) for name, data in evidence.items()}
     order = sorted(means, key=lambda name: np.inf if np.isnan(means[name]) else -means[name])
@@ -176,7 +173,7 @@ def _table(evidence: dict[str, Evidence]) -> Ranking:
     return Ranking(pd.DataFrame.from_dict(rows, orient="index").rename_axis("model"))
 
 
-def _line(evidence: Evidence, best: Evidence) -> dict[str, float]:
+def _line(evidence: Evidence, best: Evidence) -> dict[str, float | str]:
     full, quarter, elbo = (
         evidence[name].to_numpy() for name in ("log_evidence", "log_evidence_quarter", "elbo")
     )
@@ -194,6 +191,8 @@ def _line(evidence: Evidence, best: Evidence) -> dict[str, float]:
         "elbo": elbo.mean(),
         "elbo_se": standard_error(elbo),
         "pareto_k_over": evidence.is_over().mean(),
+        "pareto_k_missing": evidence["pareto_k"].isnull().to_numpy().mean(),
+        "note": evidence.note(),
     }
 
 

@@ -504,10 +504,12 @@ class _Run:
             parts.append(estimates(torch.cat(weights).cpu().numpy()))
             give_memory_back()
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        over = (~(found["pareto_k"] <= good_k(num_samples))).mean()
+        over, missing = found["pareto_k"] > good_k(num_samples), np.isnan(found["pareto_k"])
         label = f"IWAE({num_samples}), a lower bound"
-        if over > 0.1:
-            label = f"{label} (too low: Pareto k over its limit in {over:.0%} of rows)"
+        if over.mean() > 0.1:
+            label = f"{label} (too low: Pareto k over its limit in {over.mean():.0%} of rows)"
+        elif missing.mean() > 0.1:
+            label = f"{label} (of unknown error: Pareto k needs more than 20 draws)"
         error = np.sqrt(np.square(found["mcse"]).sum()) / len(self.rows)
         return float(found["log_evidence"].mean()), float(error), label, gradients
 

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pyro.infer
 import torch
-import xarray as xr
 from torch import nn
 
 from .. import plots
@@ -24,14 +23,16 @@ from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
 from ..elbos import Objective
+from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of, structure
 from ..engine.progress import progress_bar
 from ..engine.running import seeded
-from ..evidence.log_evidence import log_evidence
+from ..evidence.log_evidence import Evidence, log_evidence
 from ..evidence.pareto_k import good_k
 from ..training.fit import Transform, fit
 from ..training.history import History, NonFiniteError
 from .naming import checked_names, naming
+from .observed import Observed, check_same_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +57,9 @@ COLUMNS = [
     "seconds",
     "epochs",
     "pareto_k_over",
+    "pareto_k_missing",
 ]
-RUN_COLUMNS = ["log_evidence", "se", "elbo", "seconds", "epochs", "pareto_k_over", "stopped"]
+RUN_COLUMNS = [*COLUMNS[:2], *COLUMNS[4:], "stopped"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,12 +72,13 @@ class Race:
             rows, and its standard error `se`; `difference` from the first of `elbos`, in pairs of
             seeds and rows, and its `difference_se`; `elbo`, the bound at one draw, of the held-out
             rows like log p(x). Means over seeds are the `seconds` of training, the number of
-            `epochs`, and `pareto_k_over`, the share of rows whose Pareto k is over `good_k`. Its
-            `attrs` hold `num_samples`, `num_rows`, `seeds`, `budget`, `seed`, `good_k`, `first`
-            (the estimator of the differences) and a `remark`.
+            `epochs`, `pareto_k_over`, the share of rows whose Pareto k is over `good_k`, so that
+            their error is unknown, and `pareto_k_missing`, the share of rows whose k is NaN, as
+            with 20 draws or fewer. Its `attrs` hold `num_samples`, `num_rows`, `seeds`, `budget`,
+            `seed`, `good_k`, `first` (the estimator of the differences) and a `remark`.
         runs: The same for each training, indexed by `estimator` and `seed`, in the order of the
             trainings: `log_evidence`, its `se` over rows, `elbo`, `seconds`, `epochs`,
-            `pareto_k_over` and `stopped`, the reason why it ended: one of
+            `pareto_k_over`, `pareto_k_missing` and `stopped`, the reason why it ended: one of
             :class:`pyro_vae.History`, or `"not finite"`.
         stopped: `"finished"`; `"interrupted"` if Ctrl-C came before the last training was
             evaluated (the means are then over the seeds that each estimator has); `"running"`
@@ -114,6 +117,13 @@ class Race:
             )
         for name in self.table.index.difference(ranked.index, sort=False):
             lines.append(f"{name!r} has no result.")
+        for column, meaning in (
+            ("pareto_k_over", f"The error is unknown (Pareto k over {attrs['good_k']:.2f})"),
+            ("pareto_k_missing", "Pareto k is not known, and so neither is the error,"),
+        ):
+            shares = [f"{v:.0%} of the rows of {n!r}" for n, v in ranked[column].items() if v > 0]
+            if shares:
+                lines.append(f"{meaning} in {', '.join(shares)}.")
         return " ".join([*lines, f"Remark: {attrs['remark']}."])
 
     def plot(self, *, ax: Axes | None = None) -> Canvas:
@@ -201,7 +211,8 @@ def race(
         A :class:`Race`.
 
     Raises:
-        ValueError: If an argument is invalid, or an estimator does not support the program. Then
+        ValueError: If an argument is invalid, an estimator does not support the program, or the
+            programs of different seeds do not score the same data, as for :func:`compare`. Then
             nothing is trained.
 
     Example:
@@ -212,7 +223,7 @@ def race(
         >>> options = {"seeds": [0, 1], "budget": 2, "num_samples": 10, "seed": 0}
         >>> result = race(build, torch.ones(64, 4), elbos, **options)
         >>> sorted(result.table.index), result.runs.shape
-        (['ELBO', 'IWAE'], (4, 7))
+        (['ELBO', 'IWAE'], (4, 8))
     """
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     entrants = _Entrants(
@@ -259,16 +270,17 @@ class _Run:
     """One training and its evidence, which is `None` if the loss became NaN or infinite."""
 
     history: History
-    evidence: xr.Dataset | None
+    evidence: Evidence | None
 
     def values(self, name: str, rows: int) -> np.ndarray:
         return np.full(rows, math.nan) if self.evidence is None else self.evidence[name].to_numpy()
 
     def line(self, rows: int) -> dict[str, float | str]:
         log_evidence = self.values("log_evidence", rows)
-        over = math.nan
+        over = missing = math.nan
         if self.evidence is not None:
-            over = (~(self.values("pareto_k", rows) <= self.evidence.attrs["good_k"])).mean()
+            over = self.evidence.is_over().mean()
+            missing = np.isnan(self.values("pareto_k", rows)).mean()
         table = self.history.table
         return {
             "log_evidence": log_evidence.mean(),
@@ -277,6 +289,7 @@ class _Run:
             "seconds": table["seconds"].sum() if len(table) else 0.0,
             "epochs": len(table),
             "pareto_k_over": over,
+            "pareto_k_missing": missing,
             "stopped": self.history.stopped,
         }
 
@@ -331,6 +344,10 @@ class _Entrants:
             with naming(f"estimator {name!r}"):
                 Objective(*programs_of(program), elbo).check(known)
         log_evidence(program, rows[:2], 4, seed=self.seed, progress=False)
+        if len(self.seeds) > 1:
+            programs = {f"seed {s}": self.program(s) for s in self.seeds}
+            found = {n: Observed.of(p, rows, MAX_ELEMENTS) for n, p in programs.items()}
+            check_same_data(found, rows.labels)
         return train, rows
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:

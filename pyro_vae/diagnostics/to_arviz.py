@@ -1,16 +1,13 @@
 """Draws from a program in the format of ArviZ."""
 
 import dataclasses
-import math
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent
 
 from ..data.checks import checked_count
 from ..data.read import read
@@ -34,6 +31,7 @@ from ..elbos.log_densities import (
 )
 from ..engine.running import evaluating, seeded
 from ..evidence.log_evidence import estimates, labelled
+from .observed import observed_cells
 from .shared_latents import shared_draws
 
 __all__ = ["to_arviz"]
@@ -144,7 +142,7 @@ def _shared_tree(
     with evaluating(program), seeded(seed):
         with seeded(0):
             nodes = poutine.trace(programs_of(program)[0]).get_trace(row).nodes
-        values = {name: _by_rows(nodes[name], known) for name in data_sites(known)}
+        values = {name: observed_cells(nodes[name], known) for name in data_sites(known)}
         observed = {name: value.cpu().numpy() for name, value in values.items()}
         num_predictive = _num_predictive(
             num_predictive, num_samples, {"observed_data": observed}, max_elements
@@ -232,46 +230,8 @@ class _Run:
 
     def observed(self, x: Row) -> Groups:
         trace = poutine.trace(self.program.model).get_trace(x)
-        values = {name: _by_rows(trace.nodes[name], self.known) for name in self.data_sites}
+        values = {name: observed_cells(trace.nodes[name], self.known) for name in self.data_sites}
         return {"observed_data": {name: v.cpu().numpy() for name, v in values.items()}}
-
-
-def _by_rows(site: Any, known: Structure) -> Tensor:
-    value: Tensor = site["value"]
-    events = len(site["fn"].event_shape)
-    value = value.expand(torch.broadcast_shapes(value.shape, site["fn"].shape()))
-    if not (scored := _is_scored(site)).all():
-        value = (value if value.is_floating_point() else value.double()).where(
-            scored.to(value.device), math.nan
-        )
-    plates = known.max_plate_nesting
-    value = value.reshape((1,) * (plates + events - value.ndim) + value.shape)
-    frames = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-    inner = [value.shape[dim - events] for dim in sorted(frames - {known.rows_dim})]
-    value = value.movedim(known.rows_dim - events, 0)
-    return torch.reshape(value, (len(value), *inner, *value.shape[plates:]))
-
-
-def _is_scored(site: Any) -> Tensor:
-    """Whether each cell of a site is in its density: not masked by a handler or a distribution.
-
-    Returns:
-        Booleans that broadcast to the site's value.
-    """
-    distribution = site["fn"]
-    scored = _of_cells(site["mask"], len(distribution.event_shape))
-    while isinstance(distribution, MaskedDistribution | Independent | ExpandedDistribution):
-        if isinstance(distribution, MaskedDistribution):
-            mask = distribution._mask
-            scored = scored & _of_cells(mask, len(distribution.event_shape)).to(scored.device)
-        distribution = distribution.base_dist
-    return scored
-
-
-def _of_cells(mask: Any, event_dims: int) -> Tensor:
-    """Adds event dims to a mask over batch dims, so that it broadcasts to the cells."""
-    cells = torch.as_tensor(True if mask is None else mask)
-    return cells.reshape(cells.shape + (1,) * event_dims)
 
 
 def _values(parts: list[Densities], sites: tuple[str, ...]) -> dict[str, np.ndarray]:

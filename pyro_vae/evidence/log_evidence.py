@@ -20,7 +20,7 @@ from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
 from ..elbos.log_densities import log_densities, programs_of
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
-from .pareto_k import good_k, pareto_k
+from .pareto_k import good_k, note_on, notes, pareto_k
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ ATTRIBUTES = {
     "mcse": {
         "long_name": "Monte Carlo standard error of log_evidence (delta method)",
         "units": "nats",
-        "direction": "too small if pareto_k is high",
+        "direction": "too small by an unknown factor if pareto_k is over good_k",
     },
     "ess": {
         "long_name": "effective sample size of the importance weights",
@@ -95,10 +95,13 @@ class Evidence(xr.Dataset):
 
         Returns:
             Indexed by quantity: `log_evidence`, `elbo`, `log_evidence_quarter` and `gap`
-            (log_evidence - elbo), in nats per row, and `pareto_k_over`, the share of rows whose
-            Pareto k is over `good_k` or is not a number. The columns are the `mean`, its standard
-            error `se` over the rows (which includes the Monte Carlo error), and the Monte Carlo
-            error alone, `mcse` (NaN if it is not estimated).
+            (log_evidence - elbo), in nats per row; `pareto_k_over`, the share of rows whose
+            Pareto k is over `good_k`, and `pareto_k_missing`, the share of rows whose k is NaN, as
+            with 20 draws or fewer. The columns are the `mean`, its standard error `se` over the
+            rows (which includes the Monte Carlo error), the Monte Carlo error alone, `mcse` (NaN
+            if it is not estimated), and a `note`: in how many rows the error of log p(x) is
+            unknown, because k is over `good_k`, or k is not known. The note is empty if there are
+            none.
         """
         error_of = {
             "log_evidence": "mcse",
@@ -109,16 +112,25 @@ class Evidence(xr.Dataset):
         errors = {name: _combined(self[error].to_numpy()) for name, error in error_of.items()}
         means["gap"] = means["log_evidence"] - means["elbo"]
         means["pareto_k_over"] = self.is_over().astype(np.float64)
-        table = {
-            name: (values.mean(), standard_error(values), errors.get(name, math.nan))
-            for name, values in means.items()
+        means["pareto_k_missing"] = np.isnan(self["pareto_k"].to_numpy()).astype(np.float64)
+        note = self.note()
+        noted = dict.fromkeys(("log_evidence", "log_evidence_quarter", "gap"), note)
+        columns = {
+            "mean": {name: values.mean() for name, values in means.items()},
+            "se": {name: standard_error(values) for name, values in means.items()},
+            "mcse": {name: errors.get(name, math.nan) for name in means},
+            "note": {name: noted.get(name, "") for name in means},
         }
-        return pd.DataFrame.from_dict(table, orient="index", columns=["mean", "se", "mcse"])
+        return pd.DataFrame(columns, index=list(means))
 
     def is_over(self) -> np.ndarray:
-        """Returns for each row whether its Pareto k is over `good_k` or is not a number."""
-        is_over: np.ndarray = ~(self["pareto_k"].to_numpy() <= self.attrs["good_k"])
+        """Returns for each row whether its Pareto k is over `good_k`. It is not if k is NaN."""
+        is_over: np.ndarray = self["pareto_k"].to_numpy() > self.attrs["good_k"]
         return is_over
+
+    def note(self) -> str:
+        """Counts the rows whose error is unknown, and those whose Pareto k is not known."""
+        return note_on(notes(self["pareto_k"].to_numpy(), self.attrs["good_k"]))
 
     def plot(self, *, ax: Axes | None = None) -> Canvas:  # type: ignore[override]
         """Draws the Pareto k of each row: :func:`pyro_vae.plots.pareto_k`.
@@ -151,14 +163,15 @@ def log_evidence(
 
     The weights of the program are held fixed; only z is integrated out. In expectation the
     estimate is a lower bound of log p(x). The bound rises with S, and is further below log p(x)
-    for a guide that is further from the posterior. Its value at S / 4 shows how much may still be
-    missing.
+    for a guide that is further from the posterior. If its value at S / 4 is lower, something is
+    still missing; how much is not known, usually several times the change from S / 4 to S.
 
     The standard error, sd(w) / (sqrt(S) mean(w)), comes from the delta method. It depends on the
     draws that were made, not on rare large weights that were not drawn, so it is too small if
-    `pareto_k` is large. The weights are not Pareto-smoothed, because smoothing reduces the largest
-    weights and so increases the bias. Neither `log_evidence` nor `pareto_k` can show regions that
-    the guide never visits.
+    `pareto_k` is over `good_k`: such rows have the note `"error unknown"`. Rows without a k, which
+    needs more than 20 draws, have the note `"k not known"`. The weights are not
+    Pareto-smoothed, because smoothing reduces the largest weights and so increases the bias.
+    Neither `log_evidence` nor `pareto_k` can show regions that the guide never visits.
 
     The program runs in evaluation mode. Rows and draws are processed in chunks, so the memory
     does not grow with their number.
@@ -183,7 +196,8 @@ def log_evidence(
         `ess`, `pareto_k` (reliable up to the attribute `good_k`), `elbo`, its `elbo_mcse`, and
         `log_evidence_quarter`: the mean of the estimates from the four quarters of the draws
         (S // 4 each), with `log_evidence_quarter_mcse`, their standard deviation / sqrt(4). All
-        are in nats, except `ess` and `pareto_k`. It has the methods :meth:`Evidence.summary` and
+        are in nats, except `ess` and `pareto_k`. The coordinate `note` says in words whether the
+        error of a row is unknown. It has the methods :meth:`Evidence.summary` and
         :meth:`Evidence.plot`.
 
     Raises:
@@ -228,6 +242,7 @@ def log_evidence(
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
     found = labelled(values, rows.labels, num_samples, seed)
+    found.coords["note"] = ("datum", notes(values["pareto_k"], found.attrs["good_k"]))
     return Evidence(found.data_vars, found.coords, found.attrs)
 
 

@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 
-__all__ = ["good_k", "pareto_k"]
+__all__ = ["good_k", "note_on", "notes", "pareto_k"]
 
 PRIOR_DRAWS = 10
 MIN_TAIL = 5
 MAX_ELEMENTS = 2**17
 FLOAT32_NOISE = 1e-6
+OK, UNKNOWN, NO_K = "ok", "error unknown", "k not known"
 
 
 def good_k(num_samples: int) -> float:
@@ -28,6 +29,42 @@ def good_k(num_samples: int) -> float:
         (0.667, 0.7)
     """
     return min(1 - 1 / math.log10(num_samples), 0.7) if num_samples > 1 else -math.inf
+
+
+def notes(k: np.ndarray, limit: float) -> np.ndarray:
+    """Says for each row what its Pareto k means for the error of its log p(x).
+
+    Over the limit the standard error is too small and log p(x) too low, by unknown amounts.
+    Without a k (it needs more than 20 draws) neither is known.
+
+    Arguments:
+        k: The Pareto k of each row, shape (rows,).
+        limit: The result of :func:`good_k`.
+
+    Returns:
+        `"error unknown"` if k is over the limit, `"k not known"` if it is NaN, and otherwise
+        `"ok"`, shape (rows,).
+
+    Example:
+        >>> notes(np.array([0.2, 0.9, np.nan]), 0.67).tolist()
+        ['ok', 'error unknown', 'k not known']
+    """
+    return np.select([np.isnan(k), k > limit], [NO_K, UNKNOWN], OK)
+
+
+def note_on(notes: np.ndarray) -> str:
+    """Counts the rows with a note; an empty string if there are none.
+
+    Arguments:
+        notes: The result of :func:`notes`.
+
+    Example:
+        >>> note_on(np.array(["ok", "error unknown", "k not known", "error unknown"]))
+        'error unknown in 2 of 4 rows, k not known in 1 of 4 rows'
+    """
+    counts = {note: int((notes == note).sum()) for note in (UNKNOWN, NO_K)}
+    parts = [f"{note} in {count} of {len(notes)} rows" for note, count in counts.items() if count]
+    return ", ".join(parts)
 
 
 def pareto_k(log_weights: np.ndarray) -> np.ndarray:

@@ -37,20 +37,21 @@ def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
         raise ValueError(f"Expected evidence with the variable 'pareto_k'; got {list(evidence)}.")
     values = evidence["pareto_k"].to_numpy()
     limit = evidence.attrs.get("good_k", 0.7)
-    is_over, is_finite = ~(values <= limit), np.isfinite(values)
+    is_over, is_finite = values > limit, np.isfinite(values)
     places = np.arange(len(values))
     ncols = 3 if ax is None else 1
     figure, ax = new_axes(ax, (7.0, 4.0))
     for chosen, color, label in (
-        (is_finite & ~is_over, "C0", f"reliable: {(~is_over).mean():.1%} of rows"),
-        (is_finite & is_over, "C3", f"over the limit or not a number: {is_over.mean():.1%}"),
+        (is_finite & ~is_over, "C0", f"reliable: {(values <= limit).mean():.1%} of rows"),
+        (is_finite & is_over, "C3", f"over the limit, error unknown: {is_over.mean():.1%}"),
     ):
         ax.plot(places[chosen], values[chosen], ".", color=color, label=label, alpha=0.7)
     ax.axhline(limit, color="0.3", linestyle="--", linewidth=1.0, label=f"limit {limit:.2f}")
     ax.set(xlabel="row", ylabel="Pareto k of the importance weights")
     ax.set_xlim(-0.5 - 0.02 * len(values), len(values) - 0.5 + 0.02 * len(values))
-    missing = int((~is_finite).sum())
-    note = f", {missing} not finite and not drawn" if missing else ""
+    infinite, unknown = int(np.isinf(values).sum()), int(np.isnan(values).sum())
+    note = f", {infinite} infinite and not drawn" if infinite else ""
+    note += f", k not known in {unknown}" if unknown else ""
     ax.set_title(f"Reliability of log p(x), {len(values)} rows{note}")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=ncols, fontsize="small")
     return figure
