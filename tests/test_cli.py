@@ -335,7 +335,7 @@ def test_evidence_of_unknown_error_is_named(
     evidence = pv.log_evidence(vae, torch.zeros(3, 4), 40, seed=0)
     evidence["pareto_k"] = ("datum", np.array(k))
     active = pv.diagnostics.active_units(vae, torch.zeros(3, 4), seed=0)
-    Judgement(evidence, active).show("three rows")
+    Judgement(evidence, active, {}).show("three rows")
     printed = " ".join(capsys.readouterr().out.split())
     assert [word for word in words if word not in printed] == []
 

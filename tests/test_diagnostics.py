@@ -284,8 +284,8 @@ def test_compare_puts_the_best_first() -> None:
     )
     assert table.loc["wrong", "difference_se"] < table.loc["wrong", "se"]
     np.testing.assert_allclose(table["elbo_se"], table["se"])
-    last = ["elbo", "elbo_se", "pareto_k_over", "pareto_k_missing", "note"]
-    assert table.columns.to_list()[-5:] == last
+    last = ["elbo", "elbo_se", "pareto_k_over", "pareto_k_missing", "note", "below", "advice"]
+    assert table.columns.to_list()[-7:] == last
     assert "training seed" in table.attrs["remark"]
     assert table.attrs["num_samples"] == 50
     assert table.attrs["num_rows"] == 60

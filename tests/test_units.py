@@ -343,3 +343,26 @@ def test_pyros_own_svi_trains_after_initialize() -> None:
     for _ in range(300):
         svi.step(x)
     assert svi.evaluate_loss(x) / 150 < start - 1.0
+
+
+def test_compare_shows_the_baselines_and_marks_a_model_below_them() -> None:
+    train, test = IRIS[::2], IRIS[1::2]
+    good, bad = vae_of(pv.likelihoods.Normal()), vae_of(pv.likelihoods.Normal())
+    pv.fit(good, train, max_steps=1500, **QUICK | {"max_epochs": None})
+    pv.fit(bad, train, **QUICK)
+    with torch.no_grad():
+        bad.likelihood.shared["scale"] += 3.0
+    table = pv.compare({"good": good, "bad": bad}, test, 50, seed=0, progress=False)
+    baselines = table.attrs["baselines"]
+    assert set(baselines) == {
+        "independent columns of 'good'",
+        "independent columns of 'bad'",
+        "factor analysis",
+    }
+    wanted = good.baselines(test).independent_columns
+    assert baselines["independent columns of 'good'"][0] == pytest.approx(float(wanted.mean()))
+    assert table.loc["good", "below"] == ""
+    assert "independent columns of 'bad'" in table.loc["bad", "below"]
+    assert "has not converged" in table.loc["bad", "advice"]
+    assert "'bad' is below" in table.summary()
+    assert "For comparison, factor analysis" in table.summary()

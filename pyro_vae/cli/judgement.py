@@ -14,6 +14,8 @@ from ..diagnostics import Comparison, active_units
 from ..elbos.chunks import point_masses
 from ..engine.running import evaluating
 from ..evidence import Evidence, log_evidence
+from ..evidence.log_evidence import standard_error
+from ..programs.vae import VAE
 
 __all__ = ["Judgement", "show_estimators"]
 
@@ -27,10 +29,12 @@ class Judgement:
     Arguments:
         evidence: The result of `log_evidence`; `None` if the posterior is a point mass.
         active: The result of `active_units`.
+        baselines: log p(x) of each row under the baselines of a VAE, by name.
     """
 
     evidence: Evidence | None
     active: pd.DataFrame
+    baselines: dict[str, np.ndarray]
 
     @classmethod
     def of(cls, program: nn.Module, rows: Rows, num_samples: int, seed: int) -> "Judgement":
@@ -49,7 +53,11 @@ class Judgement:
         if has_density:
             shown = Console().is_terminal
             evidence = log_evidence(program, rows, num_samples, seed=seed, progress=shown)
-        return cls(evidence, active_units(program, rows, seed=seed))
+        baselines = {}
+        if isinstance(program, VAE) and program.is_initialized:
+            scores = program.baselines(rows).items()
+            baselines = {str(k).replace("_", " "): v.to_numpy() for k, v in scores}
+        return cls(evidence, active_units(program, rows, seed=seed), baselines)
 
     def frame(self) -> pd.DataFrame:
         """Returns the evidence, one line per row.
@@ -86,6 +94,11 @@ class Judgement:
                 if note := notes[name]:
                     meaning = f"{meaning}; {note}"
                 table.add_row(label, value, error, meaning)
+            for name, scores in self.baselines.items():
+                is_better = scores.mean() > means["log_evidence"]
+                meaning = "a simple model" + (": better than this VAE" if is_better else "")
+                error = f"{standard_error(scores):.2f}"
+                table.add_row(name, f"{scores.mean():.2f}", error, meaning)
             over, missing = means["pareto_k_over"], means["pareto_k_missing"]
             rows = self.evidence.sizes["datum"]
             meaning = f"{round(over * rows)} of {rows} rows; fewer is better"

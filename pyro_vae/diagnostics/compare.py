@@ -16,6 +16,7 @@ from ..data.read import read
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
+from ..programs.vae import VAE
 from .naming import checked_names, naming
 from .observed import Observed, check_same_data
 
@@ -49,6 +50,11 @@ class Ranking(pd.DataFrame):
                 f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
             )
         lines.append(_trend_sentence(self))
+        for name, (mean, error) in self.attrs.get("baselines", {}).items():
+            lines.append(f"For comparison, {name}: {mean:.3f} (s.e. {error:.3f}) nats per row.")
+        for name, line in self.iterrows():
+            if line["below"]:
+                lines.append(f"{name!r} is below {line['below']}: {line['advice']}.")
         if noted := [f"{n!r}: {note}" for n, note in self["note"].items() if note]:
             lines.append(
                 f"Notes on log p(x): {'; '.join(noted)}. The error is unknown if Pareto k is over "
@@ -109,8 +115,10 @@ def compare(
         row, and its `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error
         `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`;
         `pareto_k_missing`, the share of rows whose k is NaN, as with 20 draws or fewer; and a
-        `note`: in how many rows the error of log p(x) is unknown, or k is not known. Its
-        `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k` and a `remark`. It has the methods
+        `note`: in how many rows the error of log p(x) is unknown, or k is not known; `below`:
+        which baselines of the VAE (:meth:`pyro_vae.VAE.baselines`) have a larger mean log p(x),
+        and the `advice` then. Its `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k`, a
+        `remark` and the `baselines`, their means and standard errors by name. It has the methods
         :meth:`Ranking.summary` and :meth:`Ranking.plot`.
 
         `trend` is the change from S / 4 to S draws: of log p(x) itself for the best program, of
@@ -159,7 +167,13 @@ def compare(
             )
     table = _table(evidence)
     first = next(iter(evidence.values()))
-    table.attrs = {**first.attrs, "num_rows": first.sizes["datum"], "remark": REMARK}
+    baselines = _baselines(programs, x, table)
+    table.attrs = {
+        **first.attrs,
+        "num_rows": first.sizes["datum"],
+        "remark": REMARK,
+        "baselines": baselines,
+    }
     if _doubtful(table):
         warnings.warn(_trend_sentence(table), UserWarning, stacklevel=2)
     return table
@@ -171,6 +185,30 @@ def _table(evidence: dict[str, Evidence]) -> Ranking:
     best = order[0]
     rows = {name: _line(evidence[name], evidence[best]) for name in order}
     return Ranking(pd.DataFrame.from_dict(rows, orient="index").rename_axis("model"))
+
+
+def _baselines(
+    programs: Mapping[str, nn.Module], x: object, table: Ranking
+) -> dict[str, tuple[float, float]]:
+    """Scores the rows by the baselines of each VAE, and marks the VAEs that are below them."""
+    found: dict[str, tuple[float, float]] = {}
+    below, advice = {}, {}
+    means = dict(zip(table.index, table["log_evidence"].to_numpy(), strict=True))
+    for name, program in programs.items():
+        if not isinstance(program, VAE) or not program.is_initialized:
+            continue
+        better = []
+        for baseline, scores in program.baselines(x).items():
+            label = str(baseline).replace("_", " ")
+            label += f" of {name!r}" if baseline == "independent_columns" else ""
+            found[label] = float(scores.mean()), standard_error(scores.to_numpy())
+            if found[label][0] > means[name]:
+                better.append(label)
+        if better:
+            below[name], advice[name] = " and ".join(better), program.advice()
+    table["below"] = [below.get(str(name), "") for name in table.index]
+    table["advice"] = [advice.get(str(name), "") for name in table.index]
+    return found
 
 
 def _line(evidence: Evidence, best: Evidence) -> dict[str, float | str]:

@@ -130,6 +130,7 @@ class VAE(nn.Module):
             self.units = Units(x_shape)
             self.is_initialized = False
             self.degenerate: dict[str, list[int]] = {}
+            self.verdict: tuple[bool | None, str] | None = None
             with torch.autocast(like_of(self.encoder, self.decoder).device.type, enabled=False):
                 self._build()
 
@@ -330,6 +331,17 @@ class VAE(nn.Module):
             return []
         close = now["scale"].double() < 1.05 * least
         return close.expand(self.event_shape).flatten().nonzero().flatten().tolist()
+
+    def advice(self) -> str:
+        """Returns what to do first if the model is worse than a simple one, after a fit."""
+        if self.verdict is None:
+            return "it was not trained by fit, or was loaded from a file; look at its training"
+        converged, reason = self.verdict
+        if converged is not True:
+            return f"its fit has not converged ({reason}); train it for longer first"
+        if "overfit" in reason:
+            return f"its fit ended as {reason}; use more rows, a smaller network or weight_prior"
+        return f"its fit has converged ({reason}); use another likelihood, or more latents"
 
     def follow_units(self) -> None:
         """Passes the units to the likelihood, after they were learned or read from a file."""

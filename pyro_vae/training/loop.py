@@ -161,6 +161,8 @@ class Loop:
             if self.settings.averaged:
                 self._exchange(state.average)
         history = self._history(stopped)
+        if isinstance(state.program, VAE):
+            state.program.verdict = (history.converged, history.reason)
         with kept_modes(state.program):
             self.callback.on_end(history)
         return history
