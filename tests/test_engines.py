@@ -2,13 +2,16 @@
 
 import functools
 import gc
+import random
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.infer
@@ -17,7 +20,7 @@ import torch
 from cases import Case
 from elbo_cases import ESTIMATORS
 from pyro import poutine
-from small_vae import X, assert_same, small, weights
+from small_vae import PLAIN, X, assert_same, small, weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -374,7 +377,7 @@ class Ticking(Branching):
 UNTRACEABLE = {
     "ticking": (Ticking, "no buffer"),
     "branching": (Branching, BRANCHES),
-    "counting": (Counting, "differ from call to call"),
+    "counting": (Counting, "Counting.calls"),
 }
 
 
@@ -394,6 +397,163 @@ def test_what_cannot_be_traced_runs_eagerly_with_one_warning(name: str) -> None:
     )
     with pytest.raises(ValueError, match=f"'traced' cannot run.*{why}"):
         svi.step(X)
+
+
+CALLS = 0
+
+
+class Late(nn.Module):
+    """A module whose results change at its hundredth call."""
+
+    kept: Any = None
+
+    def __init__(self, kept: Any = None) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def count(self) -> float:
+        self.kept = (self.kept or 0) + 1
+        return float(self.kept)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x if self.count() < 100 else -x,)
+
+
+class InAList(Late):
+    def count(self) -> float:
+        self.kept["calls"].append(1)
+        return len(self.kept["calls"])
+
+
+class ByAFunction(Late):
+    def count(self) -> float:
+        return float(self.kept())
+
+
+class ByAnIterator(Late):
+    def count(self) -> float:
+        return float(next(self.kept))
+
+
+class InTheClass(Late):
+    def count(self) -> float:
+        type(self).kept = (type(self).kept or 0) + 1
+        return float(type(self).kept)
+
+
+class InAGlobal(Late):
+    def count(self) -> float:
+        global CALLS
+        CALLS += 1
+        return CALLS
+
+
+class InADefault(Late):
+    def count(self, calls: list[int] = []) -> float:  # noqa: B006
+        calls.append(1)
+        return len(calls)
+
+
+class InAnArray(Late):
+    def count(self) -> float:
+        self.kept[0] += 1
+        return float(self.kept[0])
+
+
+class InATensor(Late):
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        self.kept = self.kept + 1
+        return (torch.where(self.kept < 100, x, -x),)
+
+
+class AtRandom(Late):
+    def count(self) -> float:
+        return 200 * self.kept() ** 50
+
+
+def closure() -> Callable[[], int]:
+    calls = 0
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+def endless() -> Iterator[int]:
+    calls = 0
+    while True:
+        calls += 1
+        yield calls
+
+
+LATE: dict[str, Callable[[], Late]] = {
+    "an attribute": Late,
+    "a list in a dict": lambda: InAList({"calls": []}),
+    "a closure": lambda: ByAFunction(closure()),
+    "an object": lambda: ByAFunction(Late().count),
+    "a partial": lambda: ByAFunction(functools.partial(closure())),
+    "a hidden module": lambda: ByAFunction([Late()][0].count),
+    "an iterator": lambda: ByAnIterator(iter(range(1000))),
+    "a generator": lambda: ByAnIterator(endless()),
+    "a class": InTheClass,
+    "a global": InAGlobal,
+    "a default": InADefault,
+    "an array": lambda: InAnArray(np.zeros(2)),
+    "a tensor": lambda: InATensor(torch.zeros(())),
+    "random": lambda: AtRandom(random.random),
+    "a generator of random": lambda: AtRandom(random.Random(0).random),
+    "numpy.random": lambda: AtRandom(np.random.rand),
+    "a generator of numpy": lambda: AtRandom(np.random.default_rng(0).random),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_counts_its_calls_is_not_traced(name: str) -> None:
+    module = LATE[name]()
+    replayed = Replayed(module)
+    with pytest.raises(UntraceableError, match="a call changes Python values"):
+        replayed(torch.ones(3))
+
+
+class Caching(Late):
+    """A module that keeps its last result, and a table that its first call makes."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        if self.kept is None:
+            self.kept = {"table": [1.0, 2.0], "lock": threading.Lock()}
+        self.last = x * self.kept["table"][1]
+        return (self.last,)
+
+
+def test_what_a_module_keeps_for_itself_is_traced() -> None:
+    replayed = Replayed(Caching())
+    for number in (1.0, 3.0):
+        assert float(replayed(torch.tensor(number))[0]) == 2.0 * number
+
+
+class Annealed(Branching):
+    """A program whose noise grows after 300 calls."""
+
+    calls = 0
+
+    def model(self, x: Tensor) -> None:
+        self.calls += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0 if self.calls < 300 else 9.0), obs=x[:, 0])
+
+
+def test_a_fit_of_a_program_that_counts_its_calls_is_the_eager_one() -> None:
+    options: dict[str, Any] = {**PLAIN, "max_epochs": 400, "seed": 0, "progress": False}
+    with pytest.warns(UserWarning, match=r"Annealed\.calls"):
+        found = pv.fit(Annealed(), X, **options)
+    expected = pv.fit(Annealed(), X, engine="eager", **options)
+    assert found.engine == "eager"
+    one, other = (float(history.table["elbo"].iloc[-1]) for history in (found, expected))
+    assert one == pytest.approx(other, abs=1e-3)
 
 
 def test_pyros_own_elbos_run_eagerly_and_nobody_is_warned() -> None:
@@ -841,16 +1001,20 @@ def test_steps_leave_no_tensor_behind(engine: str) -> None:
     assert alive[0] == alive[1]
 
 
+CALLS: list[int] = []  # kept outside of the program: one that counts its own calls is refused
+
+
 class Interrupting(Branching):
     """A program during which Ctrl-C is pressed, in the call that is asked for."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.at, self.calls = at, 0
+        self.at = at
+        CALLS.clear()
 
     def model(self, x: Tensor) -> None:
-        self.calls += 1
-        if self.calls == self.at:
+        CALLS.append(1)
+        if len(CALLS) == self.at:
             raise KeyboardInterrupt
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))

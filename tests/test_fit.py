@@ -43,6 +43,66 @@ def fit(program: nn.Module, x: Any, **options: Any) -> pv.History:
     return pv.fit(program, x, **QUICK | {"progress": False} | options)
 
 
+class SharedAlone(nn.Module):
+    """A program whose only latent is shared by all rows: w ~ N(0, 1), x_n ~ N(w, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc, self.log_scale = (nn.Parameter(torch.zeros(6)) for _ in range(2))
+
+    def model(self, x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.sample("w", dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+
+
+class SharedByScalars(SharedAlone):
+    def model(self, x: Tensor) -> None:
+        w = [pyro.sample(f"w{i}", dist.Normal(0.0, 1.0)) for i in range(6)]
+        with pyro.plate("data", len(x)):
+            for i, loc in enumerate(w):
+                pyro.sample(f"x{i}", dist.Normal(loc, 1.0), obs=x[:, i])
+
+    def guide(self, x: Tensor) -> None:
+        for i in range(6):
+            pyro.sample(f"w{i}", dist.Normal(self.loc[i], self.log_scale[i].exp()))
+
+
+class SharedWithFactor(SharedAlone):
+    def model(self, x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(6), 1.0).to_event(1))
+        pyro.sample("all", dist.Normal(w, 1.0).to_event(1), obs=x.new_zeros(6))
+        with pyro.plate("data", len(x)):
+            pyro.factor("x", dist.Normal(w, 1.0).to_event(1).log_prob(x))
+
+
+SHARED = {
+    f"{make.__name__}, {elbo}": (make, elbo)
+    for make in (SharedAlone, SharedByScalars, SharedWithFactor)
+    for elbo in (
+        pv.elbos.Trace_ELBO(),
+        pv.elbos.Trace_ELBO(3),
+        pv.elbos.Trace_ELBO(3, vectorize_particles=False),
+        pv.elbos.TraceMeanField_ELBO(),
+        pv.elbos.TraceGraph_ELBO(),
+        pv.elbos.TraceEnum_ELBO(),
+    )
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_program_with_shared_latents_alone_is_fitted(name: str) -> None:
+    make, elbo = SHARED[name]
+    for options in ({}, {"validation": 0.2, "averaged": True}):
+        program = make()
+        record = fit(program, GREY, elbo=elbo, lr=0.1, **options).table.iloc[-1]
+        assert np.isfinite(record.drop("seconds").astype(float)).all()
+        assert float(program.loc.detach().abs().max()) > 0.1
+
+
 def validation_elbo(program: nn.Module, rows: Tensor, seed: int = 0) -> float:
     with evaluating(program), seeded(seed):
         draws = [log_densities(program, rows, 1).log_weights.mean() for _ in range(DRAWS)]

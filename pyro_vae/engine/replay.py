@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from ..data.checks import perhaps
+from .python_state import PythonState
 from .running import kept_generators, local_parameters, outer_handlers, unvalidated
 from .simplified import simplified, written_nodes
 
@@ -176,8 +177,9 @@ class Replayed:
     arguments to a graph of aten operations, and the graph runs instead. Each run reads the current
     parameters, buffers and other tensors of the module, but a Python number is read only when the
     graph is traced. Changes in place, and assignments to buffers, take effect. A first run of the
-    graph is compared with the module, at the same random draws. If they differ, or a branch
-    depends on the value of a tensor, `UntraceableError` is raised.
+    graph is compared with the module, at the same random draws. If they differ, a branch depends
+    on the value of a tensor, or a call changes a Python value that the module keeps, such as a
+    count of its calls, `UntraceableError` is raised.
 
     Arguments:
         module: A module whose `forward` takes tensors, and returns a tuple of tensors and `None`s.
@@ -303,6 +305,7 @@ class Replayed:
         with kept_generators():
             expected = [*map(_copied, inputs)]
             expected = [*function(*expected), *expected]  # raises errors of the module itself
+        before = PythonState(self._modules)
         try:
             with unvalidated(), kept_generators(), _OneHot():
                 traced = make_fx(function, decomposition_table=_BATCH_NORM)
@@ -312,6 +315,7 @@ class Replayed:
         except Exception as error:
             raise UntraceableError(_reason(error)) from error
         _remove_dead_code(graph)
+        self._check_state(before, graph)
         constants = _constants_as_inputs(graph)
         short = simplified(graph)
         for node in (*graph.graph.nodes, *short.graph.nodes):
@@ -322,6 +326,20 @@ class Replayed:
         if not _are_same([*found, *ours], expected):
             raise UntraceableError("its results differ from call to call, at the same draws")
         return Graph(graph, short, constants, tuple(is_present))
+
+    def _check_state(self, before: PythonState, graph: GraphModule) -> None:
+        """Refuses a module whose call changed Python values, which a graph would not change."""
+        after = PythonState(self._modules)
+        changed = after.changed_since(before)
+        if not changed:
+            nodes = graph.graph.find_nodes(op="get_attr")
+            used = {id(getattr(graph, str(node.target))) for node in nodes}
+            changed = [name for name, old in after.replaced_since(before) if id(old) in used]
+        if changed:
+            raise UntraceableError(
+                "a call changes Python values that a graph would not change, such as a count of "
+                f"calls: {', '.join(changed[:3])}"
+            )
 
 
 class _Call(nn.Module):
