@@ -8,6 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import cases
@@ -1001,20 +1002,17 @@ def test_steps_leave_no_tensor_behind(engine: str) -> None:
     assert alive[0] == alive[1]
 
 
-CALLS: list[int] = []  # kept outside of the program: one that counts its own calls is refused
-
-
 class Interrupting(Branching):
     """A program during which Ctrl-C is pressed, in the call that is asked for."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.at = at
-        CALLS.clear()
+        self.calls: SimpleQueue[int] = SimpleQueue()  # a plain count would be refused
 
     def model(self, x: Tensor) -> None:
-        CALLS.append(1)
-        if len(CALLS) == self.at:
+        self.calls.put(1)
+        if self.calls.qsize() == self.at:
             raise KeyboardInterrupt
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
