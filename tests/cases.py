@@ -18,12 +18,16 @@ from pyro_vae.priors import Family as Prior
 
 
 class Case(NamedTuple):
-    """A constructor, an event shape to build it for, data of a shape, the precision it allows."""
+    """A constructor, an event shape to build it for, data of a shape, the precision it allows.
+
+    `beside` are the other members of a VAE that it needs.
+    """
 
     make: Callable[[], Any]
     event_shape: tuple[int, ...] = (3,)
     data: Callable[[tuple[int, ...]], Tensor] = torch.randn
     dtype: torch.dtype = torch.float64
+    beside: dict[str, Any] = {}
 
 
 def counts(shape: tuple[int, ...]) -> Tensor:
@@ -69,12 +73,16 @@ PRIORS: dict[str, Case] = {
     ),
 }
 
+HALVES = {"prior": dist.HalfNormal(torch.ones(2)).to_event(1)}
+
 POSTERIORS: dict[str, Case] = {
     "Family": Case(partial(Posterior, dist.StudentT, df=6.0)),
     "Delta": Case(pv.posteriors.Delta),
+    "Gamma": Case(pv.posteriors.Gamma, beside=HALVES),
     "LowRankMultivariateNormal": Case(partial(pv.posteriors.LowRankMultivariateNormal, 1)),
     "MultivariateNormal": Case(pv.posteriors.MultivariateNormal),
     "Normal": Case(pv.posteriors.Normal),
+    "Weibull": Case(pv.posteriors.Weibull, beside=HALVES),
 }
 
 ENCODERS: dict[str, Case] = {

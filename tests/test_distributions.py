@@ -14,6 +14,7 @@ import pyro_vae as pv
 from pyro_vae import Predicted, Shared
 from pyro_vae.distributions import Family
 from pyro_vae.distributions.links import link_of, named_links
+from pyro_vae.distributions.starts import STARTS
 from pyro_vae.likelihoods import Family as Likelihood
 
 ROWS = 4
@@ -567,3 +568,19 @@ def test_the_value_that_is_refused_is_named(likelihood: Any, value: float) -> No
     x[1, 3] = value
     with pytest.raises(ValueError, match=rf"got {value} .*row 1"):
         vae.check(x)
+
+
+@pytest.mark.parametrize("fixed", [{}, {"scale": 2.0}, {"concentration": 1.5}])
+@pytest.mark.parametrize("name", ["Weibull", "Gamma"])
+def test_positive_members_start_at_maximum_likelihood(name: str, fixed: dict[str, float]) -> None:
+    if name == "Gamma" and "scale" in fixed:
+        fixed = {"concentration": 0.5}
+    torch.manual_seed(0)
+    x = dist.Weibull(torch.tensor([2.0, 50.0]), 1.5).sample((4000,)).double()
+    given = {key: torch.tensor(value).double() for key, value in fixed.items()}
+    distribution = getattr(dist, name)
+    found = STARTS[distribution](x, given)
+    free = {key: found[key].clone().requires_grad_() for key in found if key not in fixed}
+    distribution(**(given | free)).log_prob(x).mean(0).sum().backward()
+    for key, value in free.items():
+        assert (value.grad * value).abs().max() < 1e-3, key

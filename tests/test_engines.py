@@ -56,7 +56,7 @@ def of_prior(case: Case) -> pv.VAE:
 
 
 def of_posterior(case: Case) -> pv.VAE:
-    return vae((3,), pv.likelihoods.Normal(), 2, case.make())
+    return vae((3,), pv.likelihoods.Normal(), case.beside.get("prior", 2), case.make())
 
 
 def of_estimator(make: Callable[[], Any]) -> pv.VAE:

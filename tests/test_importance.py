@@ -63,10 +63,9 @@ def test_of_a_vae() -> None:
     [("prior", name) for name in PRIORS] + [("posterior", name) for name in POSTERIORS],
 )
 def test_of_every_prior_and_posterior(role: str, name: str) -> None:
-    member = (PRIORS if role == "prior" else POSTERIORS)[name].make()
-    vae = pv.VAE(
-        **{"data": 3, "prior": 2, "likelihood": pv.likelihoods.Normal()} | {role: member}
-    ).double()
+    case = (PRIORS if role == "prior" else POSTERIORS)[name]
+    asked = {"data": 3, "prior": 2, "likelihood": pv.likelihoods.Normal()}
+    vae = pv.VAE(**asked | case.beside | {role: case.make()}).double()
     x = torch.randn(ROWS, 3, dtype=torch.float64)
     found = log_densities(vae, x, PARTICLES)
     z = found.values["z"]

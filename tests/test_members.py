@@ -52,7 +52,9 @@ def vaes() -> dict[str, tuple[Callable[[], pv.VAE], Case]]:
         "likelihood": LIKELIHOODS,
     }.items():
         for name, case in cases.items():
-            make = partial(lambda role, case: swapped(**{role: case.make()}), role, case)
+            make = partial(
+                lambda role, case: swapped(**case.beside, **{role: case.make()}), role, case
+            )
             table[f"{role}-{name}"] = make, case
     for role, cases in {"encoder": ENCODERS, "decoder": DECODERS}.items():
         for name, case in cases.items():
@@ -153,7 +155,8 @@ def test_priors_are_densities(name: str) -> None:
 
 @each({name: case for name, case in POSTERIORS.items() if name != "Delta"})
 def test_posteriors_are_densities(name: str) -> None:
-    vae = swapped(posterior=POSTERIORS[name].make()).double()
+    case = POSTERIORS[name]
+    vae = swapped(**case.beside, posterior=case.make()).double()
     assert_density_of_the_plane(vae.encode(torch.randn(1, 3, dtype=torch.float64)))
 
 
@@ -346,7 +349,8 @@ def test_two_vaes_of_the_same_members_share_no_weight() -> None:
     }.items():
         for name, case in cases.items():
             member = case.make()
-            one, other = swapped(**{role: member}), swapped(**{role: member})
+            given = case.beside | {role: member}
+            one, other = swapped(**given), swapped(**given)
             assert not tensors(one) & tensors(other), name
             assert not tensors(one) & {t.data_ptr() for t in member.parameters()}, name
 

@@ -124,7 +124,7 @@ def members() -> list[Any]:
 def test_a_vae_is_reconstructed_and_sampled_as_by_hand(kind: str, name: str) -> None:
     case = {"likelihood": LIKELIHOODS, "prior": PRIORS, "posterior": POSTERIORS}[kind][name]
     event_shape = case.event_shape if kind == "likelihood" else (3,)
-    program = vae(event_shape, **{kind: case.make()})
+    program = vae(event_shape, **case.beside, **{kind: case.make()})
     x = case.data((ROWS, *event_shape)) if kind == "likelihood" else numbers(ROWS, 3)
     torch.manual_seed(3)
     draws = by_hand(program, x, 30)

@@ -101,6 +101,28 @@ def _gamma(x: Tensor, fixed: Mapping[str, Tensor]) -> Values:
     return {"concentration": shape.expand_as(mean), "rate": shape / mean}
 
 
+def _weibull(x: Tensor, fixed: Mapping[str, Tensor]) -> Values:
+    """The concentration by a search; the scale at its maximum for each concentration."""
+    logs = _few(x).clamp_min(torch.finfo(x.dtype).tiny).log()
+    mean = logs.mean(0)
+
+    def log_scale(shape: Tensor) -> Tensor:
+        if "scale" in fixed:
+            return fixed["scale"].log().expand_as(mean)
+        return ((shape * logs).logsumexp(0) - math.log(len(logs))) / shape
+
+    def score(shape: Tensor) -> Tensor:
+        loc = log_scale(shape)
+        powers = (shape * (logs - loc)).exp().mean(0)
+        return shape.log() - loc + (shape - 1.0) * (mean - loc) - powers
+
+    shape = (
+        fixed["concentration"] if "concentration" in fixed else searched(score, 1e-2, 1e4, mean)
+    )
+    shape = shape.expand_as(mean)
+    return {"concentration": shape, "scale": log_scale(shape).exp()}
+
+
 def _exponential(x: Tensor, fixed: Mapping[str, Tensor]) -> Values:
     return {"rate": 1.0 / x.mean(0)}
 
@@ -229,4 +251,5 @@ STARTS: dict[Any, Start] = {
     dist.Normal: _normal,
     dist.Poisson: _poisson,
     dist.StudentT: _student_t,
+    dist.Weibull: _weibull,
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from ..data.read import read
 from ..data.rows import PLATE
 from ..data.source import Row
+from ..distributions.links import base_of
 from ..engine.running import Site, evaluating, seeded
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "latent_sites",
     "log_densities",
     "plate_nesting",
+    "prior_densities",
     "programs_of",
     "refuse_shared",
     "row_terms",
@@ -77,6 +81,8 @@ class Structure:
         is_scaled: Whether a site of the rows has a scale, such as that of `poutine.scale`.
         is_subsampled: Whether the plate `"data"` is a subsample, which scales the rows by N / B.
         unreparameterised: The latent sites that the guide draws without `rsample`.
+        constrained: The latent sites whose prior lies on a part of the real numbers; none if the
+            guide draws auxiliary sites, which have no prior.
     """
 
     rows_dim: int
@@ -91,6 +97,7 @@ class Structure:
     is_scaled: bool
     is_subsampled: bool
     unreparameterised: tuple[str, ...]
+    constrained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +123,11 @@ class Densities:
     def log_guide(self) -> Tensor:
         """log q(z | x), shape (num_particles, rows), summed over sites in float64."""
         return _sum_sites(self.guide) if self.guide else torch.zeros_like(self.log_joint)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(z), shape (num_particles, rows), summed over latent sites in float64."""
+        return _sum_sites({k: v for k, v in self.model.items() if k in self.guide})
 
     @property
     def log_weights(self) -> Tensor:
@@ -207,6 +219,7 @@ def structure(program: nn.Module, x: Row) -> Structure:
     latent = [name for name, site in _samples(model) if not site["is_observed"]]
     sites = dict(_samples(model))
     observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
+    has_all = all(name in sites for name, _ in latent_sites(guide))  # no auxiliary draws
     return Structure(
         rows_dim=dims.pop(),
         max_plate_nesting=-min(frame.dim for frame in frames),
@@ -220,6 +233,7 @@ def structure(program: nn.Module, x: Row) -> Structure:
         is_scaled=any(_in_rows(s) and not is_one_scale(s["scale"], 1.0) for s in sites.values()),
         is_subsampled=any(f.name == PLATE and f.full_size not in (None, f.size) for f in frames),
         unreparameterised=unreparameterised(guide),
+        constrained=tuple(n for n in latent if has_all and _is_constrained(sites[n])),
     )
 
 
@@ -297,6 +311,42 @@ def log_densities(
     """
     known = structure(program, x) if known is None else known
     return densities(*programs_of(program), (x,), num_particles, known)
+
+
+def prior_densities(
+    program: nn.Module, x: Row, num_particles: int, *, known: Structure
+) -> Densities:
+    r"""Draws z from the prior and evaluates its density under model and guide.
+
+    .. math:: z_{sn} \sim p(z), \qquad \log p(x_n, z_{sn}), \quad \log q(z_{sn} \mid x_n)
+
+    log q is -inf where the guide has no density, as at the edge of its support.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`, whose latent sites are
+            the same.
+        x: A tensor of shape (rows, *event), or a dict of such tensors.
+        num_particles: The number of draws for each row.
+        known: The result of :func:`structure`.
+
+    Raises:
+        ValueError: If the program has sites outside the plate `"data"`.
+
+    Example:
+        >>> import pyro_vae as pv
+        >>> vae = pv.VAE((4,), 2, pv.likelihoods.Bernoulli())
+        >>> x = torch.ones(3, 4)
+        >>> prior_densities(vae, x, 5, known=structure(vae, x)).log_weights.shape
+        torch.Size([5, 3])
+    """
+    refuse_shared(known.global_latents + known.global_observed)
+    model, guide = programs_of(program)
+    drawn = draw(guide, model, (x,), {}, num_particles, known.max_plate_nesting).densities()
+    log_guide = {
+        name: torch.where(log_prob.isnan(), -math.inf, log_prob)
+        for name, log_prob in drawn.model.items()
+    }
+    return Densities(drawn.guide, log_guide, drawn.values)
 
 
 def densities(
@@ -650,6 +700,15 @@ def _is_discrete(site: Site) -> bool:
         return bool(site["fn"].support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
+
+
+def _is_constrained(site: Site) -> bool:
+    """Whether the support is continuous and not the whole real line."""
+    try:
+        support = base_of(site["fn"].support)
+    except (NotImplementedError, AttributeError):
+        return False
+    return not support.is_discrete and not isinstance(support, type(constraints.real))
 
 
 def _frames(site: Site) -> list[Site]:

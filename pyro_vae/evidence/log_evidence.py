@@ -15,12 +15,12 @@ from .. import plots
 from ..data.checks import checked_count
 from ..data.read import read
 from ..data.rows import floating_like
-from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
-from ..elbos.log_densities import log_densities, programs_of
+from ..elbos.log_densities import programs_of
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from .pareto_k import good_k, note_on, notes, pareto_k
+from .proposal import Proposal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,7 +171,12 @@ def log_evidence(
     `pareto_k` is over `good_k`: such rows have the note `"error unknown"`. Rows without a k, which
     needs more than 20 draws, have the note `"k not known"`. The weights are not
     Pareto-smoothed, because smoothing reduces the largest weights and so increases the bias.
-    Neither `log_evidence` nor `pareto_k` can show regions that the guide never visits.
+    Neither `log_evidence` nor `pareto_k` can show regions that no draw reached.
+
+    If the prior of a latent site lies on a part of the real numbers (`HalfNormal`, `Gamma`,
+    `Beta`), 5 % of the draws come from the prior, and q becomes the mixture of the guide and the
+    prior. A weight then is at most 20 times the likelihood, whatever the guide is. The two are
+    strata in `mcse`. `elbo` is that of the guide alone.
 
     The program runs in evaluation mode. Rows and draws are processed in chunks, so the memory
     does not grow with their number.
@@ -224,26 +229,35 @@ def log_evidence(
                 f"estimated; the guide has them at {', '.join(points)}."
             )
         plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
-        drawing = plan.drawing(program, _log_weights(program, plan), num_samples)
+        proposal = Proposal(program, plan.structure, num_samples)
+        num_prior, is_prior = proposal.num_prior, proposal.is_prior
+        from_guide = plan.drawing(program, proposal.from_guide, num_samples - num_prior)
+        from_prior = plan.drawing(program, proposal.from_prior, num_prior)
         values = {name: np.empty(len(rows)) for name in ATTRIBUTES}
-        waiting: list[np.ndarray] = []
+        waiting: list[dict[str, np.ndarray]] = []
         done = 0
         total = len(rows) * num_samples
         with progress_bar(total, "evidence", " draws", progress=progress) as bar:
             for piece in plan.pieces():
                 row = rows.select(piece, program)
-                parts = [drawing(row, n)["log_weights"] for n in plan.parts(num_samples)]
-                waiting.append(torch.cat(parts).cpu().numpy())
+                found = _joined([from_guide(row, n) for n in plan.parts(num_samples - num_prior)])
+                if num_prior:
+                    prior = _joined([from_prior(row, n) for n in plan.parts(num_prior)])
+                    places = np.argsort(np.argsort(is_prior, kind="stable"))
+                    both = np.concatenate([found["log_weights"], prior["log_weights"]])
+                    found["log_weights"] = both[places]
+                waiting.append(found)
                 if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
-                    for name, numbers in estimates(np.concatenate(waiting, axis=1)).items():
+                    parts = {k: np.concatenate([w[k] for w in waiting], axis=1) for k in found}
+                    for name, numbers in estimates(**parts, is_prior=is_prior).items():
                         values[name][done : piece.stop] = numbers
                     done = piece.stop
                     waiting.clear()
                     give_memory_back()
                 bar.update(num_samples * (piece.stop - piece.start))
-    found = labelled(values, rows.labels, num_samples, seed)
-    found.coords["note"] = ("datum", notes(values["pareto_k"], found.attrs["good_k"]))
-    return Evidence(found.data_vars, found.coords, found.attrs)
+    data = labelled(values, rows.labels, num_samples, seed)
+    data.coords["note"] = ("datum", notes(values["pareto_k"], data.attrs["good_k"]))
+    return Evidence(data.data_vars, data.coords, data.attrs)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -262,26 +276,39 @@ def _combined(errors: np.ndarray) -> float:
     return float(np.sqrt(np.square(errors).sum()) / len(errors))
 
 
-def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
+def estimates(
+    log_weights: np.ndarray,
+    elbo_terms: np.ndarray | None = None,
+    is_prior: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """Computes the evidence and its diagnostics for each row.
 
     Arguments:
-        log_weights: log p(x, z) - log q(z | x), shape (S, rows).
+        log_weights: The logarithm of p(x, z) over the density of the proposal, shape (S, rows).
+        elbo_terms: log p(x, z) - log q(z | x) of the draws from the guide, shape (n, rows); by
+            default the log-weights.
+        is_prior: Whether each draw is from the prior, shape (S,), which is a stratum of its own;
+            by default none is.
 
     Returns:
         By name, each of shape (rows,).
     """
     size, rows = log_weights.shape
+    elbo_terms = log_weights if elbo_terms is None else elbo_terms
+    is_prior = np.zeros(size, dtype=bool) if is_prior is None else is_prior
     at_once = max(1, MAX_WEIGHTS // max(size, 1))
     values = {name: np.empty(rows) for name in ATTRIBUTES}
     for start in range(0, rows, at_once):
         piece = slice(start, start + at_once)
-        for name, numbers in _estimates(log_weights[:, piece].astype(np.float64)).items():
+        weights, terms = (p[:, piece].astype(np.float64) for p in (log_weights, elbo_terms))
+        for name, numbers in _estimates(weights, terms, is_prior).items():
             values[name][piece] = numbers
     return values
 
 
-def _estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
+def _estimates(
+    log_weights: np.ndarray, elbo_terms: np.ndarray, is_prior: np.ndarray
+) -> dict[str, np.ndarray]:
     size = len(log_weights)
     with np.errstate(all="ignore"):
         log_evidence, weights = _log_mean_exp(log_weights)
@@ -289,14 +316,24 @@ def _estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
         quarters, _ = _log_mean_exp(_quarters(log_weights))
         return {
             "log_evidence": log_evidence,
-            "mcse": weights.std(axis=0, ddof=1) / (math.sqrt(size) * mean),
+            "mcse": _deviation(weights, is_prior) / (math.sqrt(size) * mean),
             "ess": weights.sum(axis=0) ** 2 / np.square(weights).sum(axis=0),
             "pareto_k": pareto_k(log_weights),
-            "elbo": log_weights.mean(axis=0),
-            "elbo_mcse": log_weights.std(axis=0, ddof=1) / math.sqrt(size),
+            "elbo": elbo_terms.mean(axis=0),
+            "elbo_mcse": elbo_terms.std(axis=0, ddof=1) / math.sqrt(len(elbo_terms)),
             "log_evidence_quarter": quarters.mean(axis=0),
             "log_evidence_quarter_mcse": quarters.std(axis=0, ddof=1) / math.sqrt(4),
         }
+
+
+def _deviation(weights: np.ndarray, is_prior: np.ndarray) -> np.ndarray:
+    """The standard deviation of the weights, within strata if each has two draws or more."""
+    if is_prior.sum() < 2:
+        deviation: np.ndarray = weights.std(axis=0, ddof=1)
+        return deviation
+    strata = [weights[is_prior == stratum] for stratum in (False, True)]
+    variance: np.ndarray = sum(len(w) * w.var(axis=0, ddof=1) for w in strata) / len(weights)
+    return np.sqrt(variance)
 
 
 def _quarters(log_weights: np.ndarray) -> np.ndarray:
@@ -333,12 +370,8 @@ def labelled(
     return xr.Dataset(variables, coords={"datum": names}, attrs=attributes)
 
 
-def _log_weights(program: nn.Module, plan: Plan) -> Any:
-    def log_weights(x: Row, count: int) -> dict[str, Tensor]:
-        found = log_densities(program, x, count, known=plan.structure)
-        return {"log_weights": found.log_weights}
-
-    return log_weights
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
 
 
 def _at_once(program: nn.Module, max_elements: int) -> int:

@@ -1,0 +1,82 @@
+"""The proposal of importance sampling: the guide, and a part of the prior if z is constrained."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.source import Row
+from ..elbos.log_densities import Densities, Structure, log_densities, prior_densities
+
+__all__ = ["Proposal"]
+
+PRIOR_SHARE = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    r"""Draws z, and evaluates the importance weights of the draws.
+
+    If the prior of a latent site lies on a part of the real numbers, 5 % of the draws come from
+    the prior, and the weights are those of the mixture (Owen & Zhou, 2000).
+
+    .. math:: w_s = \frac{p(x, z_s)}{(1 - \alpha)\, q(z_s \mid x) + \alpha\, p(z_s)}
+        \le \frac{p(x \mid z_s)}{\alpha}
+
+    References:
+        Safe and effective importance sampling (Owen & Zhou, 2000),
+        doi 10.1080/01621459.2000.10473909.
+
+    Arguments:
+        program: A module with the Pyro programs `model(x)` and `guide(x)`.
+        known: Its sites and plates.
+        num_samples: The number of draws of each row.
+    """
+
+    program: nn.Module
+    known: Structure
+    num_samples: int
+
+    @property
+    def num_prior(self) -> int:
+        """The number of draws of each row that come from the prior."""
+        return math.ceil(PRIOR_SHARE * self.num_samples) if self.known.constrained else 0
+
+    @property
+    def is_prior(self) -> np.ndarray:
+        """Whether each draw comes from the prior, shape (num_samples,), at even distances."""
+        places = (np.arange(self.num_prior) + 0.5) * self.num_samples / max(self.num_prior, 1)
+        return np.isin(np.arange(self.num_samples), places.astype(int))
+
+    def from_guide(self, x: Row, count: int) -> dict[str, Tensor]:
+        """Draws z from the guide.
+
+        Arguments:
+            x: Rows.
+            count: The number of draws.
+
+        Returns:
+            `log_weights` of the proposal, and `elbo_terms`, log p(x, z) - log q(z | x), of shape
+            (count, rows).
+        """
+        found = log_densities(self.program, x, count, known=self.known)
+        if not self.num_prior:
+            return {"log_weights": found.log_weights}
+        return {"log_weights": self._log_weights(found), "elbo_terms": found.log_weights}
+
+    def from_prior(self, x: Row, count: int) -> dict[str, Tensor]:
+        """Draws z from the prior, and returns their `log_weights`, shape (count, rows).
+
+        Arguments:
+            x: Rows.
+            count: The number of draws.
+        """
+        found = prior_densities(self.program, x, count, known=self.known)
+        return {"log_weights": self._log_weights(found)}
+
+    def _log_weights(self, found: Densities) -> Tensor:
+        share = self.num_prior / self.num_samples
+        parts = (math.log1p(-share) + found.log_guide, math.log(share) + found.log_prior)
+        return found.log_joint - torch.logaddexp(*parts)
