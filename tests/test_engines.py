@@ -1006,12 +1006,13 @@ class Interrupting(Branching):
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.at, self.calls = at, 0
+        self.left = at
 
     def model(self, x: Tensor) -> None:
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
+        if self.left > 0:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
