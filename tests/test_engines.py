@@ -8,7 +8,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
 from typing import Any
 
 import cases
@@ -1007,13 +1006,13 @@ class Interrupting(Branching):
 
     def __init__(self, at: int) -> None:
         super().__init__()
-        self.at = at
-        self.calls: SimpleQueue[int] = SimpleQueue()  # a plain count would be refused
+        self.left = at
 
     def model(self, x: Tensor) -> None:
-        self.calls.put(1)
-        if self.calls.qsize() == self.at:
-            raise KeyboardInterrupt
+        if self.left > 0:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])

@@ -76,6 +76,18 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "reconstructions, image": lambda: plots.reconstructions(vae((6, 7)), rows(6, 7), size=1),
     "reconstructions, colour": lambda: plots.reconstructions(vae((3, 6, 7)), rows(3, 6, 7)),
     "reconstructions, block": lambda: plots.reconstructions(vae((2, 4, 2)), rows(2, 4, 2)),
+    "reconstructions, categories": lambda: plots.reconstructions(
+        pv.VAE(5, 2, pv.likelihoods.Categorical(7), seed=0), rows(5).round()
+    ),
+    "reconstructions, an image of categories": lambda: plots.reconstructions(
+        pv.VAE((6, 7), 2, pv.likelihoods.Categorical(7), seed=0), rows(6, 7).round()
+    ),
+    "reconstructions, no mean": lambda: plots.reconstructions(
+        pv.VAE(5, 2, pv.likelihoods.StudentT(df=1.0), seed=0), rows(5)
+    ),
+    "reconstructions, an image of no mean": lambda: plots.reconstructions(
+        pv.VAE((6, 7), 2, pv.likelihoods.StudentT(df=1.0), seed=0), rows(6, 7)
+    ),
     "reconstructions, table": lambda: plots.reconstructions(vae(9), TABLE_OF_WINES),
     "prior samples, vector": lambda: plots.prior_samples(vae(5)),
     "prior samples, square": lambda: plots.prior_samples(vae(64)),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -84,11 +85,12 @@ def test_every_program_reconstructs(name: str) -> None:
     case = PROGRAMS[name]
     program, x = case.make(), case.x()
     for site, shape in case.sites.items():
-        found = pv.reconstruct(program, x, site=site, num_samples=9, seed=0)
-        assert found["mean"].shape == (ROWS, *shape)
-        assert found["mean"].dims[1:] == tuple(f"{site}_dim_{i}" for i in range(len(shape)))
-        assert (found["lower"] <= found["upper"]).all()
-        assert found.attrs == {"site": site, "num_samples": 9, "prob": 0.9}
+        found = pv.reconstruct(program, x, site=site, num_samples=9, prob=0.8, seed=0)
+        centre = found["mode" if "mode" in found else "mean"]
+        assert centre.shape == (ROWS, *shape)
+        assert centre.dims[1:] == tuple(f"{site}_dim_{i}" for i in range(len(shape)))
+        assert "mode" in found or (found["lower"] <= found["upper"]).all()
+        assert found.attrs == {"site": site, "num_samples": 9, "prob": 0.8}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -129,10 +131,15 @@ def test_a_vae_is_reconstructed_and_sampled_as_by_hand(kind: str, name: str) -> 
     torch.manual_seed(3)
     draws = by_hand(program, x, 30)
     found = pv.reconstruct(program, x, num_samples=30, seed=3)
-    np.testing.assert_array_equal(found["mean"], draws.mean(0))
-    np.testing.assert_array_equal(found["mcse"], draws.std(0) / 30**0.5)
-    for bound, value in central_interval(draws, 0.9).items():
-        np.testing.assert_array_equal(found[bound], value)
+    if "mode" in found:
+        assert found["probability"].dims == (*found["mode"].dims, "category")
+    else:
+        has_mean, has_variance = found["mean"].notnull(), found["mcse"].notnull()
+        np.testing.assert_array_equal(found["mean"], np.where(has_mean, draws.mean(0), np.nan))
+        error = draws.std(0) / 30**0.5
+        np.testing.assert_array_equal(found["mcse"], np.where(has_variance, error, np.nan))
+        for bound, value in central_interval(draws, 0.9).items():
+            np.testing.assert_array_equal(found[bound], value)
     torch.manual_seed(4)
     with torch.no_grad(), pyro.validation_enabled(False):
         expected = program.model(size=5)
@@ -143,7 +150,7 @@ def test_chunks_of_a_vae_are_drawn_one_after_the_other() -> None:
     program, x = vae(), numbers(10, 3)
     torch.manual_seed(0)
     draws = torch.cat([by_hand(program, part, 5) for part in x.split(2)], 1)
-    found = pv.reconstruct(program, x, num_samples=5, max_elements=8 * 5 * 2, seed=0)
+    found = pv.reconstruct(program, x, num_samples=5, prob=0.5, max_elements=8 * 5 * 2, seed=0)
     np.testing.assert_array_equal(found["mean"], draws.mean(0))
 
 
@@ -160,7 +167,7 @@ class Widest(nn.Linear):
 def test_chunks_are_cut_by_the_largest_layer() -> None:
     program = pv.VAE(4, 2, pv.likelihoods.Normal(), decoder=Widest(2, 50), seed=0)
     program.decoder.most = 0
-    pv.reconstruct(program, numbers(10, 4), num_samples=9, max_elements=50 * 9 * 2)
+    pv.reconstruct(program, numbers(10, 4), num_samples=9, prob=0.5, max_elements=50 * 9 * 2)
     assert program.decoder.most == 9 * 2
     network = pv.VAE(4, 2, pv.likelihoods.Normal(), encoder=Widest(4, 50), seed=0)
     network.encoder.most = 0
@@ -247,17 +254,17 @@ def test_rows_and_columns_keep_their_names() -> None:
     values = numbers(3, 6)
     frame = pd.DataFrame(values.numpy(), index=list("uvw"), columns=list("abcdef"))
     program = linear_gaussian()[0]
-    found = pv.reconstruct(program, frame, num_samples=3, seed=0)
+    found = pv.reconstruct(program, frame, num_samples=19, seed=0)
     assert found["datum"].values.tolist() == list("uvw")
     assert found["x_dim_0"].values.tolist() == list("abcdef")
     assert pv.embed(program, frame)["datum"].values.tolist() == list("uvw")
     other = LinearGaussian(program.weight.detach(), site="genes")
-    named = pv.reconstruct(other, frame, num_samples=3, seed=0)
+    named = pv.reconstruct(other, frame, num_samples=19, seed=0)
     assert named["genes_dim_0"].values.tolist() == list("abcdef")
     assert named["mean"].attrs["units"] == "those of genes"
     np.testing.assert_array_equal(named["mean"], found["mean"])
     columns = pd.DataFrame(values[:, :3].numpy(), index=list("uvw"), columns=list("pqr"))
-    conditional = pv.reconstruct(Covariate(), {"age": frame["a"], "y": columns}, num_samples=3)
+    conditional = pv.reconstruct(Covariate(), {"age": frame["a"], "y": columns}, num_samples=19)
     assert conditional["y_dim_0"].values.tolist() == list("pqr")
 
 
@@ -268,7 +275,7 @@ def test_programs_are_left_as_they_are() -> None:
     modes = {name: module.training for name, module in program.named_modules()}
     state = {name: value.clone() for name, value in program.state_dict().items()}
     generator, x = torch.get_rng_state(), numbers(ROWS, 3)
-    one, two = (pv.reconstruct(program, x, num_samples=3, seed=1) for _ in range(2))
+    one, two = (pv.reconstruct(program, x, num_samples=19, seed=1) for _ in range(2))
     xr.testing.assert_identical(one, two)
     pv.embed(program, x)
     pv.sample(program, 3, seed=0)
@@ -284,12 +291,118 @@ def test_progress_is_shown_on_a_terminal(
     program, x = vae(), numbers(ROWS, 3)
     monkeypatch.setattr("pyro_vae.engine.progress.is_watched", lambda: True)
     pv.embed(program, x)
-    pv.reconstruct(program, x, num_samples=3)
+    pv.reconstruct(program, x, num_samples=19)
     shown = capfd.readouterr().err
     assert "embed: 100%" in shown
     assert "reconstruct: 100%" in shown
     pv.embed(program, x, progress=False)
     assert capfd.readouterr().err == ""
+
+
+class Alone(nn.Module):
+    """x_n from one distribution, whatever z_n ~ Bernoulli(1 / 2) is."""
+
+    def __init__(self, law: Any) -> None:
+        super().__init__()
+        self.law, self.unused = law, nn.Parameter(torch.zeros(()))
+
+    def law_at(self, z: Tensor) -> Any:
+        return self.law
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+            pyro.sample("x", self.law_at(z), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)))
+
+
+class Coded(Alone):
+    """x_n from categories whose probabilities depend on z_n, in `law` columns."""
+
+    def law_at(self, z: Tensor) -> Any:
+        share = z.reshape(*z.shape, *(1 for _ in self.law), 1)
+        probs = (share * FLAT + (1 - share) * RARE).expand(*z.shape, *self.law, 16)
+        return dist.Categorical(probs).to_event(len(self.law))
+
+
+RARE = torch.tensor([0.6, 0.3, *[0.0] * 13, 0.1])  # the codes 0, 1 and 15
+FLAT = torch.full((16,), 1 / 16)
+
+
+@pytest.mark.parametrize("columns", [(), (2,), (2, 3)])
+def test_categories_have_probabilities_and_a_mode(columns: tuple[int, ...]) -> None:
+    program, x = Coded(columns), torch.zeros(4, *columns)
+    found = pv.reconstruct(program, x, num_samples=1000, max_elements=20000, seed=0)
+    assert set(found) == {"probability", "probability_mcse", "mode"}
+    dims = tuple(f"x_dim_{i}" for i in range(len(columns)))
+    assert found["probability"].dims == ("datum", *dims, "category")
+    error = np.broadcast_to((RARE - FLAT).abs() / 2 / 1000**0.5, (4, *columns, 16))
+    np.testing.assert_allclose(found["probability"].sum("category"), 1, atol=1e-6)
+    np.testing.assert_allclose(found["probability_mcse"], error, rtol=0.1)
+    expected = ((RARE + FLAT) / 2).numpy()
+    assert (abs(found["probability"].to_numpy() - expected) < 5 * error).all()
+    assert (found["mode"] == 0).all()
+
+
+def test_ordered_categories_have_probabilities_too() -> None:
+    law = dist.OrderedLogistic(torch.zeros(()), torch.tensor([-1.0, 1.0]))
+    found = pv.reconstruct(Alone(law), torch.zeros(2), seed=0)
+    np.testing.assert_allclose(found["probability"], law.probs.expand(2, 3), atol=1e-6)
+
+
+TAILS: dict[str, tuple[Any, bool, bool]] = {
+    "Normal": (dist.Normal(0.0, 1.0), True, True),
+    "Poisson": (dist.Poisson(3.0), True, True),
+    "Bernoulli": (dist.Bernoulli(0.3), True, True),
+    "StudentT(3)": (dist.StudentT(3.0), True, True),
+    "StudentT(1.5)": (dist.StudentT(1.5), True, False),
+    "StudentT(1)": (dist.StudentT(1.0), False, False),
+    "StudentT(0.5)": (dist.StudentT(0.5), False, False),
+    "Cauchy": (dist.Cauchy(0.0, 1.0), False, False),
+    "HalfCauchy": (dist.HalfCauchy(1.0), False, False),
+    "Pareto(1.5)": (dist.Pareto(1.0, 1.5), True, False),
+    "Pareto(1)": (dist.Pareto(1.0, 1.0), False, False),
+    "InverseGamma(1.5)": (dist.InverseGamma(1.5, 1.0), True, False),
+    "InverseGamma(0.5)": (dist.InverseGamma(0.5, 1.0), False, False),
+    "a mixture of Cauchy": (
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), dist.Cauchy(torch.zeros(2), torch.ones(2))
+        ),
+        False,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_there_is_no_mean_where_the_likelihood_has_none(name: str) -> None:
+    law, has_mean, has_variance = TAILS[name]
+    found = pv.reconstruct(Alone(law), torch.ones(3) * 2.0 ** (name[0] in "HPI"), seed=0)
+    assert (found["mean"].notnull() == has_mean).all()
+    assert (found["mcse"].notnull() == has_variance).all()
+    assert ("no finite mean" in found["mean"].attrs.get("missing", "")) != has_mean
+    assert ("no finite variance" in found["mcse"].attrs.get("missing", "")) != has_variance
+    assert found[["lower", "lower_mcse", "upper", "upper_mcse"]].notnull().all()
+
+
+@pytest.mark.parametrize("prob", [0.5, 0.8, 0.9, 0.95])
+def test_intervals_cover_what_they_say_or_are_refused(prob: float) -> None:
+    program = linear_gaussian(rows=3)[0]
+    law, least = dist.Gamma(torch.tensor(2.0), torch.tensor(1.0)), round(2 / (1 - prob) - 1)
+    torch.manual_seed(0)
+    for num_samples in range(2, 3 * least, max(1, least // 4)):
+        if num_samples < least:
+            with pytest.raises(ValueError, match=f"num_samples of at least {least} for an"):
+                pv.reconstruct(program, numbers(3, 6), num_samples=num_samples, prob=prob)
+            continue
+        found = central_interval(law.sample((num_samples, 10000)).double(), prob)
+        mass = law.cdf(found["upper"].float()) - law.cdf(found["lower"].float())
+        error = float(mass.std()) / 100
+        assert float(mass.mean()) > prob - 4 * error
+        assert float(mass.mean()) < prob + 2 / num_samples + 4 * error
 
 
 @pytest.mark.parametrize(("num_samples", "prob"), [(20, 0.98), (200, 0.9), (201, 0.5), (50, 0.01)])

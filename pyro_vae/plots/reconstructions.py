@@ -26,6 +26,8 @@ from .canvas import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from .canvas import Canvas
 
 __all__ = ["reconstructions"]
@@ -47,6 +49,9 @@ def reconstructions(
     figure: Canvas | None = None,
 ) -> Canvas:
     """Plots rows beside the mean and an interval of their posterior predictive distributions.
+
+    Categories are plotted with their probabilities, and the most probable one. Where there is no
+    mean, the interval is plotted alone, and its middle in images.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
@@ -78,30 +83,34 @@ def reconstructions(
     found = reconstruct(program, rows, site=site, **options)
     with evaluating(program):
         data = observed_values(program, rows.head(size, program), found.attrs["site"])
-    found["data"] = found["mean"].copy(data=data.cpu().numpy())
+    centre = found["mode" if "mode" in found else "mean"]
+    found["data"] = centre.copy(data=data.cpu().numpy())
     shape = image_shape_of(tuple(data.shape[1:]), _names(found), image_shape)
     return _lines(found, figure) if shape is None else _images(found, shape, figure)
 
 
 def _names(found: xr.Dataset) -> np.ndarray | None:
-    dims = found["mean"].dims[1:]
+    dims = found["data"].dims[1:]
     return found[dims[0]].to_numpy() if len(dims) == 1 else None
 
 
 def _images(found: xr.Dataset, shape: tuple[int, ...], figure: Canvas | None) -> Canvas:
-    found["width"] = found["upper"] - found["lower"]
-    count, site, prob = found.sizes["datum"], found.attrs["site"], found.attrs["prob"]
-    images = {
-        name: [image_of(row, shape) for row in found[name].to_numpy()]
-        for name in ("data", "mean", "width")
-    }
+    count, site = found.sizes["datum"], found.attrs["site"]
+    if "mode" in found:
+        names, certainty = ["data", "mode"], "probability\nof the mode"
+        rows = [found["data"], found["mode"], found["probability"].max("category")]
+    else:
+        names, certainty = ["data", "mean"], f"width of\n{found.attrs['prob']:.0%} interval"
+        if found["mean"].isnull().any():
+            names[1] = "mean, or middle\nof interval"
+        mean = found["mean"].fillna((found["lower"] + found["upper"]) / 2)
+        rows = [found["data"], mean, found["upper"] - found["lower"]]
+    data, centre, last = ([image_of(row, shape) for row in part.to_numpy()] for part in rows)
     figure = new_figure(figure, (1.05 * count + 1.6, 4.0))
     grid = figure.subplots(3, count, squeeze=False)
-    _show(figure, grid[:2], images["data"] + images["mean"], site, "gray")
-    _show(figure, grid[2:], images["width"], "width", "viridis")
-    for axes, label in zip(
-        grid[:, 0], ["data", "mean", f"width of\n{prob:.0%} interval"], strict=True
-    ):
+    _show(figure, grid[:2], data + centre, site, "gray")
+    _show(figure, grid[2:], last, certainty.split()[0], "viridis")
+    for axes, label in zip(grid[:, 0], [*names, certainty], strict=True):
         axes.set_ylabel(label)
     for axes, name in zip(grid[0], found["datum"].to_numpy(), strict=True):
         axes.set_title(str(name), fontsize="small")
@@ -122,22 +131,22 @@ def _show(
 
 
 def _lines(found: xr.Dataset, figure: Canvas | None) -> Canvas:
-    count, prob, names = found.sizes["datum"], found.attrs["prob"], _names(found)
+    count, names = found.sizes["datum"], _names(found)
     across = min(count, 2)
     down = math.ceil(count / across)
     figure = new_figure(figure, (9.0, 1.4 * down + 1.0 + 0.07 * longest_name(names)))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    flat = {name: found[name].to_numpy().reshape(count, -1) for name in found}
-    places = np.arange(flat["mean"].shape[1])
+    data = found["data"].to_numpy().reshape(count, -1)
+    places = np.arange(data.shape[1])
     for i, axes in enumerate(grid.ravel()[:count]):
-        mean, low, high = (flat[name][i] for name in ("mean", "lower", "upper"))
-        bars = np.maximum((mean - low, high - mean), 0)
-        label = f"mean, {prob:.0%} interval"
-        axes.errorbar(places, mean, bars, fmt="_", color="C0", label=label)
-        axes.plot(places, flat["data"][i], "o", markersize=3.5, color="C1", label="data")
+        (_probabilities if "mode" in found else _interval)(axes, found.isel(datum=i))
+        axes.plot(places, data[i], "o", markersize=3.5, color="C1", label="data")
         axes.set_title(f"datum {found['datum'].to_numpy()[i]}", fontsize="small")
     for axes in grid.ravel()[count:]:
         axes.set_axis_off()
+    if "mode" in found:
+        bar = figure.colorbar(grid[0, 0].collections[0], ax=grid.ravel().tolist())
+        bar.ax.set_title("probability", fontsize="small")
     for axes in grid[-1]:
         column_ticks(axes, names)
     if len(places) == 1:
@@ -147,3 +156,25 @@ def _lines(found: xr.Dataset, figure: Canvas | None) -> Canvas:
     legend(figure, handles=grid[0, 0].get_legend_handles_labels()[0])
     figure.suptitle(TITLE)
     return figure
+
+
+def _interval(axes: Axes, row: xr.Dataset) -> None:
+    """Draws the mean and the interval of each column of a row."""
+    mean, low, high = (row[name].to_numpy().ravel() for name in ("mean", "lower", "upper"))
+    places, has_mean = np.arange(len(mean)), np.isfinite(mean)
+    what = "mean, " if has_mean.any() else ""
+    centre = np.where(has_mean, mean, (low + high) / 2)
+    bars = np.maximum((centre - low, high - centre), 0)
+    label = f"{what}{row.attrs['prob']:.0%} interval"
+    axes.errorbar(places, centre, bars, fmt="_" if has_mean.all() else "none", label=label)
+    if not has_mean.all():
+        axes.plot(places[has_mean], mean[has_mean], "_", color="C0")
+
+
+def _probabilities(axes: Axes, row: xr.Dataset) -> None:
+    """Draws the probability of each category of each column of a row, and the mode."""
+    probability = row["probability"].to_numpy().reshape(-1, row.sizes["category"])
+    edges = [np.arange(size + 1) - 0.5 for size in probability.shape]
+    axes.pcolormesh(*edges, probability.T, vmin=0, vmax=1, cmap="Blues")
+    mode = row["mode"].to_numpy().ravel()
+    axes.plot(np.arange(len(mode)), mode, "_", color="C0", label="mode")

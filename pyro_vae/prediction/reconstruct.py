@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 import xarray as xr
+from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
+from torch.distributions import Categorical, Independent
 
 from ..data.read import read
 from ..data.rows import Rows
@@ -19,6 +21,9 @@ from .traces import predictive_trace, values_by_row
 __all__ = ["central_interval", "reconstruct"]
 
 ATTRIBUTES = {
+    "probability": "posterior predictive probability of each category of {site}",
+    "probability_mcse": "Monte Carlo standard error of probability",
+    "mode": "most probable category of {site}",
     "mean": "mean of the replicates of {site}",
     "mcse": "Monte Carlo standard error of mean",
     "lower": "lower bound of the central interval of the replicates of {site}",
@@ -26,6 +31,13 @@ ATTRIBUTES = {
     "upper": "upper bound of the central interval of the replicates of {site}",
     "upper_mcse": "Monte Carlo standard error of upper (from order statistics)",
 }
+
+MISSING = {
+    "mean": "the likelihood has no finite mean there",
+    "mcse": "the likelihood has no finite variance there",
+}
+
+ROUNDING = 1e-9
 
 
 def reconstruct(
@@ -49,6 +61,9 @@ def reconstruct(
     Latent sites that all rows share are drawn as well. If the model has several observed sites,
     all of them are drawn anew, so that one may depend on another.
 
+    Codes of categories have no mean and no order. For a `Categorical` site the result is the
+    probability of each category, averaged over the draws of z, and the mode.
+
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
         x: The data, shape (rows, \*event), or a dict of tensors.
@@ -58,24 +73,32 @@ def reconstruct(
         site: The name of the observed site that is predicted. It is needed only if the model has
             several.
         num_samples: The number of draws S of x' for each row, 2 or more.
-        prob: The probability of the central interval.
+        prob: The probability of the central interval. It needs 2 / (1 - prob) - 1 draws, 19 for
+            0.9, since the interval from the smallest of S draws to the largest covers a new draw
+            with probability (S - 1) / (S + 1).
         max_elements: The approximate maximum number of elements of one tensor, to limit memory.
         seed: The seed of the draws; if `None`, torch's global generator is used.
         progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If `program` has no `model` and `guide`, the data do not fit it, an argument
-            is out of range, or the model has several observed sites and `site` is `None`.
+            is out of range, there are too few draws for the interval, or the model has several
+            observed sites and `site` is `None`.
 
     Returns:
         A dataset with the dims `datum` and those of the site, `{site}_dim_0`, ..., labelled by
         the rows and columns of x. Its variables, in the units of x, are the `mean` of x', the
         bounds `lower` and `upper` of the interval, and their Monte Carlo standard errors `mcse`,
-        `lower_mcse`, `upper_mcse`. The
-        error of a bound is half the distance between the order statistics one binomial standard
-        deviation, sqrt(S p (1 - p)), below and above its rank, where p is the probability outside
-        the interval on one side. If fewer draws lie outside, the distance to the outermost draw
-        is scaled up.
+        `lower_mcse`, `upper_mcse`. `mean` is NaN if the likelihood has no finite mean, such as a
+        Cauchy distribution, and `mcse` if it has no finite variance; the attribute `missing` of
+        the variable then says so. The interval covers a new draw with a probability of at least
+        `prob`, averaged over the draws. The error of a bound is half the distance between the
+        order statistics one binomial standard deviation, sqrt(S p (1 - p)), below and above its
+        rank, where p is the probability outside the interval on one side. If fewer draws lie
+        outside, the distance to the outermost draw is scaled up.
+
+        For categories the variables are `probability` and `probability_mcse`, with the further
+        dim `category`, and `mode`, the code of the most probable one.
 
     Example:
         >>> import pyro_vae as pv
@@ -88,6 +111,13 @@ def reconstruct(
         raise ValueError(
             f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
         )
+    least = math.ceil(2.0 / (1.0 - prob) - 1.0 - ROUNDING)
+    if num_samples < least:
+        raise ValueError(
+            f"Expected num_samples of at least {least} for an interval of probability {prob:g}; "
+            f"got {num_samples}, whose widest interval has "
+            f"{(num_samples - 1) / (num_samples + 1):.2f}. Draw more, or lower prob."
+        )
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         with seeded(0):
@@ -99,12 +129,11 @@ def reconstruct(
         ):
             pieces = []
             for piece in plan.pieces():
-                draws = _replicates(program, rows.select(piece, program), site, plan, num_samples)
-                moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
-                found = moments | central_interval(draws, prob)
+                part = rows.select(piece, program)
+                found = _predicted(program, part, site, plan, num_samples, prob)
                 pieces.append({name: value.cpu() for name, value in found.items()})
                 bar.update(piece.stop - piece.start)
-    arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in ATTRIBUTES}
+    arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     return _labelled(arrays, rows, {"site": site, "num_samples": num_samples, "prob": prob})
 
 
@@ -120,18 +149,65 @@ def _data_site(known: Structure, site: str | None) -> str:
     return site
 
 
-def _replicates(program: nn.Module, x: Row, site: str, plan: Plan, num_samples: int) -> Tensor:
-    parts = [
-        predictive_trace(program, x, count, plan.structure).nodes[site]
-        for count in plan.parts(num_samples)
-    ]
-    return torch.cat([values_by_row(part).double() for part in parts])
+def _predicted(
+    program: nn.Module, x: Row, site: str, plan: Plan, num_samples: int, prob: float
+) -> dict[str, Tensor]:
+    """The summaries of the replicates of some rows."""
+    draws, moments, probabilities = [], [], []
+    for count in plan.parts(num_samples):
+        drawn = predictive_trace(program, x, count, plan.structure).nodes[site]
+        categories = _categories(drawn["fn"])
+        if categories is None:
+            draws.append(values_by_row(drawn).double())
+            moments.append(_moments(drawn))
+        else:
+            table = [values_by_row(drawn, share) for share in categories.probs.unbind(-1)]
+            shares = torch.stack(table, -1).double()
+            probabilities.append(torch.stack([shares.sum(0), shares.square().sum(0)]))
+    if probabilities:
+        mean, square = torch.stack(probabilities).sum(0) / num_samples
+        error = ((square - mean.square()).clamp(min=0.0) / (num_samples - 1)).sqrt()
+        return {"probability": mean, "probability_mcse": error, "mode": mean.argmax(-1)}
+    replicates = torch.cat(draws)
+    has_mean, has_variance = torch.stack(moments).all(0)
+    mean, error = replicates.mean(0), replicates.std(0) / num_samples**0.5
+    return {
+        "mean": mean.where(has_mean, math.nan),
+        "mcse": error.where(has_variance, math.nan),
+    } | central_interval(replicates, prob)
+
+
+def _categories(law: Any) -> Categorical | None:
+    """The distribution of the single elements of a site, if they are categories."""
+    match law:
+        case Categorical():
+            return law
+        case Independent() | MaskedDistribution():
+            return _categories(law.base_dist)
+        case _:
+            return None
+
+
+def _moments(site: Any) -> Tensor:
+    """Whether the mean and the variance are finite at all draws, shape (2, rows, ...).
+
+    A distribution without a formula for them is taken to have both.
+    """
+    law = site["fn"]
+    try:
+        moments = [law.mean, law.variance]
+    except NotImplementedError:
+        moments = [torch.zeros_like(site["value"])] * 2
+    has_mean, has_variance = (values_by_row(site, m).isfinite().all(0) for m in moments)
+    return torch.stack([has_mean, has_mean & has_variance])
 
 
 def central_interval(draws: Tensor, prob: float) -> dict[str, Tensor]:
     """Returns the bounds of the central interval of draws, and their Monte Carlo errors.
 
-    As many draws lie below the interval as above it.
+    As many draws lie below the interval as above it: r - 1 with the integer
+    r <= (S + 1) (1 - prob) / 2. Over all draws, the interval between the order statistics of ranks
+    r and S + 1 - r covers a new one with probability 1 - 2 r / (S + 1), or more if values tie.
 
     Arguments:
         draws: The draws, shape (S, ...).
@@ -141,7 +217,7 @@ def central_interval(draws: Tensor, prob: float) -> dict[str, Tensor]:
         `lower`, `lower_mcse`, `upper` and `upper_mcse`, each of the shape of one draw.
     """
     size, share = len(draws), (1.0 - prob) / 2.0
-    outside = min(max(round(share * (size + 1)) - 1, 0), (size - 1) // 2)
+    outside = min(max(int(share * (size + 1) + ROUNDING) - 1, 0), (size - 1) // 2)
     step = max(1, round(math.sqrt(size * share * (1.0 - share))))
     inner, outer = min(outside + step, size - 1), max(outside - step, 0)
     scale = step / (inner - outer)
@@ -157,13 +233,18 @@ def central_interval(draws: Tensor, prob: float) -> dict[str, Tensor]:
 
 def _labelled(arrays: dict[str, Tensor], rows: Rows, attrs: dict[str, Any]) -> xr.Dataset:
     site = attrs["site"]
-    own = rows.coords(site, tuple(arrays["mean"].shape[1:]))
-    variables = {
-        name: (
-            ("datum", *own),
-            array.numpy(),
-            {"long_name": ATTRIBUTES[name].format(site=site), "units": f"those of {site}"},
-        )
-        for name, array in arrays.items()
-    }
-    return xr.Dataset(variables, {"datum": rows.labels} | own, attrs)
+    own = rows.coords(site, tuple(next(reversed(arrays.values())).shape[1:]))
+    coords: dict[str, Any] = {"datum": rows.labels} | own
+    variables = {}
+    for name, array in arrays.items():
+        is_probability = name.startswith("probability")
+        units = "1" if is_probability else f"those of {site}"
+        about = {"long_name": ATTRIBUTES[name].format(site=site), "units": units}
+        if is_probability:
+            coords["category"] = range(array.shape[-1])
+        count = int(array.isnan().sum()) if name in MISSING else 0
+        if count:
+            about["missing"] = f"{count} of {array.numel()} cells: {MISSING[name]}"
+        dims = ("datum", *own, *(["category"] if is_probability else []))
+        variables[name] = (dims, array.numpy(), about)
+    return xr.Dataset(variables, coords, attrs)
