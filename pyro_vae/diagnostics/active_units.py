@@ -9,7 +9,6 @@ from ..data.checks import checked_count
 from ..data.read import read
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan
-from ..elbos.drawing import Drawing
 from ..elbos.log_densities import log_densities, programs_of
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
@@ -85,32 +84,23 @@ def active_units(
         drawing = plan.drawing(program, values, num_samples)
         for piece in plan.pieces():
             selected = rows.select(piece, program)
-            pieces.append(_moments(drawing, selected, plan.parts(num_samples)))
+            parts = [drawing(selected, count) for count in plan.parts(num_samples)]
+            draws = {site: torch.cat([p[site] for p in parts]).double() for site in parts[0]}
+            pieces.append(
+                {s: (d.mean(0).cpu().numpy(), d.var(0).cpu().numpy()) for s, d in draws.items()}
+            )
             bar.update(piece.stop - piece.start)
     tables = []
     for site in pieces[0]:
         means, within = (np.concatenate(parts) for parts in zip(*(p[site] for p in pieces)))
-        tables.append(_table(site, means, within, num_samples))
+        index = pd.Index(unit_labels(site, means.shape[1:]), name="unit")
+        means, within = means.reshape(len(means), -1), within.reshape(len(within), -1).mean(0)
+        squares = np.square(means - means.mean(0))
+        error = squares.std(axis=0, ddof=1) / np.sqrt(len(means))
+        variance = squares.sum(0) / (len(means) - 1) - within / num_samples
+        columns = {"variance": variance, "se": error, "within": within}
+        tables.append(pd.DataFrame(columns, index=index))
     table = pd.concat(tables)
     table["active"] = table["variance"] > threshold
     table.attrs = {"seed": seed}
     return table
-
-
-def _moments(
-    drawing: Drawing, x: Row, counts: list[int]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The mean and the variance over draws of each latent site, by row."""
-    parts = [drawing(x, count) for count in counts]
-    draws = {site: torch.cat([part[site] for part in parts]).double() for site in parts[0]}
-    return {s: (d.mean(0).cpu().numpy(), d.var(0).cpu().numpy()) for s, d in draws.items()}
-
-
-def _table(site: str, means: np.ndarray, within: np.ndarray, num_samples: int) -> pd.DataFrame:
-    labels = unit_labels(site, means.shape[1:])
-    means, within = means.reshape(len(means), -1), within.reshape(len(within), -1).mean(0)
-    squares = np.square(means - means.mean(0))
-    error = squares.std(axis=0, ddof=1) / np.sqrt(len(means))
-    variance = squares.sum(0) / (len(means) - 1) - within / num_samples
-    columns = {"variance": variance, "se": error, "within": within}
-    return pd.DataFrame(columns, index=pd.Index(labels, name="unit"))
