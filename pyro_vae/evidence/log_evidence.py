@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Evidence", "estimates", "labelled", "log_evidence", "standard_error"]
 
-IN_CACHE = 2**20  # larger blocks are returned to the system, and zeroed again at each call
+IN_CACHE = 2**20  # on a CPU; larger blocks go back to the system, and are zeroed at each call
 PIECES_AT_ONCE = 32
 MAX_WEIGHTS = 2**17  # the weights and intermediate results fit into a processor's cache
 
@@ -106,7 +106,8 @@ class Evidence(xr.Dataset):
             "log_evidence_quarter": "log_evidence_quarter_mcse",
         }
         means = {name: self[name].to_numpy() for name in error_of}
-        errors = {name: _combined(self[error].to_numpy()) for name, error in error_of.items()}
+        squares = {name: np.square(self[error].to_numpy()) for name, error in error_of.items()}
+        errors = {name: float(np.sqrt(s.sum()) / len(s)) for name, s in squares.items()}
         means["gap"] = means["log_evidence"] - means["elbo"]
         means["pareto_k_over"] = self.is_over().astype(np.float64)
         table = {
@@ -209,8 +210,15 @@ def log_evidence(
                 "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
                 f"estimated; the guide has them at {', '.join(points)}."
             )
-        plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
-        drawing = plan.drawing(program, _log_weights(program, plan), num_samples)
+        if floating_like(program).device.type == "cpu":
+            max_elements = min(max_elements, IN_CACHE)
+        plan = Plan.of(program, rows, num_samples, max_elements)
+
+        def log_weights(x: Row, count: int) -> dict[str, Tensor]:
+            found = log_densities(program, x, count, known=plan.structure)
+            return {"log_weights": found.log_weights}
+
+        drawing = plan.drawing(program, log_weights, num_samples)
         values = {name: np.empty(len(rows)) for name in ATTRIBUTES}
         waiting: list[np.ndarray] = []
         done = 0
@@ -243,10 +251,6 @@ def standard_error(values: np.ndarray) -> float:
         return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def _combined(errors: np.ndarray) -> float:
-    return float(np.sqrt(np.square(errors).sum()) / len(errors))
-
-
 def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
     """Computes the evidence and its diagnostics for each row.
 
@@ -261,33 +265,24 @@ def estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
     values = {name: np.empty(rows) for name in ATTRIBUTES}
     for start in range(0, rows, at_once):
         piece = slice(start, start + at_once)
-        for name, numbers in _estimates(log_weights[:, piece].astype(np.float64)).items():
+        part = log_weights[:, piece].astype(np.float64)
+        by_quarter = part[: size // 4 * 4].reshape(4, size // 4, part.shape[1]).swapaxes(0, 1)
+        with np.errstate(all="ignore"):
+            log_evidence, weights = _log_mean_exp(part)
+            quarters, _ = _log_mean_exp(by_quarter)
+            found = {
+                "log_evidence": log_evidence,
+                "mcse": weights.std(axis=0, ddof=1) / (math.sqrt(size) * weights.mean(axis=0)),
+                "ess": weights.sum(axis=0) ** 2 / np.square(weights).sum(axis=0),
+                "pareto_k": pareto_k(part),
+                "elbo": part.mean(axis=0),
+                "elbo_mcse": part.std(axis=0, ddof=1) / math.sqrt(size),
+                "log_evidence_quarter": quarters.mean(axis=0),
+                "log_evidence_quarter_mcse": quarters.std(axis=0, ddof=1) / math.sqrt(4),
+            }
+        for name, numbers in found.items():
             values[name][piece] = numbers
     return values
-
-
-def _estimates(log_weights: np.ndarray) -> dict[str, np.ndarray]:
-    size = len(log_weights)
-    with np.errstate(all="ignore"):
-        log_evidence, weights = _log_mean_exp(log_weights)
-        mean = weights.mean(axis=0)
-        quarters, _ = _log_mean_exp(_quarters(log_weights))
-        return {
-            "log_evidence": log_evidence,
-            "mcse": weights.std(axis=0, ddof=1) / (math.sqrt(size) * mean),
-            "ess": weights.sum(axis=0) ** 2 / np.square(weights).sum(axis=0),
-            "pareto_k": pareto_k(log_weights),
-            "elbo": log_weights.mean(axis=0),
-            "elbo_mcse": log_weights.std(axis=0, ddof=1) / math.sqrt(size),
-            "log_evidence_quarter": quarters.mean(axis=0),
-            "log_evidence_quarter_mcse": quarters.std(axis=0, ddof=1) / math.sqrt(4),
-        }
-
-
-def _quarters(log_weights: np.ndarray) -> np.ndarray:
-    size, rows = log_weights.shape
-    quarters = log_weights[: size // 4 * 4].reshape(4, size // 4, rows)
-    return quarters.swapaxes(0, 1)
 
 
 def _log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -316,17 +311,3 @@ def labelled(
         "good_k": good_k(num_samples),
     }
     return xr.Dataset(variables, coords={"datum": names}, attrs=attributes)
-
-
-def _log_weights(program: nn.Module, plan: Plan) -> Any:
-    def log_weights(x: Row, count: int) -> dict[str, Tensor]:
-        found = log_densities(program, x, count, known=plan.structure)
-        return {"log_weights": found.log_weights}
-
-    return log_weights
-
-
-def _at_once(program: nn.Module, max_elements: int) -> int:
-    """Returns how many elements a tensor may have; on a CPU it should fit into the caches."""
-    is_cpu = floating_like(program).device.type == "cpu"
-    return min(max_elements, IN_CACHE) if is_cpu else max_elements
