@@ -79,13 +79,10 @@ def reconstructions(
     with evaluating(program):
         data = observed_values(program, rows.head(size, program), found.attrs["site"])
     found["data"] = found["mean"].copy(data=data.cpu().numpy())
-    shape = image_shape_of(tuple(data.shape[1:]), _names(found), image_shape)
-    return _lines(found, figure) if shape is None else _images(found, shape, figure)
-
-
-def _names(found: xr.Dataset) -> np.ndarray | None:
     dims = found["mean"].dims[1:]
-    return found[dims[0]].to_numpy() if len(dims) == 1 else None
+    names = found[dims[0]].to_numpy() if len(dims) == 1 else None
+    shape = image_shape_of(tuple(data.shape[1:]), names, image_shape)
+    return _lines(found, names, figure) if shape is None else _images(found, shape, figure)
 
 
 def _images(found: xr.Dataset, shape: tuple[int, ...], figure: Canvas | None) -> Canvas:
@@ -121,8 +118,8 @@ def _show(
         bar.ax.set_title(label, fontsize="small")
 
 
-def _lines(found: xr.Dataset, figure: Canvas | None) -> Canvas:
-    count, prob, names = found.sizes["datum"], found.attrs["prob"], _names(found)
+def _lines(found: xr.Dataset, names: np.ndarray | None, figure: Canvas | None) -> Canvas:
+    count, prob = found.sizes["datum"], found.attrs["prob"]
     across = min(count, 2)
     down = math.ceil(count / across)
     figure = new_figure(figure, (9.0, 1.4 * down + 1.0 + 0.07 * longest_name(names)))
