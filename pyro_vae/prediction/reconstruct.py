@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from ..data.read import read
 from ..data.rows import Rows
-from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan, data_sites
-from ..elbos.log_densities import Structure
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from .traces import predictive_trace, values_by_row
@@ -92,40 +90,29 @@ def reconstruct(
     with evaluating(program):
         with seeded(0):
             plan = Plan.of(program, rows, num_samples, max_elements, predictive_trace)
-        site = _data_site(plan.structure, site)
+        sites = data_sites(plan.structure)
+        if site is None and len(sites) == 1:
+            site = sites[0]
+        if site not in sites:
+            raise ValueError(
+                f"Expected site to be one of the observed sites of the model, {list(sites)}; got "
+                f"{site!r}."
+            )
         with (
             seeded(seed),
             progress_bar(len(rows), "reconstruct", " rows", progress=progress) as bar,
         ):
             pieces = []
             for piece in plan.pieces():
-                draws = _replicates(program, rows.select(piece, program), site, plan, num_samples)
+                row, counts = rows.select(piece, program), plan.parts(num_samples)
+                traces = (predictive_trace(program, row, n, plan.structure) for n in counts)
+                draws = torch.cat([values_by_row(t.nodes[site]).double() for t in traces])
                 moments = {"mean": draws.mean(0), "mcse": draws.std(0) / num_samples**0.5}
                 found = moments | central_interval(draws, prob)
                 pieces.append({name: value.cpu() for name, value in found.items()})
                 bar.update(piece.stop - piece.start)
     arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in ATTRIBUTES}
     return _labelled(arrays, rows, {"site": site, "num_samples": num_samples, "prob": prob})
-
-
-def _data_site(known: Structure, site: str | None) -> str:
-    sites = data_sites(known)
-    if site is None and len(sites) == 1:
-        return sites[0]
-    if site not in sites:
-        raise ValueError(
-            f"Expected site to be one of the observed sites of the model, {list(sites)}; got "
-            f"{site!r}."
-        )
-    return site
-
-
-def _replicates(program: nn.Module, x: Row, site: str, plan: Plan, num_samples: int) -> Tensor:
-    parts = [
-        predictive_trace(program, x, count, plan.structure).nodes[site]
-        for count in plan.parts(num_samples)
-    ]
-    return torch.cat([values_by_row(part).double() for part in parts])
 
 
 def central_interval(draws: Tensor, prob: float) -> dict[str, Tensor]:
