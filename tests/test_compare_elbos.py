@@ -280,8 +280,7 @@ def test_a_squared_distance_and_its_error_are_unbiased(distance: float) -> None:
     found = []
     for _ in range(600):
         noise = torch.randn(24, 6, generator=generator, dtype=torch.float64) @ mixing
-        grams = moments._grams(noise[:20] + there, noise[20:])
-        found.append(moments._squared_distance(*grams))
+        found.append(moments._squared_distance(noise[:20] + there, noise[20:]))
     squares, errors = np.array(found).T
     assert abs(squares.mean() - distance**2) < 4.5 * squares.std() / math.sqrt(600)
     ratio = np.sqrt(np.square(errors).mean()) / squares.std()

@@ -139,7 +139,19 @@ def compare_elbos(
     checked_count("num_repeats", num_repeats, least=4)
     programs_of(program)
     rows = read(x, program, context=context, weights=weights).to_like(program)
-    chosen, target = _checked_elbos(elbos), _checked_reference(reference, len(rows))
+    given = checked_names("estimators", elbos)
+    if len({str(name) for name in given}) < len(given):
+        raise ValueError(f"Expected names that differ as text; got {list(given)}.")
+    for name, elbo in given.items():
+        if not isinstance(elbo, Estimator):
+            raise ValueError(
+                "Expected an object of a class of pyro_vae.elbos, such as "
+                f"pyro_vae.elbos.Trace_ELBO(); got {elbo!r}. (estimator {name!r})"
+            )
+    chosen: dict[Hashable, Estimator] = {
+        str(name): copy.deepcopy(elbo) for name, elbo in given.items()
+    }
+    target = _checked_reference(reference, len(rows))
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     run = _Run(program, rows, chosen, num_repeats, seed, _setup(program, rows, chosen, seed))
     with (
@@ -433,9 +445,22 @@ class _Run:
         """The mean log p(x), and its gradient with respect to decoder and prior."""
         groups = {k: group for k, group in self.setup.groups.items() if k in GROUPS[1:]}
         wanted = [parameter for group in groups.values() for parameter in group]
-        if target.elbo is not None:
-            return self._reference_by(target.elbo, groups)
-        obstacle = self._obstacle()
+        if (elbo := target.elbo) is not None:
+            with naming("reference"):
+                elbo.check(self.setup.structure)
+                moments = self.repeats(elbo, wanted or self.parameters)
+            article = "an " if elbo.direction.startswith("upper") else "a "
+            label = f"{elbo}, {'' if elbo.direction == 'no bound' else article}{elbo.direction}"
+            if not wanted:
+                return _Reference(*moments.value(), label, {}, "none")
+            return _Reference(*moments.value(), label, _split(moments.batches(), groups), label)
+        obstacle = None
+        if self.setup.structure.global_latents or self.setup.structure.global_observed:
+            obstacle = "there are sites that all rows share"
+        else:
+            with torch.no_grad(), kept_generators():
+                if points := point_masses(self.program, self.rows):
+                    obstacle = f"a point mass at {', '.join(points)}"
         samples = NUM_SAMPLES if target.num_samples is None else target.num_samples
         value, se, label, gradients = math.nan, math.nan, f"none: {obstacle}", torch.empty(0)
         gradient_label = f"IWAE({samples // QUARTERS}), the mean of {QUARTERS}"
@@ -450,17 +475,6 @@ class _Run:
         if obstacle is not None or not wanted:
             return _Reference(value, se, label, {}, "none")
         return _Reference(value, se, label, _split(gradients, groups), gradient_label)
-
-    def _reference_by(self, elbo: Estimator, groups: Parameters) -> _Reference:
-        wanted = [parameter for group in groups.values() for parameter in group]
-        with naming("reference"):
-            elbo.check(self.setup.structure)
-            moments = self.repeats(elbo, wanted or self.parameters)
-        article = "an " if elbo.direction.startswith("upper") else "a "
-        label = f"{elbo}, {'' if elbo.direction == 'no bound' else article}{elbo.direction}"
-        if not wanted:
-            return _Reference(*moments.value(), label, {}, "none")
-        return _Reference(*moments.value(), label, _split(moments.batches(), groups), label)
 
     def _exact(self, wanted: list[nn.Parameter]) -> tuple[float, Tensor] | None:
         """The exact mean log p(x) and its gradient, in float64, if it has a closed form."""
@@ -478,19 +492,12 @@ class _Run:
         gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
         return float(value.detach()), _flat(gradients)[None]
 
-    def _obstacle(self) -> str | None:
-        """The reason why log p(x) of each row cannot be estimated, or `None`."""
-        if self.setup.structure.global_latents or self.setup.structure.global_observed:
-            return "there are sites that all rows share"
-        with torch.no_grad(), kept_generators():
-            points = point_masses(self.program, self.rows)
-        return f"a point mass at {', '.join(points)}" if points else None
-
     def _sampled(
         self, num_samples: int, wanted: list[nn.Parameter]
     ) -> tuple[float, float, str, Tensor]:
         """The mean log p(x), its error, its label, and its gradient from each quarter of draws."""
         quarter, parts = num_samples // QUARTERS, []
+        programs, nesting = programs_of(self.program), self.setup.structure.max_plate_nesting
         size = sum(parameter.numel() for parameter in wanted)
         gradients = torch.zeros(QUARTERS, size, dtype=torch.float64, device=self.rows.device)
         with torch.no_grad():
@@ -498,9 +505,13 @@ class _Run:
         for piece in plan.pieces():
             x, weights = self.rows[piece].x, []
             for i in range(QUARTERS):
-                log_weights, gradient = self._weights_and_gradient(x, quarter, wanted)
-                gradients[i] += gradient / len(self.rows)
-                weights.append(log_weights)
+                with torch.set_grad_enabled(bool(wanted)):
+                    densities = draw(*programs, (x,), {}, quarter, nesting).densities()
+                weights.append(densities.log_weights.detach())
+                if wanted:
+                    total = (weights[i].softmax(0) * densities.log_joint).sum()
+                    gradient = torch.autograd.grad(total, wanted, materialize_grads=True)
+                    gradients[i] += _flat(gradient) / len(self.rows)
             parts.append(estimates(torch.cat(weights).cpu().numpy()))
             give_memory_back()
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -512,20 +523,6 @@ class _Run:
             label = f"{label} (of unknown error: Pareto k needs more than 20 draws)"
         error = np.sqrt(np.square(found["mcse"]).sum()) / len(self.rows)
         return float(found["log_evidence"].mean()), float(error), label, gradients
-
-    def _weights_and_gradient(
-        self, x: Row, count: int, wanted: list[nn.Parameter]
-    ) -> tuple[Tensor, Tensor]:
-        """The log importance weights of draws, and the gradient of the sum of log p(x)."""
-        nesting = self.setup.structure.max_plate_nesting
-        with torch.set_grad_enabled(bool(wanted)):
-            particles = draw(*programs_of(self.program), (x,), {}, count, nesting)
-            densities = particles.densities()
-        log_weights = densities.log_weights.detach()
-        if not wanted:
-            return log_weights, torch.empty(0, dtype=torch.float64, device=log_weights.device)
-        total = (log_weights.softmax(0) * densities.log_joint).sum()
-        return log_weights, _flat(torch.autograd.grad(total, wanted, materialize_grads=True))
 
     def table(self, known: _Reference, tick: Callable[[], object]) -> pd.DataFrame:
         """The table of a comparison."""
@@ -713,30 +710,20 @@ def _used(results: Iterable[object], parameters: list[nn.Parameter]) -> set[int]
     return {i for i, gradient in enumerate(gradients) if gradient is not None}
 
 
-def _checked_elbos(elbos: Mapping[str, Estimator]) -> dict[Hashable, Estimator]:
-    chosen = checked_names("estimators", elbos)
-    if len({str(name) for name in chosen}) < len(chosen):
-        raise ValueError(f"Expected names that differ as text; got {list(chosen)}.")
-    for name, elbo in chosen.items():
-        if not isinstance(elbo, Estimator):
-            raise ValueError(
-                "Expected an object of a class of pyro_vae.elbos, such as "
-                f"pyro_vae.elbos.Trace_ELBO(); got {elbo!r}. (estimator {name!r})"
-            )
-    return {str(name): copy.deepcopy(elbo) for name, elbo in chosen.items()}
-
-
 def _checked_reference(reference: Reference, count: int) -> _Target:
-    if reference is None:
-        return _Target()
-    if isinstance(reference, IWAE):
-        reference = reference.num_particles
-    if isinstance(reference, Estimator):
-        return _Target(elbo=copy.deepcopy(reference))
-    if isinstance(reference, Integral):
-        return _Target(num_samples=checked_count("reference", reference, least=4 * QUARTERS))
+    values: object = reference
+    match reference:
+        case None:
+            return _Target()
+        case IWAE(num_particles=size):
+            return _Target(num_samples=checked_count("reference", size, least=4 * QUARTERS))
+        case Integral():
+            return _Target(num_samples=checked_count("reference", reference, least=4 * QUARTERS))
+        case Estimator():
+            return _Target(elbo=copy.deepcopy(reference))
+        case Tensor():
+            values = reference.detach().cpu()
     try:
-        values = reference.detach().cpu() if isinstance(reference, Tensor) else reference
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         array = np.empty(())

@@ -133,8 +133,8 @@ def relative_distance(batches: Tensor, reference: Tensor) -> tuple[float, float]
     """
     centre = reference.mean(0)
     nothing = torch.zeros_like(reference[:1])
-    size, size_error = _squared_distance(*_grams(reference, nothing))
-    squared, error = _squared_distance(*_grams(batches - centre, reference - centre))
+    size, size_error = _squared_distance(reference, nothing)
+    squared, error = _squared_distance(batches - centre, reference - centre)
     if not (math.isfinite(squared) and size > 2.0 * size_error):
         return math.nan, math.nan
     if error == 0.0:
@@ -142,16 +142,15 @@ def relative_distance(batches: Tensor, reference: Tensor) -> tuple[float, float]
     return math.sqrt(max(squared, 0.0) / size), error / math.sqrt(max(squared, error) * size)
 
 
-def _grams(one: Tensor, other: Tensor) -> list[np.ndarray]:
-    """The inner products of rows: within each of two matrices, and between them."""
-    pairs = (one, one), (other, other), (one, other)
-    return [(left @ right.T).cpu().numpy() for left, right in pairs]
+def _squared_distance(left: Tensor, right: Tensor) -> tuple[float, float]:
+    """Estimates the squared distance of two means without bias, with its jackknife error.
 
-
-def _squared_distance(
-    own: np.ndarray, other: np.ndarray, cross: np.ndarray
-) -> tuple[float, float]:
-    """An unbiased estimate of a squared distance from inner products, and its jackknife error."""
+    Arguments:
+        left: Independent estimates of one mean, shape (n, parameters).
+        right: Those of the other, shape (m, parameters).
+    """
+    pairs = (left, left), (right, right), (left, right)
+    own, other, cross = ((one @ two.T).cpu().numpy() for one, two in pairs)
 
     def off_diagonal_mean(gram: np.ndarray) -> float:
         count = len(gram)
@@ -170,7 +169,7 @@ def _squared_distance(
         without.append([estimate(np.delete(rows, i), columns) for i in rows])
     if len(other) > 1:
         without.append([estimate(rows, np.delete(columns, i)) for i in columns])
-    parts = [(len(left) - 1) * np.var(left) for left in without]
+    parts = [(len(values) - 1) * np.var(values) for values in without]
     return estimate(rows, columns), math.sqrt(sum(parts))
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -294,6 +294,14 @@ class _Run:
         }
 
 
+class _Limits(NamedTuple):
+    """A budget as the limits of a training, and in words."""
+
+    epochs: int
+    seconds: float | None
+    text: str
+
+
 @dataclass(frozen=True, eq=False)
 class _Entrants:
     """What the trainings of a race have in common."""
@@ -301,7 +309,7 @@ class _Entrants:
     build: Build
     elbos: dict[str, pyro.infer.ELBO]
     seeds: list[int]
-    budget: Budget
+    budget: _Limits
     num_samples: int
     seed: int
     transform: Transform | None
@@ -352,11 +360,6 @@ class _Entrants:
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:
         program = self.program(seed)
-        epochs, seconds = UNLIMITED, None
-        if isinstance(self.budget, datetime.timedelta):
-            seconds = self.budget.total_seconds()
-        else:
-            epochs = self.budget
         try:
             history = fit(
                 program,
@@ -365,9 +368,9 @@ class _Entrants:
                 elbo=copy.deepcopy(self.elbos[name]),
                 seed=seed,
                 max_steps=None,
-                max_epochs=epochs,
+                max_epochs=self.budget.epochs,
                 until_converged=False,
-                max_seconds=seconds,
+                max_seconds=self.budget.seconds,
                 batch_size=self.batch_size,
                 lr=self.lr,
                 transform=self.transform,
@@ -394,19 +397,28 @@ class _Results:
         lines = {key: run.line(self.rows) for key, run in self.runs.items()}
         levels = pd.MultiIndex.from_tuples(lines, names=["estimator", "seed"])
         runs = pd.DataFrame(list(lines.values()), index=levels, columns=RUN_COLUMNS)
-        first, budget = next(iter(self.entrants.elbos)), self.entrants.budget
+        first = next(iter(self.entrants.elbos))
         values = {key: run.values("log_evidence", self.rows) for key, run in self.runs.items()}
-        table = pd.DataFrame(
-            {name: _line(name, first, values, lines) for name in self.entrants.elbos},
-            index=COLUMNS,
-        ).T.rename_axis("estimator")
+        columns = {name: dict.fromkeys(COLUMNS, math.nan) for name in self.entrants.elbos}
+        for name, column in columns.items():
+            if seeds := [seed for other, seed in values if other == name]:
+                own = np.array([values[name, seed] for seed in seeds])
+                difference = own - np.array([values[first, seed] for seed in seeds])
+                column |= {
+                    "log_evidence": own.mean(),
+                    "se": crossed_error(own),
+                    "difference": difference.mean(),
+                    "difference_se": crossed_error(difference),
+                }
+                for c in COLUMNS[4:]:
+                    column[c] = float(np.mean([lines[name, seed][c] for seed in seeds]))
+        table = pd.DataFrame(columns, index=COLUMNS).T.rename_axis("estimator")
         table = table.sort_values("log_evidence", ascending=False, kind="stable")
-        is_time = isinstance(budget, datetime.timedelta)
         table.attrs = {
             "num_samples": self.entrants.num_samples,
             "num_rows": self.rows,
             "seeds": self.entrants.seeds,
-            "budget": str(budget) if is_time else f"{budget} epochs",
+            "budget": self.entrants.budget.text,
             "seed": self.entrants.seed,
             "good_k": good_k(self.entrants.num_samples),
             "first": first,
@@ -423,27 +435,6 @@ class _Results:
             return OVER_ROWS
         names = ", ".join(map(repr, alone))
         return f"{OVER_BOTH}, but over rows alone for {names}, which have one seed"
-
-
-def _line(
-    name: str,
-    first: str,
-    values: dict[tuple[str, int], np.ndarray],
-    lines: dict[tuple[str, int], dict[str, float | str]],
-) -> dict[str, float]:
-    """The line of an estimator in the table, from log p(x) and the line of each training."""
-    seeds = [seed for other, seed in values if other == name]
-    if not seeds:
-        return dict.fromkeys(COLUMNS, math.nan)
-    own = np.array([values[name, seed] for seed in seeds])
-    difference = own - np.array([values[first, seed] for seed in seeds])
-    return {
-        "log_evidence": own.mean(),
-        "se": crossed_error(own),
-        "difference": difference.mean(),
-        "difference_se": crossed_error(difference),
-        **{c: float(np.mean([lines[name, seed][c] for seed in seeds])) for c in COLUMNS[4:]},
-    }
 
 
 def crossed_error(values: np.ndarray) -> float:
@@ -475,13 +466,16 @@ def _checked_seeds(seeds: Iterable[int]) -> list[int]:
     return checked
 
 
-def _checked_budget(budget: Budget) -> Budget:
-    if isinstance(budget, datetime.timedelta):
-        if budget <= datetime.timedelta():
-            raise ValueError(f"Expected a positive time as budget; got {budget}.")
-        return budget
-    if isinstance(budget, float):
-        raise ValueError(
-            f"Expected budget to be a number of epochs or a datetime.timedelta; got {budget!r}."
-        )
-    return checked_count("budget", budget)
+def _checked_budget(budget: Budget) -> _Limits:
+    match budget:
+        case datetime.timedelta():
+            if budget <= datetime.timedelta():
+                raise ValueError(f"Expected a positive time as budget; got {budget}.")
+            return _Limits(UNLIMITED, budget.total_seconds(), str(budget))
+        case float():
+            raise ValueError(
+                "Expected budget to be a number of epochs or a datetime.timedelta; "
+                f"got {budget!r}."
+            )
+    epochs = checked_count("budget", budget)
+    return _Limits(epochs, None, f"{epochs} epochs")

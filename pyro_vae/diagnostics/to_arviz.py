@@ -1,6 +1,5 @@
 """Draws from a program in the format of ArviZ."""
 
-import dataclasses
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,16 +19,16 @@ from ..elbos.chunks import (
     give_memory_back,
     point_masses,
 )
-from ..elbos.drawing import densities_of, parts_of
+from ..elbos.drawing import Drawing, densities_of, parts_of
 from ..elbos.log_densities import (
     Densities,
+    Program,
     Structure,
     densities,
-    log_densities,
     programs_of,
     structure,
 )
-from ..engine.running import evaluating, seeded
+from ..engine.running import Site, evaluating, seeded
 from ..evidence.log_evidence import estimates, labelled
 from .observed import observed_cells
 from .shared_latents import shared_draws
@@ -121,10 +120,14 @@ def to_arviz(
             ],
             axis=1,
         )
-    groups = {name: _dataset(values, rows, sampled=True) for name, values in draws.items()}
+    groups = {name: _dataset(found, rows, sampled=True) for name, found in draws.items()}
     groups["observed_data"] = _dataset(observed["observed_data"], rows, sampled=False)
     log_weights = draws["sample_stats"]["log_weight"]
-    groups["vi_stats"] = _vi_stats(log_weights, rows, seed, points)
+    values = estimates(log_weights)
+    if points:
+        unknown = np.full(len(rows), np.nan)
+        values = {name: v if name == "elbo" else unknown for name, v in values.items()}
+    groups["vi_stats"] = labelled(values, rows.labels, len(log_weights), seed)
     return _wrapped(groups, NOTE)
 
 
@@ -168,68 +171,52 @@ def _num_predictive(
 class _Run:
     """Draws from the guide, and from the model with its observed sites free."""
 
-    def __init__(self, program: Any, plan: Plan, num_samples: int) -> None:
-        self.program = program
-        self.known = known = plan.structure
-        self.data_sites = data_sites(known)
-        self.free = poutine.uncondition(program.model)
-        self.all_sites = dataclasses.replace(
-            known, latents=known.latents + self.data_sites, observed=()
-        )
-        self.drawn, self.predicted, self.prior = (
-            self._by_engine(plan, function, num_samples)
-            for function in (self._drawn, self._posterior_predictive, self._prior)
-        )
+    def __init__(self, program: nn.Module, plan: Plan, num_samples: int) -> None:
+        self.known = plan.structure
+        self.data_sites = data_sites(self.known)
+        self.model, guide = programs_of(program)
+        free = poutine.uncondition(self.model)
 
-    def _by_engine(self, plan: Plan, function: Any, num_samples: int) -> Any:
-        drawing = plan.drawing(
-            self.program, lambda x, count: parts_of(function(x, count)), num_samples
-        )
-        return lambda x, count: densities_of(drawing(x, count))
+        def guide_then_model(x: Row) -> None:
+            """Samples the latent sites from the guide, then the observed ones given these."""
+            with poutine.trace() as guided:
+                guide(x)
+            with poutine.block(hide_fn=is_known):
+                poutine.replay(free, trace=guided.trace)(x)
+
+        def is_known(site: Site) -> bool:
+            return site["type"] == "sample" and site["name"] not in self.data_sites
+
+        def drawing(model: Program, guide: Program) -> Drawing:
+            def run(x: Row, count: int) -> dict[str, Tensor]:
+                return parts_of(densities(model, guide, (x,), count, self.known))
+
+            return plan.drawing(program, run, num_samples)
+
+        self.drawn = drawing(self.model, guide)
+        self.predicted = drawing(self.model, guide_then_model)
+        self.prior = drawing(free, free)
 
     def draws(self, x: Row, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
         first, rest = plan.parts(num_predictive), plan.parts(num_samples - num_predictive)
-        posterior = [self.predicted(x, n) for n in first]
-        posterior += [self.drawn(x, n) for n in rest]
-        prior = [self.prior(x, n) for n in first]
+        posterior = [densities_of(self.predicted(x, n)) for n in first]
+        posterior += [densities_of(self.drawn(x, n)) for n in rest]
+        prior = [densities_of(self.prior(x, n)) for n in first]
         give_memory_back()
+        log_joint = _stacked([part.log_joint for part in posterior])
+        guided = [[part.guide[name].double() for name in self.known.latents] for part in posterior]
+        log_q = _stacked([torch.stack(sites).sum(0) for sites in guided])
+        stats = {"log_weight": log_joint - log_q, "log_q": log_q, "log_joint": log_joint}
         return {
             "posterior": _values(posterior, self.known.latents),
             "posterior_predictive": _values(posterior, self.data_sites),
             "prior": _values(prior, self.known.latents),
             "prior_predictive": _values(prior, self.data_sites),
-            "sample_stats": self._stats(posterior),
+            "sample_stats": stats,
         }
 
-    def _drawn(self, x: Row, count: int) -> Densities:
-        return log_densities(self.program, x, count, known=self.known)
-
-    def _prior(self, x: Row, count: int) -> Densities:
-        return densities(self.free, self.free, (x,), count, self.all_sites)
-
-    def _posterior_predictive(self, x: Row, count: int) -> Densities:
-        return densities(self.program.model, self._guide_then_model, (x,), count, self.all_sites)
-
-    def _guide_then_model(self, x: Row) -> None:
-        """Samples the latent sites from the guide, then the observed ones given these."""
-        with poutine.trace() as guided:
-            self.program.guide(x)
-        with poutine.block(hide_fn=self._is_known):
-            poutine.replay(self.free, trace=guided.trace)(x)
-
-    def _is_known(self, site: Any) -> bool:
-        return site["type"] == "sample" and site["name"] not in self.data_sites
-
-    def _stats(self, parts: list[Densities]) -> dict[str, np.ndarray]:
-        log_joint = _stacked([part.log_joint for part in parts])
-        log_q = _stacked([self._log_q(part) for part in parts])
-        return {"log_weight": log_joint - log_q, "log_q": log_q, "log_joint": log_joint}
-
-    def _log_q(self, part: Densities) -> Tensor:
-        return torch.stack([part.guide[name].double() for name in self.known.latents]).sum(0)
-
     def observed(self, x: Row) -> Groups:
-        trace = poutine.trace(self.program.model).get_trace(x)
+        trace = poutine.trace(self.model).get_trace(x)
         values = {name: observed_cells(trace.nodes[name], self.known) for name in self.data_sites}
         return {"observed_data": {name: v.cpu().numpy() for name, v in values.items()}}
 
@@ -273,16 +260,6 @@ def _dataset(
             if dim in ("chain", "draw")
         }
     return xr.Dataset(variables, coords)
-
-
-def _vi_stats(
-    log_weights: np.ndarray, rows: Rows, seed: int | None, points: list[str]
-) -> xr.Dataset:
-    values = estimates(log_weights)
-    if points:
-        unknown = np.full(len(rows), np.nan)
-        values = {name: v if name == "elbo" else unknown for name, v in values.items()}
-    return labelled(values, rows.labels, len(log_weights), seed)
 
 
 def _wrapped(groups: dict[str, xr.Dataset], note: str) -> Any:

@@ -103,11 +103,8 @@ class Affine(TorchDistribution):  # type: ignore[misc]
             value: Values in the units of the data, shape (..., *event).
         """
         scores: Tensor = self.base.log_prob(self._standardized(value))
-        return scores - self._log_volume(scores)
-
-    def _log_volume(self, scores: Tensor) -> Tensor:
-        logs = self.scale.log()
-        return (logs if not self.event_shape else logs.sum()).to(scores.dtype)
+        logs = self.scale.log() if not self.event_shape else self.scale.log().sum()
+        return scores - logs.to(scores.dtype)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws values in the units of the data.

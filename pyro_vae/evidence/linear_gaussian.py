@@ -87,30 +87,23 @@ def marginal(program: nn.Module) -> Any:
         decoder cannot run in float64.
     """
     vae: Any = program
-    prior = _normal(vae.prior())
-    if prior is None:
-        return None
+    match vae.prior():
+        case dist.MultivariateNormal() | dist.LowRankMultivariateNormal() as prior:
+            mean, scale_tril = prior.loc, prior.scale_tril
+        case prior:
+            if (found := _independent_normal(prior)) is None:
+                return None
+            mean, scale_tril = found[0].flatten(), found[1].flatten().diag()
     try:
-        likelihood = _affine(vae, *prior)
+        likelihood = _affine(vae, mean, scale_tril)
     except RuntimeError:  # a decoder that sets its own precision
         return None
     if likelihood is None:
         return None
     weight, offset, scale = likelihood
-    mean, scale_tril = prior
     return dist.LowRankMultivariateNormal(
         offset + mean @ weight, weight.T @ scale_tril, scale.square()
     )
-
-
-def _normal(distribution: Any) -> tuple[Tensor, Tensor] | None:
-    """Returns the mean (D,) and the Cholesky factor (D, D) of the covariance of a normal."""
-    if isinstance(distribution, dist.MultivariateNormal):
-        return distribution.loc, distribution.scale_tril
-    if isinstance(distribution, dist.LowRankMultivariateNormal):
-        return distribution.loc, distribution.scale_tril
-    found = _independent_normal(distribution)
-    return None if found is None else (found[0].flatten(), found[1].flatten().diag())
 
 
 def _independent_normal(distribution: Any) -> tuple[Tensor, Tensor] | None:

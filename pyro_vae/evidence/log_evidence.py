@@ -109,7 +109,8 @@ class Evidence(xr.Dataset):
             "log_evidence_quarter": "log_evidence_quarter_mcse",
         }
         means = {name: self[name].to_numpy() for name in error_of}
-        errors = {name: _combined(self[error].to_numpy()) for name, error in error_of.items()}
+        squares = {name: np.square(self[error].to_numpy()) for name, error in error_of.items()}
+        errors = {name: float(np.sqrt(s.sum()) / len(s)) for name, s in squares.items()}
         means["gap"] = means["log_evidence"] - means["elbo"]
         means["pareto_k_over"] = self.is_over().astype(np.float64)
         means["pareto_k_missing"] = np.isnan(self["pareto_k"].to_numpy()).astype(np.float64)
@@ -228,7 +229,9 @@ def log_evidence(
                 "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
                 f"estimated; the guide has them at {', '.join(points)}."
             )
-        plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
+        if floating_like(program).device.type == "cpu":
+            max_elements = min(max_elements, IN_CACHE)
+        plan = Plan.of(program, rows, num_samples, max_elements)
         proposal = Proposal(program, plan.structure, num_samples)
         num_prior, is_prior = proposal.num_prior, proposal.is_prior
         from_guide = plan.drawing(program, proposal.from_guide, num_samples - num_prior)
@@ -272,10 +275,6 @@ def standard_error(values: np.ndarray) -> float:
         return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def _combined(errors: np.ndarray) -> float:
-    return float(np.sqrt(np.square(errors).sum()) / len(errors))
-
-
 def estimates(
     log_weights: np.ndarray,
     elbo_terms: np.ndarray | None = None,
@@ -313,7 +312,8 @@ def _estimates(
     with np.errstate(all="ignore"):
         log_evidence, weights = _log_mean_exp(log_weights)
         mean = weights.mean(axis=0)
-        quarters, _ = _log_mean_exp(_quarters(log_weights))
+        by_quarter = log_weights[: size // 4 * 4].reshape(4, size // 4, log_weights.shape[1])
+        quarters, _ = _log_mean_exp(by_quarter.swapaxes(0, 1))
         return {
             "log_evidence": log_evidence,
             "mcse": _deviation(weights, is_prior) / (math.sqrt(size) * mean),
@@ -334,12 +334,6 @@ def _deviation(weights: np.ndarray, is_prior: np.ndarray) -> np.ndarray:
     strata = [weights[is_prior == stratum] for stratum in (False, True)]
     variance: np.ndarray = sum(len(w) * w.var(axis=0, ddof=1) for w in strata) / len(weights)
     return np.sqrt(variance)
-
-
-def _quarters(log_weights: np.ndarray) -> np.ndarray:
-    size, rows = log_weights.shape
-    quarters = log_weights[: size // 4 * 4].reshape(4, size // 4, rows)
-    return quarters.swapaxes(0, 1)
 
 
 def _log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -372,9 +366,3 @@ def labelled(
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
     return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-
-
-def _at_once(program: nn.Module, max_elements: int) -> int:
-    """Returns how many elements a tensor may have; on a CPU it should fit into the caches."""
-    is_cpu = floating_like(program).device.type == "cpu"
-    return min(max_elements, IN_CACHE) if is_cpu else max_elements

@@ -99,38 +99,26 @@ def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     """
     log_weights = np.asarray(log_weights, dtype=np.float64)
     size, rows = log_weights.shape
-    block = max(1, MAX_ELEMENTS // max(size, _fit_elements(_tail_length(size))))
-    pieces = [log_weights[:, start : start + block] for start in range(0, rows, block)]
+    k = np.full(rows, np.nan)
+    if size == 0:
+        return k
+    length = math.ceil(min(size / 5, 3 * math.sqrt(size)))
+    block = max(1, MAX_ELEMENTS // max(size, length * _grid_length(length)))
     with np.errstate(all="ignore"):
-        return np.concatenate([_pareto_k(piece) for piece in pieces] or [np.empty(0)])
-
-
-def _tail_length(size: int) -> int:
-    return math.ceil(min(size / 5, 3 * math.sqrt(size)))
+        for start in range(0, rows, block):
+            own, part = k[start : start + block], log_weights[:, start : start + block]
+            top = part.max(axis=0)
+            constant = top - part.min(axis=0) <= FLOAT32_NOISE * np.maximum(1, np.abs(top))
+            own[top == np.inf] = np.inf
+            if MIN_TAIL <= length < size:
+                usable = np.isfinite(top) & ~constant
+                own[usable] = _fit_tails(part[:, usable] - top[usable], length)
+            own[constant & np.isfinite(top)] = -np.inf
+    return k
 
 
 def _grid_length(count: int) -> int:
     return 30 + math.isqrt(count)
-
-
-def _fit_elements(count: int) -> int:
-    return max(1, count * _grid_length(count))
-
-
-def _pareto_k(log_weights: np.ndarray) -> np.ndarray:
-    size, rows = log_weights.shape
-    length = _tail_length(size)
-    if size == 0:
-        return np.full(rows, np.nan)
-    top = log_weights.max(axis=0)
-    constant = top - log_weights.min(axis=0) <= FLOAT32_NOISE * np.maximum(1, np.abs(top))
-    k = np.full(rows, np.nan)
-    k[top == np.inf] = np.inf
-    if MIN_TAIL <= length < size:
-        usable = np.isfinite(top) & ~constant
-        k[usable] = _fit_tails(log_weights[:, usable] - top[usable], length)
-    k[constant & np.isfinite(top)] = -np.inf
-    return k
 
 
 def _fit_tails(log_weights: np.ndarray, length: int) -> np.ndarray:

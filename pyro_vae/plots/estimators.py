@@ -37,8 +37,19 @@ def estimators(curves: pd.DataFrame, *, figure: Canvas | None = None) -> Canvas:
     figure = new_figure(figure, (3.3 * len(panels) + 2.0, 3.6))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     counts = sorted(curves["num_particles"].dropna().unique())
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": f"C{i % 10}", "label": name, "linewidth": 1.5}
+        for i, name in enumerate(dict.fromkeys(curves["estimator"]))
+    }
     for axes, (column, title, label) in zip(grid, panels, strict=True):
-        _against_particles(axes, curves, column)
+        is_finite = np.isfinite(curves[column].to_numpy(dtype=np.float64))
+        for i, (name, style) in enumerate(styles.items()):
+            own = curves[(curves["estimator"] == name) & is_finite & (curves[column] > 0)]
+            if own["num_particles"].isna().any():
+                axes.axhline(own[column].iloc[0], linestyle="--", **style)
+            else:
+                marker = "os^vDPX*<>"[i % 10]
+                axes.plot(own["num_particles"], own[column], marker=marker, markersize=5, **style)
         floor = f"snr_floor_{column.removeprefix('snr_')}"
         if floor in curves:
             axes.axhline(
@@ -48,18 +59,6 @@ def estimators(curves: pd.DataFrame, *, figure: Canvas | None = None) -> Canvas:
         axes.set(title=title, ylabel=label)
     legend(figure, handles=grid[0].get_legend_handles_labels()[0])
     return figure
-
-
-def _against_particles(axes: Axes, curves: pd.DataFrame, column: str) -> None:
-    is_shown = np.isfinite(curves[column].to_numpy(dtype=np.float64)) & (curves[column] > 0)
-    for i, name in enumerate(dict.fromkeys(curves["estimator"])):
-        own = curves[(curves["estimator"] == name) & is_shown]
-        style: dict[str, Any] = {"color": f"C{i % 10}", "label": name, "linewidth": 1.5}
-        if own["num_particles"].isna().any():
-            axes.axhline(own[column].iloc[0], linestyle="--", **style)
-        else:
-            marker = "os^vDPX*<>"[i % 10]
-            axes.plot(own["num_particles"], own[column], marker=marker, markersize=5, **style)
 
 
 def _particle_axes(axes: Axes, counts: list[float]) -> None:

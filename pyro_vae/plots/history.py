@@ -36,7 +36,11 @@ def history(history: Any, *, figure: Canvas | None = None) -> Canvas:
     for prefix, label, color in (("", "training", "C0"), ("validation_", "validation", "C1")):
         column = f"{prefix}elbo"
         _curve(bound, table, column, label, color)
-        _band(bound, table, column, "± 1 s.e. over rows" if column == with_label else None, color)
+        if f"{column}_se" in table:
+            low, high = (table[column] + sign * table[f"{column}_se"] for sign in (-1, 1))
+            band = "± 1 s.e. over rows" if column == with_label else None
+            shade: dict[str, Any] = {"color": color, "alpha": 0.25, "linewidth": 0}
+            bound.fill_between(table.index, low, high, label=band, **shade)
         _curve(terms, table, f"{prefix}reconstruction", f"{label}: E log p(x | z)", color)
         _curve(terms, table, f"{prefix}kl", f"{label}: KL, one draw", color, style="--")
     best = getattr(history, "best_epoch", None)
@@ -56,13 +60,6 @@ def _curve(
         marker = "o" if len(table) == 1 else ""
         line: dict[str, Any] = {"marker": marker, "color": color, "label": label}
         axes.plot(table.index, table[column], style, linewidth=1.5, **line)
-
-
-def _band(axes: Axes, table: pd.DataFrame, column: str, label: str | None, color: str) -> None:
-    if f"{column}_se" in table:
-        low, high = (table[column] + sign * table[f"{column}_se"] for sign in (-1, 1))
-        shade: dict[str, Any] = {"color": color, "alpha": 0.25, "linewidth": 0}
-        axes.fill_between(table.index, low, high, label=label, **shade)
 
 
 def _finish(axes: Axes, table: pd.DataFrame, columns: list[str]) -> None:

@@ -65,15 +65,35 @@ def latents(
     if colors is not None and colors.shape != (len(means),):
         raise ValueError(f"Expected {len(means)} labels; got shape {colors.shape}.")
     values, names = _coordinates(means, names)
+    groups, palette = (None, []) if colors is None else _groups(colors)
     dims = len(names)
     side = 4.8 if dims <= 2 else 2.1 * (dims - 1) + 1.6
     figure = new_figure(figure, (side + 1.2, side))
     if dims == 1:
         shown = [figure.subplots()]
-        _histogram(shown[0], values[:, 0], names[0], colors)
+        if groups is None:
+            shown[0].hist(values[:, 0], bins=30)
+        else:
+            parts = [values[colors == group, 0] for group in groups]
+            shown[0].hist(parts, bins=30, stacked=True, color=palette)
+        shown[0].set(xlabel=names[0], ylabel="rows")
     else:
-        shown = _pairs(figure, values, names, colors)
-    _color_key(figure, shown, colors)
+        style: dict[str, Any] = {"c": colors, "cmap": "viridis"}
+        if colors is None:
+            style = {"color": "C0"}
+        elif groups is not None:
+            style = {"color": [palette[i] for i in np.searchsorted(groups, colors)]}
+        shown = _pairs(figure, values, names, style)
+    if groups is not None:
+        from matplotlib.lines import Line2D
+
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=color, label=str(group))
+            for group, color in zip(groups, palette, strict=True)
+        ]
+        legend(figure, handles=handles, title="label")
+    elif colors is not None and shown[0].collections:
+        figure.colorbar(shown[0].collections[0], ax=shown, label="label")
     figure.suptitle("Posterior means of the latents")
     return figure
 
@@ -81,17 +101,17 @@ def latents(
 def _means(
     program: Any, x: Any, num_samples: int, seed: int | None, beside: dict[str, Any]
 ) -> tuple[np.ndarray, list[str]]:
-    if isinstance(program, nn.Module):
-        if x is None:
-            raise ValueError("A program needs rows to compute latents for: pass the data as x.")
-        options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
-        found = embed(program, x, **options, **beside)
-        return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]
-    means = np.asarray(program, dtype=np.float64)
-    if means.ndim < 2:
-        raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
-    means = means.reshape(len(means), -1)
-    return means, [f"E[z[{i}] | x]" for i in range(means.shape[1])]
+    if not isinstance(program, nn.Module):
+        means = np.asarray(program, dtype=np.float64)
+        if means.ndim < 2:
+            raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
+        means = means.reshape(len(means), -1)
+        return means, [f"E[z[{i}] | x]" for i in range(means.shape[1])]
+    if x is None:
+        raise ValueError("A program needs rows to compute latents for: pass the data as x.")
+    options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
+    found = embed(program, x, **options, **beside)
+    return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]
 
 
 def _coordinates(means: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -104,48 +124,24 @@ def _coordinates(means: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[
     return (left * scales)[:, :kept], names
 
 
-def _groups(colors: np.ndarray | None) -> np.ndarray | None:
-    """Returns the distinct labels if they are groups, not numbers on a scale."""
-    if colors is None:
-        return None
-    distinct = np.unique(colors)
-    are_few = len(distinct) <= MOST_GROUPS and colors.dtype.kind != "f"
-    return distinct if are_few or colors.dtype.kind not in "iufb" else None
-
-
-def _palette(groups: np.ndarray) -> list[Any]:
+def _groups(colors: np.ndarray) -> tuple[np.ndarray | None, list[Any]]:
+    """Returns the distinct labels and their colours; `None` if they are numbers on a scale."""
     from matplotlib import colormaps
 
+    groups = np.unique(colors)
+    are_few = len(groups) <= MOST_GROUPS and colors.dtype.kind != "f"
+    if not are_few and colors.dtype.kind in "iufb":
+        return None, []
     palette = colormaps["tab10" if len(groups) <= 10 else "tab20"]
-    return [palette(i % palette.N) for i in range(len(groups))]
-
-
-def _style(colors: np.ndarray | None) -> dict[str, Any]:
-    if colors is None:
-        return {"color": "C0"}
-    groups = _groups(colors)
-    if groups is None:
-        return {"c": colors, "cmap": "viridis"}
-    palette = _palette(groups)
-    return {"color": [palette[i] for i in np.searchsorted(groups, colors)]}
-
-
-def _histogram(axes: Axes, values: np.ndarray, name: str, colors: np.ndarray | None) -> None:
-    groups = _groups(colors)
-    if groups is None or colors is None:
-        axes.hist(values, bins=30)
-    else:
-        parts = [values[colors == group] for group in groups]
-        axes.hist(parts, bins=30, stacked=True, color=_palette(groups))
-    axes.set(xlabel=name, ylabel="rows")
+    return groups, [palette(i % palette.N) for i in range(len(groups))]
 
 
 def _pairs(
-    figure: Canvas, values: np.ndarray, names: list[str], colors: np.ndarray | None
+    figure: Canvas, values: np.ndarray, names: list[str], style: dict[str, Any]
 ) -> list[Axes]:
     dims = len(names)
     grid = figure.subplots(dims - 1, dims - 1, squeeze=False, sharex="col", sharey="row")
-    size, style = float(np.clip(3000 / len(values), 3, 20)), _style(colors)
+    size = float(np.clip(3000 / len(values), 3, 20))
     for down in range(1, dims):
         for across in range(dims - 1):
             axes = grid[down - 1, across]
@@ -159,20 +155,3 @@ def _pairs(
         grid[-1, i].set_xlabel(names[i].replace(" (", "\n("), **small)
         grid[i, 0].set_ylabel(names[i + 1].replace(" (", "\n("), **small)
     return [axes for axes in grid.ravel() if axes.get_visible()]
-
-
-def _color_key(figure: Canvas, shown: list[Axes], colors: np.ndarray | None) -> None:
-    groups = _groups(colors)
-    if colors is None:
-        return
-    if groups is None:
-        if shown[0].collections:
-            figure.colorbar(shown[0].collections[0], ax=shown, label="label")
-        return
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=color, label=str(group))
-        for group, color in zip(groups, _palette(groups), strict=True)
-    ]
-    legend(figure, handles=handles, title="label")

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..data.checks import checked_count
 from ..data.read import read
-from ..data.rows import Rows
 from ..prediction.sample import sample_sites
 from .canvas import column_ticks, image_of, image_shape_of, new_axes, on_one_scale
 
@@ -61,7 +60,11 @@ def prior_samples(
     is_program = isinstance(program, nn.Module)
     drawn = sample_sites(program, size, x=x, seed=seed) if is_program else program
     rows = read(drawn)[slice(0, size)]
-    site = _site(rows, site)
+    sites = list(rows.event_shapes())
+    if site is None and len(sites) == 1:
+        site = sites[0]
+    if site not in sites:
+        raise ValueError(f"Expected site to be one of the observed sites, {sites}; got {site!r}.")
     data, labels = rows.field(site).cpu().numpy(), rows.columns[site]
     names = labels[0] if len(labels) == 1 else None
     shape = image_shape_of(data.shape[1:], names, image_shape)
@@ -85,15 +88,6 @@ def prior_samples(
             figure.colorbar(shown, ax=ax).ax.set_title(site, fontsize="small")
     ax.set_title(f"{len(data)} prior predictive draws")
     return figure
-
-
-def _site(rows: Rows, site: str | None) -> str:
-    sites = list(rows.event_shapes())
-    if site is None and len(sites) == 1:
-        return sites[0]
-    if site not in sites:
-        raise ValueError(f"Expected site to be one of the observed sites, {sites}; got {site!r}.")
-    return site
 
 
 def _mosaic(images: list[np.ndarray], across: int, down: int) -> np.ndarray:

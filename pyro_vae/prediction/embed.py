@@ -11,7 +11,7 @@ from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan
-from ..elbos.log_densities import Structure, latent_sites, structure
+from ..elbos.log_densities import latent_sites, structure
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, seeded
 from .labels import unit_labels
@@ -82,7 +82,13 @@ def embed(
     checked_count("max_elements", max_elements)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
-        _check_latents(structure(program, rows.head(2, program)))
+        known = structure(program, rows.head(2, program))
+        if not known.latents:
+            shared = ", ".join(known.global_latents) or "none"
+            raise ValueError(
+                "An embedding needs a latent site for each row, in the plate 'data'; the program "
+                f"has only latent sites that all rows share: {shared}."
+            )
         with seeded(0):
             plan = Plan.of(program, rows, num_samples, max_elements, guide_trace)
         is_closed = _in_closed_form(program, rows.head(2, program), plan) is not None
@@ -98,15 +104,6 @@ def embed(
         {"method": "closed form"} if is_closed else {"method": "draws", "num_samples": num_samples}
     )
     return _labelled(pieces, rows, attrs)
-
-
-def _check_latents(known: Structure) -> None:
-    if not known.latents:
-        shared = ", ".join(known.global_latents) or "none"
-        raise ValueError(
-            "An embedding needs a latent site for each row, in the plate 'data'; the program has "
-            f"only latent sites that all rows share: {shared}."
-        )
 
 
 def _in_closed_form(program: nn.Module, x: Row, plan: Plan) -> Moments | None:
@@ -129,18 +126,14 @@ def _in_closed_form(program: nn.Module, x: Row, plan: Plan) -> Moments | None:
 
 
 def _by_draws(program: nn.Module, x: Row, plan: Plan, num_samples: int) -> Moments:
-    counts = plan.parts(num_samples)
+    counts, moments = plan.parts(num_samples), {}
     parts = [guide_trace(program, x, count, plan.structure).nodes for count in counts]
-    return {
-        name: _estimates(torch.cat([values_by_row(part[name]) for part in parts]).double())
-        for name in plan.structure.latents
-    }
-
-
-def _estimates(draws: Tensor) -> dict[str, Tensor]:
-    root, mean, sd = len(draws) ** 0.5, draws.mean(0), draws.std(0)
-    error = (draws - mean).square().std(0) / (2 * sd * root)
-    return {"mean": mean, "mean_mcse": sd / root, "sd": sd, "sd_mcse": error.where(sd > 0, sd)}
+    for name in plan.structure.latents:
+        draws = torch.cat([values_by_row(part[name]) for part in parts]).double()
+        root, mean, sd = num_samples**0.5, draws.mean(0), draws.std(0)
+        error = ((draws - mean).square().std(0) / (2 * sd * root)).where(sd > 0, sd)
+        moments[name] = {"mean": mean, "mean_mcse": sd / root, "sd": sd, "sd_mcse": error}
+    return moments
 
 
 def _labelled(pieces: list[Moments], rows: Rows, attrs: dict[str, Any]) -> xr.Dataset:

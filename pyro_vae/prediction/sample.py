@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ..data.checks import checked_count
@@ -96,7 +95,16 @@ def sample_sites(
             repeated = rows.select(torch.arange(num_rows, device=rows.device) % len(rows), program)
             with seeded(seed):
                 trace = trace_of(model, repeated)
-    return _drawn_data(trace, latents)
+    drawn = {
+        name: values_by_row(site)
+        for name, site in trace.nodes.items()
+        if name not in latents and holds_rows(site)
+    }
+    if not drawn:
+        raise ValueError(
+            "The model has no observed site in the plate 'data', so there are no rows to draw."
+        )
+    return drawn
 
 
 def _latents(guide: Program, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
@@ -111,17 +119,3 @@ def _latents(guide: Program, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
             f"The program cannot run without data ({error}). Pass rows as x=: new "
             "rows are drawn given their covariates, and the observed sites are drawn anew."
         ) from error
-
-
-def _drawn_data(trace: Trace, latents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the values of the sites that the guide does not draw, which hold data."""
-    drawn = {
-        name: values_by_row(site)
-        for name, site in trace.nodes.items()
-        if name not in latents and holds_rows(site)
-    }
-    if not drawn:
-        raise ValueError(
-            "The model has no observed site in the plate 'data', so there are no rows to draw."
-        )
-    return drawn

@@ -36,7 +36,12 @@ def from_distribution(distribution: Distribution) -> Family:
         base = base.base_dist
     try:
         prior = Family(type(base), tuple(distribution.event_shape), **_fixed_parameters(base))
-        _check_same(prior, distribution)
+        if prior.shared:
+            raise ValueError(f"Expected values of {sorted(prior.shared)}; got none.")
+        draw = distribution.sample()
+        ours, theirs = prior().log_prob(draw.to(prior._like.dtype)), distribution.log_prob(draw)
+        if not torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"Expected log-density {theirs}; got {ours}.")
     except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"The parameters of {distribution} cannot be read from it. Give a module whose "
@@ -74,12 +79,3 @@ def _fixed_parameters(base: Distribution) -> dict[str, ParameterSpec]:
         names = [name for name in names if name not in group or name == known[0]]
     values = {name: getattr(base, name, None) for name in names}
     return {k: v for k, v in values.items() if isinstance(v, Tensor | int | float | str)}
-
-
-def _check_same(prior: Family, distribution: Distribution) -> None:
-    if prior.shared:
-        raise ValueError(f"Expected values of {sorted(prior.shared)}; got none.")
-    draw = distribution.sample()
-    ours, theirs = prior().log_prob(draw.to(prior._like.dtype)), distribution.log_prob(draw)
-    if not torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3):
-        raise ValueError(f"Expected log-density {theirs}; got {ours}.")

@@ -47,19 +47,19 @@ class VampPrior(Prior):
         super().__init__()
         self.num_components = checked_number_of("components", num_components)
         self.event_shape = torch.Size(checked_shape(event_shape))
-        self.data = None if data is None else self._drawn(read(data).field("x"))
+        self.data: Tensor | None = None
+        if data is not None:
+            rows = read(data).field("x")
+            if len(rows) < num_components:
+                raise ValueError(
+                    f"Expected the data of the VampPrior to have at least {num_components} rows; "
+                    f"got {len(rows)}."
+                )
+            self.data = rows[torch.randperm(len(rows))[:num_components]]
 
     def arguments(self) -> Arguments:
         """Returns the arguments of the constructor, except `data`."""
         return (self.num_components, size_of(self.event_shape)), {}
-
-    def _drawn(self, rows: Tensor) -> Tensor:
-        if len(rows) < self.num_components:
-            raise ValueError(
-                f"Expected the data of the VampPrior to have at least {self.num_components} rows; "
-                f"got {len(rows)}."
-            )
-        return rows[torch.randperm(len(rows))[: self.num_components]]
 
     def connect(self, x_shape: tuple[int, ...], encode: Encode) -> None:
         """Creates the pseudo-inputs, and stores the encoder of the program.

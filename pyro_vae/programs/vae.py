@@ -262,20 +262,16 @@ class VAE(nn.Module):
         self.follow_units()
         self.likelihood.initialize(learned, found)
         units.constants = self.likelihood.constants()
-        self._learn_factors(learned)
+        columns, size = self.event_shape.numel(), self.latent_shape.numel()
+        is_real = units.loc is not None and bool((units.loc != 0.0).any())
+        if is_real and size < columns <= MOST_COLUMNS and len(self.event_shape) == 1:
+            units.loadings, units.noise = factor_loadings(learned - learned.mean(0), size)
         with seeded(0):
             if self.prior.support is None:
                 draws = torch.randn((DRAWS, *self.latent_shape), device=x.device)
             else:
                 draws = self.prior().expand((DRAWS,)).sample()
             self.posterior.initialize(draws.double())
-
-    def _learn_factors(self, u: Tensor) -> None:
-        """Fits factor analysis of as many latents to standardised real columns, few of them."""
-        columns, size = self.event_shape.numel(), self.latent_shape.numel()
-        has_location = self.units.loc is not None and bool((self.units.loc != 0.0).any())
-        if has_location and size < columns <= MOST_COLUMNS and len(self.event_shape) == 1:
-            self.units.loadings, self.units.noise = factor_loadings(u - u.mean(0), size)
 
     @torch.no_grad()
     def baselines(self, x: Any) -> xr.Dataset:

@@ -255,8 +255,11 @@ def _check_particles(program: nn.Module, parts: Split, objective: Objective, see
         try:
             check_particles(program, few, known)
         except ValueError as error:
-            if not _runs(objective, few):
-                raise
+            try:
+                with evaluating(objective.programs):
+                    objective(few)
+            except PROGRAM_ERRORS:
+                raise error from None
             if not known.global_latents + known.global_observed:
                 warnings.warn(
                     f"{error} This fit takes one draw of each row and runs, but log_evidence and "
@@ -264,15 +267,6 @@ def _check_particles(program: nn.Module, parts: Split, objective: Objective, see
                     UserWarning,
                     stacklevel=3,
                 )
-
-
-def _runs(objective: Objective, row: Row) -> bool:
-    try:
-        with evaluating(objective.programs):
-            objective(row)
-    except PROGRAM_ERRORS:
-        return False
-    return True
 
 
 def _schedule_of(make: MakeSchedule | None, optimizer: Optimizer) -> LRScheduler | None:
