@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 import pyro_vae as pv
+from pyro_vae.data.read import read
 from pyro_vae.elbos.log_densities import log_densities, structure
+from pyro_vae.engine.row_noise import row_keys
 from pyro_vae.evidence.log_evidence import estimates
 from pyro_vae.evidence.proposal import Proposal
 
@@ -73,8 +75,11 @@ def test_weights_are_bounded_and_the_elbo_is_that_of_the_guide() -> None:
     assert set(np.add.reduceat(proposal.is_prior, [0, 100, 200, 300])) == {5}
     bound = dist.Normal(x, 0.5).log_prob(x) + np.log(20)
     with torch.no_grad():
-        for drawn in (proposal.from_guide(x, 400), proposal.from_prior(x, 400)):
-            assert (drawn["log_weights"] <= bound + 1e-9).all()
+        keys = row_keys(read(x))
+        functions = (proposal.from_guide, proposal.from_prior)
+        for function, noise in zip(functions, proposal.noises(x[:2], 0), strict=True):
+            inputs = {"row": x, "table": noise.table, "shifts": noise.shifts(keys)}
+            assert (function(inputs, len(noise.table))["log_weights"] <= bound + 1e-9).all()
     found = pv.log_evidence(program, x, 20_000, seed=0)
     with torch.no_grad():
         terms = log_densities(program, x, 20_000).log_weights
