@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from benchmarks import positive_priors
 from quadrature import grid
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -143,3 +144,12 @@ def test_traced_evaluation_gives_the_same_evidence(prior: str) -> None:
     pieces = pv.log_evidence(vae, x, 1000, seed=0, max_elements=8000)
     error = np.hypot(whole["mcse"], pieces["mcse"])
     assert (np.abs(whole["log_evidence"] - pieces["log_evidence"]) < 5 * error).all()
+
+
+@pytest.mark.parametrize("posterior", positive_priors.POSTERIORS)
+def test_a_fitted_vae_is_covered(posterior: str) -> None:
+    found = positive_priors.coverage(
+        "HalfNormal", "Normal", posterior, rows=60, epochs=8, size=1000
+    )
+    assert found["coverage"] >= positive_priors.COVERAGE
+    assert found["unmarked"] > 0.05
