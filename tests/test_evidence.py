@@ -374,8 +374,66 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "a point mass": (lambda: log_evidence(delta_vae(), X), "point masses .Delta. .* at z"),
     "a shared latent": (lambda: log_evidence(Shared(PROGRAM.weight), X), "level"),
     "another shape": (lambda: log_evidence(wide_vae(), X), "event shape"),
+    "an unknown rule": (lambda: log_evidence(PROGRAM, X, on_invalid="nan"), "'raise' or 'inf'"),
+    "all impossible": (
+        lambda: log_evidence(counting(), -torch.ones(3, 4), on_invalid="inf"),
+        "support of Poisson",
+    ),
+    "another shape beside": (
+        lambda: log_evidence(counting(), torch.ones(3, 5), on_invalid="inf"),
+        "event shape",
+    ),
+    "a NaN among others": (
+        lambda: log_evidence(counting(), torch.ones(3, 4).fill_(torch.nan), on_invalid="inf"),
+        "x without NaN",
+    ),
     "a NaN": (lambda: log_evidence(wide_vae(), X[:, :4] * torch.nan), "Expected"),
 }
+
+
+def counting() -> nn.Module:
+    small = pv.networks.MLP(8)
+    return pv.VAE(4, 2, pv.likelihoods.Poisson(), encoder=small, decoder=small, seed=0)
+
+
+MADE: dict[str, Callable[[], nn.Module]] = {
+    "Poisson": counting,
+    "Gamma": lambda: pv.VAE(4, 2, pv.likelihoods.Gamma(), seed=0),
+    "Bernoulli": lambda: pv.VAE(4, 2, pv.likelihoods.Bernoulli(), seed=0),
+    "Categorical": lambda: pv.VAE(4, 2, pv.likelihoods.Categorical(3), seed=0),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_impossible_value_is_scored_as_such(name: str) -> None:
+    program, x = MADE[name](), torch.ones(9, 4)
+    x[[1, 7, 8], 2] = torch.tensor([-1.0, -2.5, torch.inf])
+    with pytest.raises(ValueError, match="Expected"):
+        log_evidence(program, x, 40, seed=0)
+    found = log_evidence(program, x, 40, seed=0, on_invalid="inf")
+    is_bad = np.isin(np.arange(9), [1, 7, 8])
+    for quantity in ("log_evidence", "elbo", "log_evidence_quarter"):
+        np.testing.assert_array_equal(found[quantity] == -np.inf, is_bad)
+    assert (found["mcse"][is_bad] == 0.0).all()
+    assert not found.is_over()[is_bad].any()
+    alone = log_evidence(program, x[~is_bad], 40, seed=0)
+    np.testing.assert_allclose(found["elbo"][~is_bad], alone["elbo"], rtol=1e-5)
+    assert found["datum"].to_numpy().tolist() == list(range(9))
+
+
+def test_a_transform_is_applied_before_rows_are_checked() -> None:
+    program = MADE["Bernoulli"]()
+    grey = torch.rand(7, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="binarize"):
+        log_evidence(program, grey, 40, seed=0)
+    found = log_evidence(program, grey, 40, seed=0, transform=torch.round)
+    xr.testing.assert_allclose(found, log_evidence(program, grey.round(), 40, seed=0))
+    one, two, other = (
+        log_evidence(program, grey, 40, seed=seed, transform=torch.bernoulli)["elbo"].to_numpy()
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, two)
+    assert (one != other).all()
 
 
 @pytest.mark.parametrize("case", BAD)

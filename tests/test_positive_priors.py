@@ -5,12 +5,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from benchmarks import positive_priors
 from quadrature import grid
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 import pyro_vae as pv
+from pyro_vae.data.read import read
 from pyro_vae.elbos.log_densities import log_densities, structure
+from pyro_vae.engine.row_noise import row_keys
 from pyro_vae.evidence.log_evidence import estimates
 from pyro_vae.evidence.proposal import Proposal
 
@@ -73,8 +76,11 @@ def test_weights_are_bounded_and_the_elbo_is_that_of_the_guide() -> None:
     assert set(np.add.reduceat(proposal.is_prior, [0, 100, 200, 300])) == {5}
     bound = dist.Normal(x, 0.5).log_prob(x) + np.log(20)
     with torch.no_grad():
-        for drawn in (proposal.from_guide(x, 400), proposal.from_prior(x, 400)):
-            assert (drawn["log_weights"] <= bound + 1e-9).all()
+        keys = row_keys(read(x))
+        functions = (proposal.from_guide, proposal.from_prior)
+        for function, noise in zip(functions, proposal.noises(x[:2], 0), strict=True):
+            inputs = {"row": x, "table": noise.table, "shifts": noise.shifts(keys)}
+            assert (function(inputs, len(noise.table))["log_weights"] <= bound + 1e-9).all()
     found = pv.log_evidence(program, x, 20_000, seed=0)
     with torch.no_grad():
         terms = log_densities(program, x, 20_000).log_weights
@@ -138,3 +144,12 @@ def test_traced_evaluation_gives_the_same_evidence(prior: str) -> None:
     pieces = pv.log_evidence(vae, x, 1000, seed=0, max_elements=8000)
     error = np.hypot(whole["mcse"], pieces["mcse"])
     assert (np.abs(whole["log_evidence"] - pieces["log_evidence"]) < 5 * error).all()
+
+
+@pytest.mark.parametrize("posterior", positive_priors.POSTERIORS)
+def test_a_fitted_vae_is_covered(posterior: str) -> None:
+    found = positive_priors.coverage(
+        "HalfNormal", "Normal", posterior, rows=60, epochs=8, size=1000
+    )
+    assert found["coverage"] >= positive_priors.COVERAGE
+    assert found["unmarked"] > 0.05

@@ -93,7 +93,7 @@ class Shared:
 
 ParameterSpec: TypeAlias = Predicted | Shared | float | int | bool | str | Tensor | None
 
-HEAD_WEIGHTS = 0.1  # smaller weights leave latents dead at the start, a saddle of the ELBO
+HEAD_WEIGHTS = 0.5  # the start is a saddle of the ELBO, at which smaller weights keep latents dead
 FEW_ROWS = 1000
 
 ALTERNATIVES = (
@@ -391,7 +391,7 @@ class Family(ConditionalDistribution):
         """Starts at the maximum likelihood of values without features, column by column.
 
         `Shared` parameters and the biases of the heads get it through the inverse of their links;
-        the weights of the heads are multiplied by 0.1. Initial values that a user wrote are kept.
+        the weights of the heads are multiplied by 0.5. Initial values that a user wrote are kept.
         A distribution without a known maximum is fitted by L-BFGS.
 
         Arguments:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 
 from .. import plots
 from ..data.checks import checked_count
-from ..data.read import read
-from ..data.rows import floating_like
+from ..data.read import check_rows, read, transformed
+from ..data.rows import Rows, floating_like
+from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
 from ..elbos.log_densities import programs_of
 from ..engine.progress import progress_bar
+from ..engine.row_noise import Noise, ReadFields, row_keys
 from ..engine.running import evaluating, seeded
 from .pareto_k import good_k, note_on, notes, pareto_k
 from .proposal import Proposal
@@ -75,6 +78,14 @@ ATTRIBUTES = {
         "direction": "estimated from four values, so uncertain by about 40%",
     },
 }
+
+
+IMPOSSIBLE = dict.fromkeys(ATTRIBUTES, -math.inf) | {
+    "mcse": 0.0,
+    "ess": math.nan,
+    "elbo_mcse": 0.0,
+    "log_evidence_quarter_mcse": 0.0,
+}  # of a row that the model cannot produce
 
 
 class Evidence(xr.Dataset):
@@ -152,6 +163,8 @@ def log_evidence(
     *,
     context: Any = None,
     weights: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    on_invalid: str = "raise",
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
     progress: bool = True,
@@ -180,7 +193,12 @@ def log_evidence(
     strata in `mcse`. `elbo` is that of the guide alone.
 
     The program runs in evaluation mode. Rows and draws are processed in chunks, so the memory
-    does not grow with their number.
+    does not grow with their number. The draws of a row follow from the seed and from the values
+    of the row that the program reads; rows of equal values have different draws, by their order.
+    So a row's estimate does not change with the rows beside it or with the chunks, except for
+    rounding. This holds if the guide is made of normal, uniform, exponential, gamma, Dirichlet,
+    Bernoulli or categorical draws, or transforms of these. Other draws, such as those of a
+    Poisson, come from torch's generator.
 
     References:
         Importance weighted autoencoders (Burda et al., 2015), arXiv 1509.00519.
@@ -193,8 +211,13 @@ def log_evidence(
         num_samples: The number of draws S of each row, 4 or more.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
+        transform: A function of rows that returns them as the program takes them, as in
+            :func:`pyro_vae.fit`. Its random numbers follow `seed`.
+        on_invalid: What happens to rows that the program's `check` refuses, such as a negative
+            count: `"raise"` refuses all rows; `"inf"` gives these rows a log p(x) of -inf, with an
+            error of 0. NaN is always refused.
         max_elements: About how many elements one tensor may have.
-        seed: The seed of the draws; with `None` torch's generator runs on.
+        seed: The seed of the draws; with `None` one is drawn from torch's generator.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -209,7 +232,7 @@ def log_evidence(
     Raises:
         ValueError: If `program` is not a program, has latent sites that all rows share, or has a
             guide of point masses (`Delta`), which has no importance weights; if data or sizes do
-            not fit.
+            not fit; if every row is refused, or one has NaN.
 
     Example:
         >>> import pyro_vae as pv
@@ -220,47 +243,117 @@ def log_evidence(
     """
     num_samples = checked_count("num_samples", num_samples, least=4)
     checked_count("max_elements", max_elements)
+    if on_invalid not in ("raise", "inf"):
+        raise ValueError(f"Expected on_invalid to be 'raise' or 'inf'; got {on_invalid!r}.")
     programs_of(program)
-    rows = read(x, program, context=context, weights=weights)
+    with seeded(seed):
+        rows = read(x, program, context=context, weights=weights, check=False)
+        rows = rows if transform is None else transformed(rows, transform, program)
+    if on_invalid == "raise":
+        check_rows(program, rows)
+        index = np.arange(len(rows))
+    else:
+        index = _possible(program, rows)
+    values = {name: np.full(len(rows), IMPOSSIBLE[name]) for name in ATTRIBUTES}
+    scored = rows if len(index) == len(rows) else rows[torch.from_numpy(index).to(rows.device)]
     with seeded(seed), evaluating(program):
-        points = point_masses(program, rows)
-        if points:
-            raise ValueError(
-                "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
-                f"estimated; the guide has them at {', '.join(points)}."
-            )
-        if floating_like(program).device.type == "cpu":
-            max_elements = min(max_elements, IN_CACHE)
-        plan = Plan.of(program, rows, num_samples, max_elements)
-        proposal = Proposal(program, plan.structure, num_samples)
-        num_prior, is_prior = proposal.num_prior, proposal.is_prior
-        from_guide = plan.drawing(program, proposal.from_guide, num_samples - num_prior)
-        from_prior = plan.drawing(program, proposal.from_prior, num_prior)
-        values = {name: np.empty(len(rows)) for name in ATTRIBUTES}
-        waiting: list[dict[str, np.ndarray]] = []
-        done = 0
-        total = len(rows) * num_samples
-        with progress_bar(total, "evidence", " draws", progress=progress) as bar:
-            for piece in plan.pieces():
-                row = rows.select(piece, program)
-                found = _joined([from_guide(row, n) for n in plan.parts(num_samples - num_prior)])
-                if num_prior:
-                    prior = _joined([from_prior(row, n) for n in plan.parts(num_prior)])
-                    places = np.argsort(np.argsort(is_prior, kind="stable"))
-                    both = np.concatenate([found["log_weights"], prior["log_weights"]])
-                    found["log_weights"] = both[places]
-                waiting.append(found)
-                if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
-                    parts = {k: np.concatenate([w[k] for w in waiting], axis=1) for k in found}
-                    for name, numbers in estimates(**parts, is_prior=is_prior).items():
-                        values[name][done : piece.stop] = numbers
-                    done = piece.stop
-                    waiting.clear()
-                    give_memory_back()
-                bar.update(num_samples * (piece.stop - piece.start))
+        scores = _scores(program, scored, num_samples, max_elements, seed, progress=progress)
+        for name, numbers in scores:
+            values[name][index] = numbers
     data = labelled(values, rows.labels, num_samples, seed)
     data.coords["note"] = ("datum", notes(values["pareto_k"], data.attrs["good_k"]))
     return Evidence(data.data_vars, data.coords, data.attrs)
+
+
+def _possible(program: nn.Module, rows: Rows) -> np.ndarray:
+    """Finds the rows that the program's own check accepts, by halves of what it refuses."""
+    for name, tensor in rows.fields.items():
+        if tensor.isnan().any():
+            raise ValueError(f"Expected {name} without NaN, which has no density; got NaN.")
+    refusal: ValueError | None = None
+    waiting, found = [slice(0, len(rows))], []
+    while waiting:
+        piece = waiting.pop()
+        try:
+            check_rows(program, rows[piece])
+            found.append(np.arange(piece.start, piece.stop))
+        except ValueError as error:
+            refusal = error
+            if piece.stop - piece.start > 1:
+                middle = (piece.start + piece.stop) // 2
+                waiting += [slice(piece.start, middle), slice(middle, piece.stop)]
+    if not found and refusal is not None:
+        raise refusal
+    return np.sort(np.concatenate(found))
+
+
+def _scores(
+    program: nn.Module,
+    rows: Rows,
+    num_samples: int,
+    max_elements: int,
+    seed: int | None,
+    *,
+    progress: bool,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the evidence and its diagnostics by name, each of shape (rows,)."""
+    points = point_masses(program, rows)
+    if points:
+        raise ValueError(
+            "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
+            f"estimated; the guide has them at {', '.join(points)}."
+        )
+    plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
+    proposal = Proposal(program, plan.structure, num_samples)
+    drawn = int(torch.randint(2**62, ())) if seed is None else seed
+    few = rows.head(2, program)
+    few = ReadFields(few) if isinstance(few, dict) else few
+    noises = proposal.noises(few, drawn)
+    keys = row_keys(rows, few.names if isinstance(few, ReadFields) else ())
+    functions = (proposal.from_guide, proposal.from_prior)
+    strata = [_Stratum(plan, program, *pair) for pair in zip(functions, noises, strict=True)]
+    order = np.argsort(np.argsort(proposal.is_prior, kind="stable"))
+    waiting: list[dict[str, np.ndarray]] = []
+    found: list[dict[str, np.ndarray]] = []
+    total = len(rows) * num_samples
+    with progress_bar(total, "evidence", " draws", progress=progress) as bar:
+        for piece in plan.pieces():
+            row = rows.select(piece, program)
+            parts = [part for s in strata for part in s.parts(row, keys[piece])]
+            terms = [part["elbo_terms"] for part in parts if "elbo_terms" in part]
+            both = {"log_weights": np.concatenate([p["log_weights"] for p in parts])[order]}
+            waiting.append(both | ({"elbo_terms": np.concatenate(terms)} if terms else {}))
+            if len(waiting) == PIECES_AT_ONCE or piece.stop == len(rows):
+                joined = {k: np.concatenate([w[k] for w in waiting], axis=1) for k in waiting[0]}
+                found.append(estimates(**joined, is_prior=proposal.is_prior))
+                waiting.clear()
+                give_memory_back()
+            bar.update(num_samples * (piece.stop - piece.start))
+    for name in ATTRIBUTES:
+        yield name, np.concatenate([part[name] for part in found])
+
+
+class _Stratum:
+    """The draws of one part of the proposal, in parts that fit into memory."""
+
+    def __init__(self, plan: Plan, program: nn.Module, function: Any, noise: Noise) -> None:
+        self.plan, self.noise, self.num_draws = plan, noise, len(noise.table)
+        self.table = noise.table.to(floating_like(program).device)
+        self.drawing = plan.drawing(program, function, self.num_draws)
+
+    def parts(self, row: Row, keys: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the log-weights of some rows, part by part."""
+        shifts = self.noise.shifts(keys).to(self.table.device)
+        start = 0
+        for count in self.plan.parts(self.num_draws):
+            inputs: Any = {
+                "row": row,
+                "table": self.table[start : start + count],
+                "shifts": shifts,
+            }
+            found = self.drawing(inputs, count)
+            yield {name: tensor.cpu().numpy() for name, tensor in found.items()}
+            start += count
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -364,5 +457,7 @@ def labelled(
     return xr.Dataset(variables, coords={"datum": names}, attrs=attributes)
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+def _at_once(program: nn.Module, max_elements: int) -> int:
+    """Returns how many elements a tensor may have; on a CPU it should fit into the caches."""
+    is_cpu = floating_like(program).device.type == "cpu"
+    return min(max_elements, IN_CACHE) if is_cpu else max_elements

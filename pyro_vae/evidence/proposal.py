@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.source import Row
 from ..elbos.log_densities import Densities, Structure, log_densities, prior_densities
+from ..engine.row_noise import Noise, RowNoise
 
 __all__ = ["Proposal"]
 
@@ -20,7 +22,8 @@ class Proposal:
     r"""Draws z, and evaluates the importance weights of the draws.
 
     If the prior of a latent site lies on a part of the real numbers, 5 % of the draws come from
-    the prior, and the weights are those of the mixture (Owen & Zhou, 2000).
+    the prior, and the weights are those of the mixture (Owen & Zhou, 2000). The random numbers of
+    these draws are a Latin hypercube, so that they reach all parts of the prior evenly.
 
     .. math:: w_s = \frac{p(x, z_s)}{(1 - \alpha)\, q(z_s \mid x) + \alpha\, p(z_s)}
         \le \frac{p(x \mid z_s)}{\alpha}
@@ -50,30 +53,49 @@ class Proposal:
         places = (np.arange(self.num_prior) + 0.5) * self.num_samples / max(self.num_prior, 1)
         return np.isin(np.arange(self.num_samples), places.astype(int))
 
-    def from_guide(self, x: Row, count: int) -> dict[str, Tensor]:
+    def noises(self, few: Row, seed: int) -> tuple[Noise, Noise]:
+        """Returns the random numbers of the draws from the guide and of those from the prior.
+
+        Arguments:
+            few: A few rows, with which the operations that need random numbers are recorded.
+            seed: The seed.
+        """
+        with RowNoise(self.known.rows_dim) as of_guide:
+            log_densities(self.program, few, 2, known=self.known)
+        guided = Noise(of_guide.sizes, self.num_samples - self.num_prior, seed)
+        if not self.num_prior:
+            return guided, Noise((), 0, seed)
+        with RowNoise(self.known.rows_dim) as of_prior:
+            prior_densities(self.program, few, 2, known=self.known)
+        return guided, Noise(of_prior.sizes, self.num_prior, seed + 1, is_stratified=True)
+
+    def from_guide(self, x: Any, count: int) -> dict[str, Tensor]:
         """Draws z from the guide.
 
         Arguments:
-            x: Rows.
+            x: A dict of the rows, `"row"`, and of their random numbers: the `"table"` and
+                `"shifts"` of :class:`~pyro_vae.engine.row_noise.RowNoise`.
             count: The number of draws.
 
         Returns:
             `log_weights` of the proposal, and `elbo_terms`, log p(x, z) - log q(z | x), of shape
             (count, rows).
         """
-        found = log_densities(self.program, x, count, known=self.known)
+        with RowNoise(self.known.rows_dim, x["table"], x["shifts"]):
+            found = log_densities(self.program, x["row"], count, known=self.known)
         if not self.num_prior:
             return {"log_weights": found.log_weights}
         return {"log_weights": self._log_weights(found), "elbo_terms": found.log_weights}
 
-    def from_prior(self, x: Row, count: int) -> dict[str, Tensor]:
+    def from_prior(self, x: Any, count: int) -> dict[str, Tensor]:
         """Draws z from the prior, and returns their `log_weights`, shape (count, rows).
 
         Arguments:
-            x: Rows.
+            x: As for :meth:`from_guide`.
             count: The number of draws.
         """
-        found = prior_densities(self.program, x, count, known=self.known)
+        with RowNoise(self.known.rows_dim, x["table"], x["shifts"]):
+            found = prior_densities(self.program, x["row"], count, known=self.known)
         return {"log_weights": self._log_weights(found)}
 
     def _log_weights(self, found: Densities) -> Tensor:

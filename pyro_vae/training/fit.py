@@ -36,7 +36,7 @@ from .svi import SVI, MakeOptimizer
 
 __all__ = ["Transform", "fit"]
 
-WARMUP = 300  # steps
+WARMUP = 1000  # steps
 SHARE, FEWEST = 0.1, 50  # of the rows of a VAE that are held out, if it has so many rows
 
 MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
@@ -118,7 +118,7 @@ def fit(
             before a resume counts. `None` for no limit.
         warmup: The number of epochs in which the weight of the KL terms rises from 0 to 1. The
             history shows the ELBO with weight 1, and the best weights are those of later epochs.
-            `None` takes about 300 steps, at most half of `max_epochs`, if this fit initialises a
+            `None` takes about 1000 steps, at most half of `max_epochs`, if this fit initialises a
             VAE, whose start is a saddle of the ELBO, and no warm-up otherwise.
         weight_prior: The standard deviation of a normal prior of the network weights of a VAE
             (`VAE.network_weights`), which the training rows count once; `None` for no prior.
@@ -192,7 +192,7 @@ def fit(
 def _warmup(
     saved: Saved | None, settings: Settings, num_rows: int, objective: pyro.infer.ELBO
 ) -> int:
-    """The epochs of about 300 steps, at most half of the fit; those of the checkpoint if any."""
+    """The epochs of about 1000 steps, at most half of the fit; those of the checkpoint if any."""
     if saved is not None:
         return int(saved.header["fit"]["warmup"])
     takes_weight = isinstance(objective, Estimator) and objective.takes_kl_weight

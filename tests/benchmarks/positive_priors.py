@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from quadrature import grid  # noqa: E402
 
 COVERAGE = 0.9
+FEW = 50  # a case with fewer unmarked rows is judged with the others of its posterior
 SEEDS = 3
 PRIORS: dict[str, Distribution] = {
     "HalfNormal": dist.HalfNormal(1.0),
@@ -98,6 +99,7 @@ def coverage(
         "bias": error[is_good].mean() if is_good.any() else np.nan,
         "mcse": mcse[is_good].mean() if is_good.any() else np.nan,
         "unmarked": is_good.mean(),
+        "count": is_good.sum(),
         "coverage_all": inside.mean(),
         "gap": float(found[0]["log_evidence"].mean() - found[0]["elbo"].mean()),
     }
@@ -105,8 +107,8 @@ def coverage(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--priors", nargs="*", default=list(PRIORS))
     asked = parser.parse_args()
@@ -116,10 +118,13 @@ def main() -> int:
         print(*case, {k: round(float(v), 4) for k, v in table[case].items()}, flush=True)
     frame = pd.DataFrame.from_dict(table, orient="index")
     print(frame.round(4).to_string())
-    is_missed = frame["coverage"] < COVERAGE
+    shares = (frame["coverage"] * frame["count"]).groupby(level=2).sum()
+    pooled = shares / frame["count"].groupby(level=2).sum()
+    print("Coverage of all unmarked rows, by posterior:", pooled.round(3).to_dict())
+    is_missed = (frame["coverage"] < COVERAGE) & (frame["count"] >= FEW)
     if is_missed.any():
         print(f"Coverage under {COVERAGE} on unmarked rows: {frame.index[is_missed].to_list()}")
-    return int(is_missed.any())
+    return int(is_missed.any() or (pooled < COVERAGE).any())
 
 
 if __name__ == "__main__":
