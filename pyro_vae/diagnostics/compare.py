@@ -182,9 +182,28 @@ def compare(
 def _table(evidence: dict[str, Evidence]) -> Ranking:
     means = {name: float(data["log_evidence"].mean()) for name, data in evidence.items()}
     order = sorted(means, key=lambda name: np.inf if np.isnan(means[name]) else -means[name])
-    best = order[0]
-    rows = {name: _line(evidence[name], evidence[best]) for name in order}
-    return Ranking(pd.DataFrame.from_dict(rows, orient="index").rename_axis("model"))
+    lines: dict[str, dict[str, float | str]] = {}
+    for name in order:
+        names = ("log_evidence", "log_evidence_quarter", "elbo")
+        full, quarter, elbo = (evidence[name][column].to_numpy() for column in names)
+        best_full, best_quarter = (evidence[order[0]][column].to_numpy() for column in names[:2])
+        difference, trend = full - best_full, full - quarter
+        if name != order[0]:
+            trend = trend - (best_full - best_quarter)
+        lines[name] = {
+            "log_evidence": full.mean(),
+            "se": standard_error(full),
+            "difference": difference.mean(),
+            "difference_se": standard_error(difference),
+            "trend": trend.mean(),
+            "trend_se": standard_error(trend),
+            "elbo": elbo.mean(),
+            "elbo_se": standard_error(elbo),
+            "pareto_k_over": evidence[name].is_over().mean(),
+            "pareto_k_missing": evidence[name]["pareto_k"].isnull().to_numpy().mean(),
+            "note": evidence[name].note(),
+        }
+    return Ranking(pd.DataFrame.from_dict(lines, orient="index").rename_axis("model"))
 
 
 def _baselines(
@@ -209,29 +228,6 @@ def _baselines(
     table["below"] = [below.get(str(name), "") for name in table.index]
     table["advice"] = [advice.get(str(name), "") for name in table.index]
     return found
-
-
-def _line(evidence: Evidence, best: Evidence) -> dict[str, float | str]:
-    full, quarter, elbo = (
-        evidence[name].to_numpy() for name in ("log_evidence", "log_evidence_quarter", "elbo")
-    )
-    trend = full - quarter
-    if evidence is not best:
-        trend = trend - (best["log_evidence"] - best["log_evidence_quarter"]).to_numpy()
-    difference = full - best["log_evidence"].to_numpy()
-    return {
-        "log_evidence": full.mean(),
-        "se": standard_error(full),
-        "difference": difference.mean(),
-        "difference_se": standard_error(difference),
-        "trend": trend.mean(),
-        "trend_se": standard_error(trend),
-        "elbo": elbo.mean(),
-        "elbo_se": standard_error(elbo),
-        "pareto_k_over": evidence.is_over().mean(),
-        "pareto_k_missing": evidence["pareto_k"].isnull().to_numpy().mean(),
-        "note": evidence.note(),
-    }
 
 
 def _doubtful(table: pd.DataFrame) -> str:

@@ -148,12 +148,8 @@ def _negative_binomial(x: Tensor, fixed: Mapping[str, Tensor]) -> Values:
     return {"total_count": total.expand_as(mean), "logits": logits, "probs": logits.sigmoid()}
 
 
-def _smoothed(share: Tensor, num_rows: int) -> Tensor:
-    return (share * num_rows + 0.5) / (num_rows + 1.0)
-
-
 def _bernoulli(x: Tensor, fixed: Mapping[str, Tensor]) -> Values:
-    probs = _smoothed(x.mean(0), len(x))
+    probs = (x.sum(0) + 0.5) / (len(x) + 1.0)
     return {"probs": probs, "logits": probs.logit()}
 
 

@@ -303,7 +303,9 @@ def _scores(
             "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
             f"estimated; the guide has them at {', '.join(points)}."
         )
-    plan = Plan.of(program, rows, num_samples, _at_once(program, max_elements))
+    if floating_like(program).device.type == "cpu":  # tensors should fit into the caches
+        max_elements = min(max_elements, IN_CACHE)
+    plan = Plan.of(program, rows, num_samples, max_elements)
     proposal = Proposal(program, plan.structure, num_samples)
     drawn = int(torch.randint(2**62, ())) if seed is None else seed
     few = rows.head(2, program)
@@ -392,41 +394,28 @@ def estimates(
     values = {name: np.empty(rows) for name in ATTRIBUTES}
     for start in range(0, rows, at_once):
         piece = slice(start, start + at_once)
-        weights, terms = (p[:, piece].astype(np.float64) for p in (log_weights, elbo_terms))
-        for name, numbers in _estimates(weights, terms, is_prior).items():
+        part, terms = (p[:, piece].astype(np.float64) for p in (log_weights, elbo_terms))
+        by_quarter = part[: size // 4 * 4].reshape(4, size // 4, part.shape[1]).swapaxes(0, 1)
+        with np.errstate(all="ignore"):
+            log_evidence, weights = _log_mean_exp(part)
+            quarters, _ = _log_mean_exp(by_quarter)
+            variance = weights.var(axis=0, ddof=1)
+            if is_prior.sum() >= 2:  # within strata
+                strata = [weights[is_prior == stratum] for stratum in (False, True)]
+                variance = sum(len(w) * w.var(axis=0, ddof=1) for w in strata) / size
+            found = {
+                "log_evidence": log_evidence,
+                "mcse": np.sqrt(variance) / (math.sqrt(size) * weights.mean(axis=0)),
+                "ess": weights.sum(axis=0) ** 2 / np.square(weights).sum(axis=0),
+                "pareto_k": pareto_k(part),
+                "elbo": terms.mean(axis=0),
+                "elbo_mcse": terms.std(axis=0, ddof=1) / math.sqrt(len(terms)),
+                "log_evidence_quarter": quarters.mean(axis=0),
+                "log_evidence_quarter_mcse": quarters.std(axis=0, ddof=1) / math.sqrt(4),
+            }
+        for name, numbers in found.items():
             values[name][piece] = numbers
     return values
-
-
-def _estimates(
-    log_weights: np.ndarray, elbo_terms: np.ndarray, is_prior: np.ndarray
-) -> dict[str, np.ndarray]:
-    size = len(log_weights)
-    with np.errstate(all="ignore"):
-        log_evidence, weights = _log_mean_exp(log_weights)
-        mean = weights.mean(axis=0)
-        by_quarter = log_weights[: size // 4 * 4].reshape(4, size // 4, log_weights.shape[1])
-        quarters, _ = _log_mean_exp(by_quarter.swapaxes(0, 1))
-        return {
-            "log_evidence": log_evidence,
-            "mcse": _deviation(weights, is_prior) / (math.sqrt(size) * mean),
-            "ess": weights.sum(axis=0) ** 2 / np.square(weights).sum(axis=0),
-            "pareto_k": pareto_k(log_weights),
-            "elbo": elbo_terms.mean(axis=0),
-            "elbo_mcse": elbo_terms.std(axis=0, ddof=1) / math.sqrt(len(elbo_terms)),
-            "log_evidence_quarter": quarters.mean(axis=0),
-            "log_evidence_quarter_mcse": quarters.std(axis=0, ddof=1) / math.sqrt(4),
-        }
-
-
-def _deviation(weights: np.ndarray, is_prior: np.ndarray) -> np.ndarray:
-    """The standard deviation of the weights, within strata if each has two draws or more."""
-    if is_prior.sum() < 2:
-        deviation: np.ndarray = weights.std(axis=0, ddof=1)
-        return deviation
-    strata = [weights[is_prior == stratum] for stratum in (False, True)]
-    variance: np.ndarray = sum(len(w) * w.var(axis=0, ddof=1) for w in strata) / len(weights)
-    return np.sqrt(variance)
 
 
 def _log_mean_exp(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -455,9 +444,3 @@ def labelled(
         "good_k": good_k(num_samples),
     }
     return xr.Dataset(variables, coords={"datum": names}, attrs=attributes)
-
-
-def _at_once(program: nn.Module, max_elements: int) -> int:
-    """Returns how many elements a tensor may have; on a CPU it should fit into the caches."""
-    is_cpu = floating_like(program).device.type == "cpu"
-    return min(max_elements, IN_CACHE) if is_cpu else max_elements

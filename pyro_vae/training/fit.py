@@ -218,7 +218,15 @@ def _split(
     if validation is not None:
         train, held_out = split(rows, validation, program, seed=seed, name="validation")
     parts = Split(train, held_out, change, _checked(program, train, change, seed))
-    _check_scale(parts)
+    known = parts.structure
+    if parts.are_rows_scaled and known.is_scaled:
+        shared = ", ".join(known.global_latents + known.global_observed)
+        raise ValueError(
+            "The program scales its rows (poutine.scale) and has sites outside the plate "
+            f"({shared}), beside which fit scales the rows of a minibatch by N / B: both would "
+            "apply. Remove the scale, or give the plate a subsample_size, which Pyro scales and "
+            "fit does not."
+        )
     if held_out is not None:
         _checked(program, held_out, change, seed)
     return parts
@@ -233,18 +241,6 @@ def _checked(program: nn.Module, rows: Rows, transform: Transform, seed: int) ->
     with seeded(seed):
         check_rows(program, rows, transform)
         return structure(program, transform(rows.head(2, program)))
-
-
-def _check_scale(parts: Split) -> None:
-    known = parts.structure
-    if parts.are_rows_scaled and known.is_scaled:
-        shared = ", ".join(known.global_latents + known.global_observed)
-        raise ValueError(
-            "The program scales its rows (poutine.scale) and has sites outside the plate "
-            f"({shared}), beside which fit scales the rows of a minibatch by N / B: both would "
-            "apply. Remove the scale, or give the plate a subsample_size, which Pyro scales and "
-            "fit does not."
-        )
 
 
 def _check_particles(program: nn.Module, parts: Split, objective: Objective, seed: int) -> None:
