@@ -77,6 +77,7 @@ def fitted(
         batch_size=batch_size,
         validation=None,
         weight_prior=None,
+        warmup=100,
         until_converged=False,
         lr=2e-2,
         schedule=cosine,
