@@ -57,7 +57,7 @@ def test_rows_that_lose_end_the_fit_if_they_are_held_out() -> None:
 def test_few_rows_end_a_fit_without_a_claim() -> None:
     found, checks = verdict([-9.0, -3.0, -4.2, -4.1, -4.3], noise=1.5, rows=14)
     assert (found[0], checks) == (None, 4)
-    assert "too few to be sure" in found[1]
+    assert "too uncertain to call the fit converged" in found[1]
     assert verdict([-9.0, -5.0, -5.2, -5.1, -5.3], noise=1.0, rows=14, held_out=False)[0] is None
 
 
@@ -94,6 +94,25 @@ def test_a_fit_that_was_cut_short_says_how_much_it_rose() -> None:
     assert (history.stopped, history.converged) == ("max_steps", False)
     assert "nats per row and 1000 steps at the end" in history.reason
     assert pv.fit(vae, IRIS, max_epochs=1, **QUICK).converged is None
+
+
+def test_all_rows_are_used_after_the_rows_held_out_stopped_a_fit() -> None:
+    x = torch.as_tensor(np.r_[IRIS, IRIS[:50] + 0.3])
+    options = QUICK | {"max_steps": 4000}
+    first, second, again = (pv.VAE(4, 2, pv.likelihoods.Normal(), seed=0) for _ in range(3))
+    stopped = pv.fit(first, x, **options)
+    history = pv.fit(second, x, refit=True, **options)
+    steps = stopped.best_epoch * 2  # an epoch of 180 rows, or of 200
+    assert history.reason == f"{stopped.reason}; then trained on all rows for {steps} steps"
+    assert (history.stopped, history.converged) == (stopped.stopped, stopped.converged)
+    assert len(history) == history.best_epoch == stopped.best_epoch
+    assert "validation_elbo" not in history.table
+    assert second.verdict == (history.converged, history.reason)
+    assert second.units.loc.equal(x.mean(0))
+    limits: dict[str, Any] = {"max_steps": steps, "validation": None, "until_converged": False}
+    pv.fit(again, x, **QUICK | limits)
+    pairs = zip(second.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(a.equal(b) for a, b in pairs)
 
 
 def test_the_program_gets_the_averaged_weights_of_the_best_check() -> None:

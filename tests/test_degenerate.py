@@ -53,6 +53,30 @@ def test_they_are_named_before_the_first_epoch(likelihood: Any) -> None:
     assert len(seen) == 1
 
 
+REFUSED: dict[str, tuple[Any, str]] = {
+    "one row": (PLAIN[:1], "Every column has one value in the 1 rows"),
+    "the same row": (
+        np.repeat(PLAIN[:1], 30, axis=0),
+        "Every column has one value in the 30 rows",
+    ),
+    "no variance in float64": (
+        pd.DataFrame(PLAIN * [1.0, 1e300, 1.0], columns=["age", "mass", "dose"]),
+        "The values of column mass are too large",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_rows_that_no_density_describes_are_refused(name: str) -> None:
+    x, said = REFUSED[name]
+    vae = pv.VAE(3, 1, pv.likelihoods.Normal(), seed=0)
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        pv.fit(vae, x, max_epochs=1, validation=None, **QUICK)
+    assert not vae.is_initialized
+    assert all(v.equal(before[k]) for k, v in vae.state_dict().items())
+
+
 def test_counts_and_bits_have_a_bound() -> None:
     x = np.repeat(RNG.integers(0, 3, size=(100, 1)), 3, axis=1)
     pv.fit(pv.VAE(3, 1, pv.likelihoods.Poisson(), seed=0), x, max_epochs=1, **QUICK)

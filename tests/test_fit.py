@@ -1039,6 +1039,39 @@ def test_a_gradient_that_is_not_finite_is_found() -> None:
     assert program.level == 0
 
 
+def test_a_cell_that_has_no_density_is_named_by_row_and_column() -> None:
+    frame = pd.DataFrame(
+        np.random.default_rng(0).normal(size=(40, 2)),
+        index=[f"p{i}" for i in range(40)],
+        columns=["age", "dose"],
+    )
+    cell = "in row p17, column dose, at the value nan"
+
+    def spoil(rows: Tensor) -> Tensor:
+        is_cell = (rows - frame.loc["p17", "dose"]).abs() < 1e-6
+        return rows.where(~is_cell, torch.nan) if len(rows) == 16 else rows
+
+    vae = pv.VAE(2, 1, pv.likelihoods.Normal(), encoder=Blind(), seed=0).initialize(frame)
+    with (
+        pyro.validation_enabled(),
+        HALVED,
+        pytest.raises(FloatingPointError, match=f"log-density of 'x' is nan {cell}") as caught,
+    ):
+        fit(vae, frame, transform=spoil, validation=None)
+    assert "standardise" not in str(caught.value)
+
+
+class Blind(nn.Module):
+    """An encoder that sees nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features.expand(len(x), 3)
+
+
 def test_nan_in_a_programs_own_data_is_found() -> None:
     x = torch.randn(50)
     x[33] = torch.nan

@@ -160,8 +160,22 @@ def test_the_curves_of_a_fit_say_what_they_are() -> None:
             axes.get_legend_handles_labels()[1] for axes in plots.history(history).axes
         )
         assert bound.count("± 1 s.e. over rows") == 1
-        assert "training: KL, one draw" in parts
+        assert "training: KL" in parts
         assert len(bound) > banded
+
+
+def test_validation_is_drawn_if_few_epochs_were_checked() -> None:
+    table = TABLE.copy()
+    table.loc[~table.index.isin([2, 5, 9, 20, 40]), table.columns.str.startswith("validation")] = (
+        np.nan
+    )
+    (line,) = (
+        line
+        for line in plots.history(SimpleNamespace(table=table)).axes[0].lines
+        if line.get_label() == "validation"
+    )
+    assert line.get_xdata().tolist() == [2, 5, 9, 20, 40]
+    assert line.get_marker() == "o"
 
 
 def test_the_plunge_of_the_first_epochs_does_not_hide_the_rest() -> None:

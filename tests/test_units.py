@@ -1,5 +1,6 @@
 """Units and starts: a VAE of a raw table is the VAE of standardised columns, in its own units."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,31 @@ def test_pyros_own_svi_trains_after_initialize() -> None:
     for _ in range(300):
         svi.step(x)
     assert svi.evaluate_loss(x) / 150 < start - 1.0
+
+
+def test_a_vae_that_was_never_initialised_says_so_once() -> None:
+    said = r"never initialised.*vae\.initialize\(x\)"
+    vae, x = vae_of(pv.likelihoods.Normal()), torch.as_tensor(IRIS)
+    with pytest.warns(UserWarning, match=said) as caught:
+        vae.model(x)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vae.model(x)
+        vae_of(pv.likelihoods.Normal()).initialize(x).model(x)
+        untrained = vae_of(pv.likelihoods.Normal())
+        untrained.model(size=3)
+        pv.log_evidence(untrained, x, 20, seed=0)
+
+
+def test_waiting_times_may_be_zero() -> None:
+    x = np.random.default_rng(0).exponential([1e-3, 1e6], size=(200, 2))
+    x[:15, 0], x[:, 1] = 0.0, np.where(x[:, 1] < 2e5, 0.0, x[:, 1])
+    vae = vae_of(pv.likelihoods.Family(dist.Exponential), x)
+    with pytest.warns(pv.DegenerateColumnsWarning, match="of one value") as caught:
+        assert np.isfinite(pv.fit(vae, x, **QUICK).table.elbo).all()
+    assert caught[0].filename == __file__
+    assert "factor_analysis" not in vae.baselines(x)
 
 
 def test_compare_shows_the_baselines_and_marks_a_model_below_them() -> None:

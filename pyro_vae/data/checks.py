@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TypeGuard
@@ -22,7 +24,24 @@ __all__ = [
     "perhaps",
     "short",
     "size_of",
+    "warn_user",
 ]
+
+
+BENEATH = {"pyro_vae", "pyro", "torch", "contextlib"}
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns at the line of the user's program that called this package.
+
+    Arguments:
+        message: What is said.
+        category: The class of the warning.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in BENEATH:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -1,9 +1,12 @@
 """Columns under which a density has no bound: constant, duplicated, collinear, or with an atom."""
 
-import warnings
+import math
 
 import torch
 from torch import Tensor
+
+from .checks import warn_user
+from .rows import Rows
 
 __all__ = ["DegenerateColumnsWarning", "degenerate_columns", "warn_of"]
 
@@ -54,28 +57,33 @@ def degenerate_columns(x: Tensor) -> dict[str, list[int]]:
     return {what: columns for what, columns in found.items() if columns}
 
 
-def warn_of(found: dict[str, list[int]], names: list[str] | None) -> None:
+def warn_of(found: dict[str, list[int]], rows: Rows) -> None:
     """Warns of degenerate columns by name.
 
     Arguments:
         found: The result of :func:`degenerate_columns`.
-        names: The names of the columns, if they have any.
+        rows: The rows in which they were found.
+
+    Raises:
+        ValueError: If every column is constant.
 
     Warns:
         DegenerateColumnsWarning: If there are such columns.
     """
     if not found:
         return
-    parts = []
-    for what, columns in found.items():
-        called = [str(column if names is None else names[column]) for column in columns]
-        shown = ", ".join(called[:5]) + (f" and {len(called) - 5} more" if len(called) > 5 else "")
-        noun = "column" if len(called) == 1 else "columns"
-        parts.append(f"{noun} {shown}: {what}")
-    warnings.warn(
+    if len(found.get("constant", ())) == math.prod(rows.field("x").shape[1:]):
+        raise ValueError(
+            f"Every column has one value in the {len(rows)} rows to learn from, and no density "
+            "describes that. Give more rows, or a likelihood of counts or categories."
+        )
+    parts = [
+        f"{'column' if len(columns) == 1 else 'columns'} {rows.listed(columns)}: {what}"
+        for what, columns in found.items()
+    ]
+    warn_user(
         "A density has no bound on some columns, so log p(x) says more about how far training "
         f"went than about the model ({'; '.join(parts)}). Leave such columns out, or "
         "use a likelihood of counts or categories for them.",
         DegenerateColumnsWarning,
-        stacklevel=3,
     )

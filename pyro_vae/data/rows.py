@@ -220,6 +220,17 @@ class Rows:
         labels = self.columns.get("x", ())
         return labels[0].tolist() if len(labels) == 1 and labels[0].dtype.kind == "U" else None
 
+    def listed(self, columns: list[int]) -> str:
+        """Returns the names of columns of x, the first five of them, as words.
+
+        Arguments:
+            columns: The numbers of the columns, in the order of the elements of a row.
+        """
+        names = self.column_names()
+        called = [str(column if names is None else names[column]) for column in columns]
+        more = f" and {len(called) - 5} more" if len(called) > 5 else ""
+        return ", ".join(called[:5]) + more
+
     def coords(
         self, site: str = "x", shape: tuple[int, ...] | None = None
     ) -> dict[str, np.ndarray]:

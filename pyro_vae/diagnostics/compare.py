@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import plots
+from ..data.checks import warn_user
 from ..data.read import read
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
@@ -175,7 +175,7 @@ def compare(
         "baselines": baselines,
     }
     if _doubtful(table):
-        warnings.warn(_trend_sentence(table), UserWarning, stacklevel=2)
+        warn_user(_trend_sentence(table))
     return table
 
 

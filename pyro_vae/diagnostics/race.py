@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import plots
-from ..data.checks import checked_count
+from ..data.checks import checked_count, warn_user
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
@@ -256,11 +255,9 @@ def race(
             stopped = "interrupted"
     bad = [f"{n!r} at seed {s}" for (n, s), run in results.runs.items() if run.evidence is None]
     if bad:
-        warnings.warn(
+        warn_user(
             f"The loss or its gradient became NaN or infinite under {', '.join(bad)}: no result "
-            "(NaN). Try a smaller lr.",
-            UserWarning,
-            stacklevel=2,
+            "(NaN). Try a smaller lr."
         )
     return results.race(stopped)
 

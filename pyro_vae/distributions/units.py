@@ -1,6 +1,7 @@
 """Units: densities of columns in the units of the data, computed on standardised values."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -26,7 +27,6 @@ Convert: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LEAST_SPREAD = 1e-3  # of a column's standard deviation: the least scale of a density
 FAINT = 0.1  # of the root mean square of the columns: the least scale of an encoder's input
-EM_STEPS = 1000
 FLAT = 1e-12  # a column whose standard deviation is below this share of its size is constant
 
 
@@ -193,16 +193,10 @@ LOCATION_SCALE = InUnits(
 IN_UNITS: dict[Any, InUnits] = {
     dist.Exponential: InUnits(has_location=False, parameters={"rate": _multiplied}),
     dist.Gamma: InUnits(has_location=False, parameters={"rate": _multiplied}),
-    dist.Laplace: InUnits(
-        has_location=True, parameters={"loc": _moved, "scale": _divided}, bounded="scale"
-    ),
+    dist.Laplace: LOCATION_SCALE,
     dist.LogNormal: InUnits(has_location=False, parameters={"loc": _log_moved}, bounded="scale"),
-    dist.Normal: InUnits(
-        has_location=True, parameters={"loc": _moved, "scale": _divided}, bounded="scale"
-    ),
-    dist.StudentT: InUnits(
-        has_location=True, parameters={"loc": _moved, "scale": _divided}, bounded="scale"
-    ),
+    dist.Normal: LOCATION_SCALE,
+    dist.StudentT: LOCATION_SCALE,
 }
 
 
@@ -210,8 +204,8 @@ def column_units(x: Tensor, *, has_location: bool) -> tuple[Tensor, Tensor]:
     """Returns the location and the scale of each column, in float64.
 
     They are the mean and the standard deviation. Columns that are only scaled have location 0
-    and the power of 2 next to their geometric mean, by which a division is exact. A constant
-    column has the scale of its own size, or 1.
+    and the power of 2 next to their geometric mean (of the values above 0), by which a division
+    is exact. A constant column has the scale of its own size, or 1.
 
     Arguments:
         x: Values (rows, *event), finite.
@@ -219,7 +213,8 @@ def column_units(x: Tensor, *, has_location: bool) -> tuple[Tensor, Tensor]:
     """
     x = x.double()
     if not has_location:
-        return torch.zeros_like(x[0]), x.log().mean(0).div(math.log(2.0)).round().exp2()
+        logs = x.where(x > 0.0, math.nan).log2().nanmean(0).nan_to_num()
+        return torch.zeros_like(x[0]), logs.round().exp2()
     loc = x.mean(0)
     scale = (x - loc).square().mean(0).sqrt()
     size = x.abs().amax(0)
@@ -273,35 +268,30 @@ CONSTANT = "constant_"
 
 
 def factor_loadings(u: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    r"""Fits factor analysis by EM, and returns the loadings and the variances of the noise.
+    r"""Fits factor analysis by maximum likelihood, and returns its loadings and its noise.
 
-    .. math:: u = W z + \epsilon, \quad z \sim N(0, I), \;
+    .. math:: u = m + W z + \epsilon, \quad z \sim N(0, I), \;
         \epsilon \sim N(0, \mathrm{diag}(\psi))
 
-    References:
-        EM algorithms for ML factor analysis (Rubin & Thayer, 1982).
+    The fit is scikit-learn's. It needs the covariance alone, so it gets a few rows that have it.
 
     Arguments:
-        u: Standardised rows (rows, columns), with means of 0, in float64.
+        u: Standardised rows (rows, columns), in float64.
         size: The number of factors, less than the number of columns.
 
     Returns:
-        The loadings (columns, size), and the variances (columns,).
+        The loadings (columns, size), and the variances (columns,), at least 1e-6.
     """
-    covariance = u.T @ u / len(u)
-    values, vectors = torch.linalg.eigh(covariance)
-    top = values[-size:].clamp_min(1e-6)
-    noise = covariance.diagonal().clamp_min(LEAST_SPREAD**2)
-    loadings = vectors[:, -size:] * top.sqrt() * 0.9
-    eye = torch.eye(size, dtype=u.dtype, device=u.device)
-    for _ in range(EM_STEPS):
-        scaled = loadings.T / noise
-        beta = torch.linalg.solve(eye + scaled @ loadings, scaled)
-        mixed = covariance @ beta.T
-        second = eye - beta @ loadings + beta @ mixed
-        loadings = torch.linalg.solve(second, mixed.T).T
-        noise = (covariance.diagonal() - (loadings * mixed).sum(1)).clamp_min(LEAST_SPREAD**2)
-    return loadings, noise
+    from sklearn.decomposition import FactorAnalysis
+
+    root = torch.linalg.qr((u - u.mean(0)) / math.sqrt(len(u)), mode="r").R
+    few = torch.cat([root, -root]) * math.sqrt(len(root))
+    fitted = FactorAnalysis(size, tol=1e-6, max_iter=1000, svd_method="lapack")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a maximum to many digits after 1000 steps
+        fitted.fit(few.cpu().numpy())
+    noise = torch.as_tensor(fitted.noise_variance_).clamp_min(LEAST_SPREAD**2)
+    return torch.as_tensor(fitted.components_.T.copy()).to(u), noise.to(u)
 
 
 class Units(nn.Module):

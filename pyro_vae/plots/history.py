@@ -37,12 +37,13 @@ def history(history: Any, *, figure: Canvas | None = None) -> Canvas:
         column = f"{prefix}elbo"
         _curve(bound, table, column, label, color)
         if f"{column}_se" in table:
-            low, high = (table[column] + sign * table[f"{column}_se"] for sign in (-1, 1))
+            known = table[[column, f"{column}_se"]].dropna()
+            low, high = (known[column] + sign * known[f"{column}_se"] for sign in (-1, 1))
             band = "± 1 s.e. over rows" if column == with_label else None
             shade: dict[str, Any] = {"color": color, "alpha": 0.25, "linewidth": 0}
-            bound.fill_between(table.index, low, high, label=band, **shade)
+            bound.fill_between(known.index, low, high, label=band, **shade)
         _curve(terms, table, f"{prefix}reconstruction", f"{label}: E log p(x | z)", color)
-        _curve(terms, table, f"{prefix}kl", f"{label}: KL, one draw", color, style="--")
+        _curve(terms, table, f"{prefix}kl", f"{label}: KL", color, style="--")
     best = getattr(history, "best_epoch", None)
     if best is not None:
         bound.axvline(best, color="0.6", linewidth=1.0, zorder=0, label=f"best epoch, {best}")
@@ -57,9 +58,10 @@ def _curve(
     axes: Axes, table: pd.DataFrame, column: str, label: str, color: str, *, style: str = "-"
 ) -> None:
     if column in table:
-        marker = "o" if len(table) == 1 else ""
-        line: dict[str, Any] = {"marker": marker, "color": color, "label": label}
-        axes.plot(table.index, table[column], style, linewidth=1.5, **line)
+        known = table[column].dropna()
+        marker = "" if len(known) == len(table) > 1 else "o"
+        line: dict[str, Any] = {"marker": marker, "markersize": 4, "color": color, "label": label}
+        axes.plot(known.index, known, style, linewidth=1.5, **line)
 
 
 def _finish(axes: Axes, table: pd.DataFrame, columns: list[str]) -> None:

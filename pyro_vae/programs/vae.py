@@ -10,7 +10,7 @@ from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..data.checks import checked_shape, is_size
+from ..data.checks import checked_shape, is_size, warn_user
 from ..data.degenerate import degenerate_columns, warn_of
 from ..data.read import read
 from ..data.rows import PLATE, Rows
@@ -128,7 +128,7 @@ class VAE(nn.Module):
                 MLP(*hidden) if decoder is None else decoder, "decoder", x_shape
             )
             self.units = Units(x_shape)
-            self.is_initialized = False
+            self.is_initialized = self.has_warned = False
             self.degenerate: dict[str, list[int]] = {}
             self.verdict: tuple[bool | None, str] | None = None
             with torch.autocast(like_of(self.encoder, self.decoder).device.type, enabled=False):
@@ -165,10 +165,19 @@ class VAE(nn.Module):
             ValueError: If x is `None` and `size` is not a positive integer, or if a row has other
                 fields than x.
 
+        Warns:
+            UserWarning: If the VAE observes rows and was never initialised, the first time.
+
         Returns:
             The values of x, shape (rows, \*event_shape).
         """
         x = None if x is None else _x_of(x)
+        if not (x is None or self.is_initialized or self.has_warned or parameters_are_local()):
+            self.has_warned = True
+            warn_user(
+                "This VAE was never initialised: its weights are random, and it takes x in units "
+                "of its own. Call vae.initialize(x) once before training, as pyro_vae.fit does."
+            )
         self._state(self.prior, self.likelihood, self.decoder, self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             z = pyro.sample("z", self.prior())
@@ -219,7 +228,8 @@ class VAE(nn.Module):
             standardize: Whether to learn units. If not, the density and the encoder see x.
 
         Raises:
-            ValueError: If the rows are refused by :meth:`check`.
+            ValueError: If the rows are refused by :meth:`check`, or if under a density every
+                column is constant, or values are too large for a variance.
 
         Warns:
             DegenerateColumnsWarning: If columns under a density are constant, duplicated, exactly
@@ -241,8 +251,14 @@ class VAE(nn.Module):
         values = values.to(torch.promote_types(values.dtype, self._like.dtype))
         self.degenerate = {}
         if self.likelihood.units(values[:1].double()) is not None:
-            self.degenerate = degenerate_columns(values.double().flatten(1))
-            warn_of(self.degenerate, rows.column_names())
+            flat = values.double().flatten(1)
+            if len(huge := (~flat.square().sum(0).isfinite()).nonzero()):
+                raise ValueError(
+                    f"The values of column {rows.listed(huge.flatten().tolist())} are too large "
+                    "for a variance in float64: divide them by a power of 10 first."
+                )
+            self.degenerate = degenerate_columns(flat)
+            warn_of(self.degenerate, rows)
         modules = (self.likelihood, self.posterior, self.encoder, self.decoder)
         with evaluating(nn.ModuleList(modules)), torch.no_grad():
             self._learn(values.double(), standardize=standardize)
@@ -263,9 +279,9 @@ class VAE(nn.Module):
         self.likelihood.initialize(learned, found)
         units.constants = self.likelihood.constants()
         columns, size = self.event_shape.numel(), self.latent_shape.numel()
-        is_real = units.loc is not None and bool((units.loc != 0.0).any())
+        is_real = units.loc is not None and form == "x"
         if is_real and size < columns <= MOST_COLUMNS and len(self.event_shape) == 1:
-            units.loadings, units.noise = factor_loadings(learned - learned.mean(0), size)
+            units.loadings, units.noise = factor_loadings(learned, size)
         with seeded(0):
             if self.prior.support is None:
                 draws = torch.randn((DRAWS, *self.latent_shape), device=x.device)

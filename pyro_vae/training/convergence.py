@@ -102,8 +102,9 @@ class Convergence:
         if gain + 2.0 * error < TOLERANCE:
             return True, f"{what} no longer gain"
         return None, (
-            f"{what} have not gained since step {best.steps}, a third of the way, but are too few "
-            f"to be sure: the last change is {gain:.2g} +- {error:.1g} nats per row"
+            f"{what} have not gained since step {best.steps} of {now.steps}, but the change since "
+            f"then, {gain:.2g} +- {error:.1g} nats per row, is too uncertain to call the fit "
+            "converged"
         )
 
     def rise(self) -> tuple[float, float]:

@@ -1,17 +1,18 @@
 """fit: trains a program by stochastic variational inference."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyro.infer
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ..data.checks import warn_user
 from ..data.files import PathLike
 from ..data.read import check_rows, read
 from ..data.rows import Rows
@@ -61,6 +62,7 @@ def fit(
     weight_prior: float | None = 1.0,
     averaged: bool = True,
     until_converged: bool = True,
+    refit: bool = False,
     max_grad_norm: float | None = 10.0,
     transform: Transform | None = None,
     callbacks: Callbacks = (),
@@ -125,6 +127,9 @@ def fit(
             Other programs have none. The history's ELBO leaves it out.
         averaged: Whether the program gets averaged weights.
         until_converged: Whether the fit stops if it has converged; if not, it runs to its limits.
+        refit: Whether the program is then trained once more from its start, on all rows of x, for
+            as many steps as its best check took. The history is that of the second training, with
+            `stopped`, `converged` and `reason` of the first; a checkpoint holds the first alone.
         max_grad_norm: The norm at which the gradient of the mean over a batch is clipped.
         transform: A function applied to each minibatch on the device, such as
             `pyro_vae.datasets.binarize`. It may change the values and the shape of a row, not the
@@ -166,7 +171,6 @@ def fit(
     limits = (max_steps, max_epochs, max_seconds, until_converged)
     weighing = (0 if warmup is None else warmup, weight_prior, averaged)
     settings = Settings(lr, batch_size, *limits, *weighing, max_grad_norm, seed)
-    callback = callback_of(callbacks)
     pair = programs_of(program)
     target = device_of(device)
     path = checkpoint_path(checkpoint, resume=resume)
@@ -175,29 +179,76 @@ def fit(
     rows = read(x, program, context=context, weights=weights, check=False)
     parts = _split(program, rows, validation, transform, split_seed)
     objective = Trace_ELBO() if elbo is None else elbo
-    is_fresh = isinstance(program, VAE) and not program.is_initialized
-    if warmup is None and (saved is not None or is_fresh):
-        epochs = _warmup(saved, settings, len(parts.train), objective)
-        settings = replace(settings, warmup=epochs)
+    if warmup is None:
+        settings = _warmed_up(settings, saved, program, len(parts.train), objective)
     options = {name: getattr(settings, name) for name in ("lr", "max_grad_norm", "max_seconds")}
-    svi = SVI(*pair, optimizer, objective, engine=engine, precision=precision, **options)
-    svi.objective.check(parts.structure)
-    _check_particles(program, parts, svi.objective, split_seed)
-    state = State(program, svi.optimizer, _schedule_of(schedule, svi.optimizer), split_seed)
-    loop = Loop(state, svi, parts, settings, target, callback, path)
+
+    def loop_of(parts: Split, settings: Settings, path: Path | None = None) -> Loop:
+        svi = SVI(*pair, optimizer, objective, engine=engine, precision=precision, **options)
+        svi.objective.check(parts.structure)
+        _check_particles(program, parts, svi.objective, split_seed)
+        state = State(program, svi.optimizer, _schedule_of(schedule, svi.optimizer), split_seed)
+        return Loop(state, svi, parts, settings, target, callback_of(callbacks), path)
+
+    loop = loop_of(parts, settings, path)
+    start = {name: value.clone() for name, value in program.state_dict().items()} if refit else {}
     with seeded(settings.seed):
-        return loop.run(saved, progress=progress)
+        history = loop.run(saved, progress=progress)
+    if refit and parts.held_out is not None and history.stopped != "interrupted":
+        history = _refitted(loop, history, rows, start, loop_of, progress=progress)
+    return history
 
 
-def _warmup(
-    saved: Saved | None, settings: Settings, num_rows: int, objective: pyro.infer.ELBO
-) -> int:
-    """The epochs of about 1000 steps, at most half of the fit; those of the checkpoint if any."""
+def _refitted(
+    first: Loop,
+    history: History,
+    rows: Rows,
+    start: dict[str, Tensor],
+    loop_of: Callable[[Split, Settings], Loop],
+    *,
+    progress: bool,
+) -> History:
+    """Trains on all rows for the steps of a fit with rows held out, whose verdict it keeps."""
+    program = first.state.program
+    program.load_state_dict(start, strict=False)
+    if isinstance(program, VAE):
+        program.is_initialized = not first.is_fresh
+    settings, steps = first.settings, history.best_epoch * first.steps
+    warmup = settings.warmup * first.steps / math.ceil(len(rows) / settings.batch_size)
+    settings = replace(
+        settings,
+        max_steps=steps,
+        max_epochs=None,
+        max_seconds=None,
+        until_converged=False,
+        warmup=math.floor(warmup),
+    )
+    loop = loop_of(replace(first.split, train=rows, held_out=None), settings)
+    with seeded(settings.seed):
+        second = loop.run(None, progress=progress)
+    reason = f"{history.reason}; then trained on all rows for {steps} steps"
+    if isinstance(program, VAE):
+        program.verdict = (history.converged, reason)
+    stopped = second.stopped if second.stopped == "interrupted" else history.stopped
+    return replace(second, stopped=stopped, converged=history.converged, reason=reason)
+
+
+def _warmed_up(
+    settings: Settings,
+    saved: Saved | None,
+    program: nn.Module,
+    num_rows: int,
+    objective: pyro.infer.ELBO,
+) -> Settings:
+    """Warms a fresh VAE up for about 1000 steps, at most half of the fit; or as the checkpoint."""
     if saved is not None:
-        return int(saved.header["fit"]["warmup"])
+        return replace(settings, warmup=int(saved.header["fit"]["warmup"]))
+    if not isinstance(program, VAE) or program.is_initialized:
+        return settings
     takes_weight = isinstance(objective, Estimator) and objective.takes_kl_weight
     epochs = math.ceil(WARMUP / math.ceil(num_rows / settings.batch_size)) if takes_weight else 0
-    return epochs if settings.max_epochs is None else min(epochs, settings.max_epochs // 2)
+    most = epochs if settings.max_epochs is None else settings.max_epochs // 2
+    return replace(settings, warmup=min(epochs, most))
 
 
 def _split_seed(seed: int | None) -> int:
@@ -257,11 +308,9 @@ def _check_particles(program: nn.Module, parts: Split, objective: Objective, see
             except PROGRAM_ERRORS:
                 raise error from None
             if not known.global_latents + known.global_observed:
-                warnings.warn(
+                warn_user(
                     f"{error} This fit takes one draw of each row and runs, but log_evidence and "
-                    "to_arviz take many draws and will fail.",
-                    UserWarning,
-                    stacklevel=3,
+                    "to_arviz take many draws and will fail."
                 )
 
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from tqdm.auto import tqdm
 
+from ..data.checks import warn_user
 from ..data.read import transformed
 from ..data.rows import PLATE, Rows
 from ..data.source import Row
@@ -105,6 +106,7 @@ class Loop:
         self.state, self.svi, self.split, self.settings = state, svi, split, settings
         self.device, self.callback, self.path = device, callback, path
         self.identity = {} if path is None else self._identity()
+        self.is_fresh = isinstance(state.program, VAE) and not state.program.is_initialized
         self.steps = len(_batches(torch.arange(len(split.train)), settings.batch_size))
         self.scaled = _ScaledRows(active=split.are_rows_scaled)
         self.kl_weight = torch.ones((), device=device)
@@ -292,7 +294,7 @@ class Loop:
         svi.good.zero_()
         order = torch.randperm(len(rows), device=rows.device)
         batches = _batches(order, batch_size)
-        program = self.state.program
+        program, epochs = self.state.program, self._most_epochs()
         program.train()
         with unvalidated(), local_parameters(program), self.scaled:
             for step, index in enumerate(batches):
@@ -300,11 +302,8 @@ class Loop:
                     return False
                 self._anneal(len(self.state.records) * self.steps + step + 1)
                 svi.row_weight = self.scaled.scale_to(len(rows), len(index))
-                is_last = len(index) != batch_size
-                epochs = self._most_epochs()
-                svi.total_steps = (
-                    None if epochs is None else epochs * (1 if is_last else self.steps)
-                )
+                of_an_epoch = self.steps if len(index) == batch_size else 1
+                svi.total_steps = None if epochs is None else epochs * of_an_epoch
                 svi.update(self._batch(rows, index))
                 self._average(len(self.state.records) * self.steps + step + 1)
         if (bad := int(svi.good)) < len(batches):
@@ -331,30 +330,27 @@ class Loop:
         )
         if self.state.has_recovered:
             raise NonFiniteError(
-                f"{what} Try a smaller lr or max_grad_norm, or standardise the data.",
+                f"{what} Try a smaller lr or max_grad_norm, or look at those rows.",
                 self._history("not finite"),
             )
         self.state.has_recovered = True
         for group in self.svi.optimizer.param_groups:
             group["lr"] = group["lr"] / 2.0
         self.svi.forgive()
-        warnings.warn(
-            f"{what} The learning rate was halved, and the fit goes on.", UserWarning, stacklevel=6
-        )
+        warn_user(f"{what} The learning rate was halved, and the fit goes on.")
 
     def _autopsy(self, rows: Rows, index: Tensor) -> str:
         """Names the site, row, column and value at which a log-density is not finite."""
         batch, program = self._batch(rows, index), self.state.program
         names = rows.labels[index.cpu().numpy()]
-        with evaluating(program), seeded(self.state.split_seed):
+        with evaluating(program), seeded(self.state.split_seed), unvalidated():
             try:
                 model, guide = programs_of(program)
                 drawn = poutine.trace(guide).get_trace(batch)
                 traces = (drawn, poutine.trace(poutine.replay(model, drawn)).get_trace(batch))
             except (ValueError, RuntimeError) as error:
                 return f"At these rows the program fails: {error} "
-        for trace in traces:
-            for name, site in trace.nodes.items():
+            for name, site in itertools.chain(*(trace.nodes.items() for trace in traces)):
                 if site["type"] != "sample":
                     continue
                 law: Any = site["fn"]
@@ -364,13 +360,16 @@ class Loop:
                 scores = law.log_prob(value)
                 bad = (~scores.isfinite()).nonzero()
                 if len(bad):
-                    row, *place = bad[0].tolist()
+                    cell = tuple(bad[0].tolist())
+                    row, *place = cell
                     at = "" if not place else f", column {place[0] if len(place) == 1 else place}"
-                    number = value[tuple(bad[0].tolist())]
+                    if site["is_observed"] and len(place) == 1 and rows.column_names():
+                        at = f", column {rows.listed(place)}"
+                    number = value[cell]
                     shown = f"{number.item():.6g}" if number.ndim == 0 else "a vector"
                     return (
-                        f"The log-density of {name!r} is {scores[tuple(bad[0].tolist())].item()} "
-                        f"in row {names[row]}{at}, at the value {shown}. "
+                        f"The log-density of {name!r} is {scores[cell].item()} in row "
+                        f"{names[row]}{at}, at the value {shown}. "
                     )
         return "The log-densities of the rows are finite at other draws. "
 
@@ -417,20 +416,21 @@ class Loop:
         limit = f"stopped by {stopped}"
         rise, error = self.convergence.rise()
         if math.isnan(rise):
-            return None, f"{limit} before convergence could be judged"
+            return None, f"{limit} before convergence could be judged{self._bounds()}"
         what = "held-out rows" if self.convergence.is_held_out else "the training rows"
-        moving = f"{what} gained {rise:.2g} +- {error:.1g} nats per row and 1000 steps at the end"
-        return (False if rise > 0.0 else None), f"{limit}: {moving}"
+        verb = "still gained" if rise > 0.0 else "changed by"
+        moving = f"{what} {verb} {rise:.2g} +- {error:.1g} nats per row and 1000 steps at the end"
+        return (False if rise > 0.0 else None), f"{limit}: {moving}{self._bounds()}"
 
     def _bounds(self) -> str:
         """Says of which columns the density has no bound, or is at its bound."""
         vae = self.state.program
         if not isinstance(vae, VAE):
             return ""
-        names, said = self.split.train.column_names(), ""
+        said = ""
         if at_bound := vae.columns_at_bound():
-            shown = ", ".join(str(c if names is None else names[c]) for c in at_bound[:5])
-            said = f"; the scale of {len(at_bound)} columns is at its lower bound ({shown})"
+            columns = "column" if len(at_bound) == 1 else "columns"
+            said = f"; the scale of {columns} {self.split.train.listed(at_bound)} is at its bound"
         if vae.degenerate.keys() & {"duplicated", "collinear"}:
             said += "; duplicated or collinear columns have a density without a bound"
         return said

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
@@ -13,7 +12,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..data.checks import checked_count, checked_finite, checked_positive
+from ..data.checks import checked_count, checked_finite, checked_positive, warn_user
 from ..elbos import Estimate, Objective
 from ..elbos.log_densities import Args, Kwargs, Program, RowTerms
 from ..engine import replay as engines
@@ -283,11 +282,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                 "runs any program."
             ) from error
         self.engine, self.why = "eager", f"the program cannot be traced: {error}"
-        warnings.warn(
+        warn_user(
             f"Steps run eagerly, and slower, since the program cannot be traced: {error}. "
-            "Set engine='eager' to run it without this warning.",
-            UserWarning,
-            stacklevel=4,
+            "Set engine='eager' to run it without this warning."
         )
 
     def _replay(self, args: Args, kwargs: Kwargs) -> Outputs:
