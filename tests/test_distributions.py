@@ -470,7 +470,7 @@ def test_wrong_names_are_refused_with_a_near_one(
 
 @pytest.mark.parametrize("wrong", [[1.0], {"a": 1}, object(), Shared, nn.Linear(1, 1)])
 def test_wrong_words_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"Expected scale to be Predicted\(\), Shared\(\)"):
+    with pytest.raises(ValueError, match=r"Expected scale to be pv.Predicted\(\), pv.Shared\(\)"):
         Likelihood(dist.Normal, scale=wrong)
 
 

@@ -126,7 +126,11 @@ Test = Annotated[
     typer.Option(help="Share (below 1) or number of rows held out from training, for log p(x)."),
 ]
 Validation = Annotated[
-    float, typer.Option(help="Share of the training rows for early stopping; 0 uses none.")
+    str,
+    typer.Option(
+        help="Share or number of the training rows that stop the fit; 0: none; auto: a tenth, if "
+        "there are 50 rows."
+    ),
 ]
 MaxEpochs = Annotated[
     int | None, typer.Option(help="Largest number of passes over the training rows.", min=1)
@@ -207,7 +211,7 @@ def _fit(
     label: Label = None,
     key: Key = None,
     test: Test = 0.2,
-    validation: Validation = 0.1,
+    validation: Validation = "auto",
     batch_size: Annotated[int, typer.Option(help="Rows per minibatch.", min=1)] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 5e-3,
     weight_prior: Annotated[

@@ -56,8 +56,11 @@ def member(text: str, what: str, **given: object) -> Any:
         return specs.build(classes[call.name], call, **given)
     distributions = {} if family is None else _public(dist, Distribution)
     if family is None or call.name not in distributions:
-        hint = specs.near(call.name, [*classes, *distributions])
-        raise ValueError(f"Expected the name of a {what}; got {call.name!r}: {hint}")
+        hint = specs.near(call.name, classes, distributions)
+        others = "" if family is None else ", or any other distribution of Pyro"
+        hint += "" if hint.endswith("?") else others
+        article = "an" if what == "ELBO" else "a"
+        raise ValueError(f"Expected the name of {article} {what}; got {call.name!r}: {hint}")
     shape = (given["event_shape"],) if what == "prior" else ()
 
     def of_distribution(**parameters: object) -> object:

@@ -59,7 +59,7 @@ class Settings:
     label: str | None = None
     key: str | None = None
     test: float = 0.2
-    validation: float = 0.1
+    validation: str = "auto"
     batch_size: int = 128
     lr: float = 5e-3
     weight_prior: float = 1.0
@@ -118,6 +118,19 @@ def _program(settings: Settings, rows: Rows) -> VAE:
             encoder=encoder,
             decoder=decoder,
         )
+
+
+def _validation(text: str) -> float | str | None:
+    """Returns a share, a number of rows, `"auto"`, or `None` for 0."""
+    if text == "auto":
+        return text
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected --validation auto, a share, or a number of rows; got {text}."
+        ) from error
+    return (int(number) if number >= 1 and number.is_integer() else number) or None
 
 
 def _transform(name: str | None) -> Callable[[Tensor], Tensor] | None:
@@ -231,9 +244,6 @@ class Run:
             f"those of epoch {history.best_epoch}. The run took {seconds:.0f} s.",
             highlight=False,
         )
-        reason = f" ({history.why})" if history.why else ""
-        steps = f"Engine of the training steps: {history.engine}{reason}."
-        console.print(steps, markup=False, highlight=False)
         if history.converged is not True:
             console.print(history.reason.capitalize() + ".", markup=False, highlight=False)
         self.judgement.show(f"{len(self.rows)} held-out rows of {self.settings.data}")
@@ -275,7 +285,7 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     history = fit(
         program,
         data.train,
-        validation=settings.validation or None,
+        validation=_validation(settings.validation),
         elbo=elbo,
         transform=_transform(settings.transform),
         batch_size=settings.batch_size,

@@ -107,19 +107,20 @@ def build(target: Callable[..., T], call: Call, **given: object) -> T:
     return target(*arguments.args, **arguments.kwargs)
 
 
-def near(name: str, names: Iterable[str]) -> str:
+def near(name: str, names: Iterable[str], others: Iterable[str] = ()) -> str:
     """Returns a hint for a wrong name: the most similar names, or all names.
 
     Arguments:
         name: The wrong name.
         names: The correct names.
+        others: More correct names, too many to list, which come after the others.
 
     Example:
         >>> near("binomail", ["Binomial", "Normal"])
         "did you mean 'Binomial' or 'Normal'?"
     """
     correct = sorted(set(names))
-    if similar := closest(name, correct):
+    if similar := (closest(name, correct) or closest(name, sorted(others))):
         return f"did you mean {' or '.join(map(repr, similar))}?"
     return f"there are {', '.join(correct)}"
 

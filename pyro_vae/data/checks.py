@@ -4,7 +4,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from numbers import Integral, Real
 from typing import TypeGuard
 
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 
+LONGEST = 100  # characters of a value in a message
 BENEATH = {"pyro_vae", "pyro", "torch", "contextlib"}
 
 
@@ -225,22 +226,26 @@ def perhaps(name: str, names: Iterable[str]) -> str:
 
 
 def short(value: object) -> str:
-    """Returns the `repr` of a value, the shape of a tensor, or the name of a class.
+    """Returns the `repr` of a value if it is short, else what it is: a tensor of a shape, a class.
 
     Arguments:
         value: Any value.
 
     Example:
         >>> import torch
-        >>> short(torch.zeros(2, 3)), short(0.5)
-        ('tensor of shape (2, 3)', '0.5')
+        >>> short(torch.zeros(2, 3)), short(0.5), short([torch.nn.Linear(2, 3)] * 9)
+        ('tensor of shape (2, 3)', '0.5', 'a list of 9')
     """
     match value:
         case type():
             return value.__name__
         case Tensor():
             return f"tensor of shape {tuple(value.shape)}"
-    return repr(value)
+    text = repr(value)
+    if len(text) <= LONGEST and "\n" not in text:
+        return text
+    size = f" of {len(value)}" if isinstance(value, Sized) else ""
+    return f"a {type(value).__name__}{size}"
 
 
 def checked_finite(name: str, value: object, *, least: float = -math.inf) -> float:

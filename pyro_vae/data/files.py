@@ -178,9 +178,7 @@ def new_file(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise ValueError(
-            f"The file {path} exists: choose another path, or allow it to be overwritten."
-        )
+        raise ValueError(f"The file {path} exists, and is not replaced: choose another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -210,7 +208,7 @@ def new_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not overwrite:
         raise ValueError(
-            f"The folder {path} exists: choose another path, or allow it to be overwritten."
+            f"The folder {path} exists: choose another path, or replace it by overwrite=True."
         )
     if path.exists() and not path.is_dir():
         raise ValueError(f"Expected a folder to replace; got the file {path}.")

@@ -11,6 +11,7 @@ from ..data.checks import checked_count
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
+from ..data.table import Table
 from ..elbos.chunks import MAX_ELEMENTS, Plan
 from ..elbos.drawing import Drawing
 from ..elbos.log_densities import log_densities, programs_of
@@ -176,7 +177,7 @@ def _table(
             "prior_scale": scale,
             "active": _is_larger(squares.mean(0), noise, rows - 1, rows * (num_samples - 1)),
         }
-    return pd.DataFrame(columns, index=pd.Index(labels, name="unit"))
+    return Table(columns, index=pd.Index(labels, name="unit"))
 
 
 def _is_larger(one: np.ndarray, other: np.ndarray, df: int, other_df: int) -> np.ndarray:

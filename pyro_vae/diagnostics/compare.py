@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import nn
 from .. import plots
 from ..data.checks import warn_user
 from ..data.read import read
+from ..data.table import Table
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
@@ -33,8 +35,21 @@ REMARK = (
 )
 
 
-class Ranking(pd.DataFrame):
-    """Models ranked by log p(x), as :func:`compare` returns them: one line a model, best first."""
+SHOWN = ("difference", "difference_se", "log_evidence", "se", "pareto_k_over")
+
+
+class Ranking(Table):
+    """Models ranked by log p(x), as :func:`compare` returns them: one line a model, best first.
+
+    Its text shows the columns that rank the models, at any width; the others are in the table.
+    """
+
+    def __repr__(self) -> str:
+        shown = [column for column in SHOWN if column in self]
+        width = max(shutil.get_terminal_size().columns, 40)
+        text = self[shown].to_string(float_format="{:.3f}".format, line_width=width)
+        others = ", ".join(column for column in map(str, self) if column not in shown)
+        return f"{text}\n\nin nats per row; columns not shown: {others}"
 
     def summary(self) -> str:
         """Describes in sentences which model leads, by how much, and with which errors."""
@@ -111,8 +126,8 @@ def compare(
 
     Returns:
         A table with one line a program, the best first, and equal ones in the order given:
-        `log_evidence` and its standard error `se` over rows; `difference` from the best, row by
-        row, and its `difference_se`; `trend` and its `trend_se`; `elbo` and its standard error
+        `difference` from the best, row by row, and its `difference_se`; `log_evidence` and its
+        standard error `se` over rows; `trend` and its `trend_se`; `elbo` and its standard error
         `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over `good_k`;
         `pareto_k_missing`, the share of rows whose k is NaN, as with 20 draws or fewer; and a
         `note`: in how many rows the error of log p(x) is unknown, or k is not known; `below`:
@@ -191,10 +206,10 @@ def _table(evidence: dict[str, Evidence]) -> Ranking:
         if name != order[0]:
             trend = trend - (best_full - best_quarter)
         lines[name] = {
-            "log_evidence": full.mean(),
-            "se": standard_error(full),
             "difference": difference.mean(),
             "difference_se": standard_error(difference),
+            "log_evidence": full.mean(),
+            "se": standard_error(full),
             "trend": trend.mean(),
             "trend_se": standard_error(trend),
             "elbo": elbo.mean(),

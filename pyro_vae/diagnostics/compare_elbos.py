@@ -21,6 +21,7 @@ from ..data.checks import checked_count
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
+from ..data.table import Table
 from ..elbos import IWAE, MIWAE, Estimate, Estimator, Objective, Trace_ELBO
 from ..elbos.chunks import Plan, give_memory_back, point_masses
 from ..elbos.log_densities import (
@@ -300,7 +301,7 @@ class Comparison:
             line = found.get(key, self.table.loc[key[0]])
             parts = {column: line[column] for column in columns}
             lines.append({"estimator": key[0], "num_particles": key[1]} | parts)
-        return pd.DataFrame(lines)
+        return Table(lines)
 
     def plot(
         self,
@@ -550,7 +551,7 @@ class _Run:
                 "memory_mb": self._memory(elbo) / 1e6,
                 **efficiency(variances[0], variances[-1]),
             }
-        return pd.DataFrame.from_dict(lines, orient="index").rename_axis("estimator")
+        return Table(pd.DataFrame.from_dict(lines, orient="index")).rename_axis("estimator")
 
     def statistics(
         self, moments: Moments, references: Mapping[str, Tensor] | None = None

@@ -21,6 +21,7 @@ from ..data.checks import checked_count, warn_user
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
+from ..data.table import Table
 from ..elbos import Objective
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of, structure
@@ -155,7 +156,7 @@ def race(
     num_samples: int = 1000,
     transform: Transform | None = None,
     batch_size: int = 128,
-    lr: float = 1e-3,
+    lr: float = 5e-3,
     device: str | torch.device = "auto",
     seed: int | None = None,
     progress: bool = True,
@@ -393,7 +394,7 @@ class _Results:
     def race(self, stopped: str) -> Race:
         lines = {key: run.line(self.rows) for key, run in self.runs.items()}
         levels = pd.MultiIndex.from_tuples(lines, names=["estimator", "seed"])
-        runs = pd.DataFrame(list(lines.values()), index=levels, columns=RUN_COLUMNS)
+        runs = Table(list(lines.values()), index=levels, columns=RUN_COLUMNS)
         first = next(iter(self.entrants.elbos))
         values = {key: run.values("log_evidence", self.rows) for key, run in self.runs.items()}
         columns = {name: dict.fromkeys(COLUMNS, math.nan) for name in self.entrants.elbos}
@@ -409,7 +410,7 @@ class _Results:
                 }
                 for c in COLUMNS[4:]:
                     column[c] = float(np.mean([lines[name, seed][c] for seed in seeds]))
-        table = pd.DataFrame(columns, index=COLUMNS).T.rename_axis("estimator")
+        table = Table(columns, index=COLUMNS).T.rename_axis("estimator")
         table = table.sort_values("log_evidence", ascending=False, kind="stable")
         table.attrs = {
             "num_samples": self.entrants.num_samples,

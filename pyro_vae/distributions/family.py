@@ -163,12 +163,16 @@ class Family(ConditionalDistribution):
                         raise ValueError(
                             f"Expected {word} to lie in {constraint}; got {short(spec)}."
                         )
+                case str() if word in known:
+                    words = {"shared": "pv.Shared()", "predicted": "pv.Predicted()"}
+                    meant = words.get(spec.lower(), "pv.Shared(), pv.Predicted() or a number")
+                    raise ValueError(f"Write {word}={meant} in place of {word}={spec!r}.")
                 case Predicted() | Shared() | int() | float() | str() | Tensor() | None:
                     pass
                 case _:
                     raise ValueError(
-                        f"Expected {word} to be Predicted(), Shared(), a number or a tensor; got "
-                        f"{spec!r}."
+                        f"Expected {word} to be pv.Predicted(), pv.Shared(), a number or a "
+                        f"tensor; got {short(spec)}."
                     )
         for word, parameter in signature.items():
             has_default = parameter.default is not parameter.empty and word != "total_count"

@@ -17,6 +17,7 @@ from ..data.checks import checked_count
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows, floating_like
 from ..data.source import Row
+from ..data.table import Table
 from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
 from ..elbos.log_densities import programs_of
 from ..engine.progress import progress_bar
@@ -133,7 +134,7 @@ class Evidence(xr.Dataset):
             "mcse": {name: errors.get(name, math.nan) for name in means},
             "note": {name: noted.get(name, "") for name in means},
         }
-        return pd.DataFrame(columns, index=list(means))
+        return Table(columns, index=list(means))
 
     def is_over(self) -> np.ndarray:
         """Returns for each row whether its Pareto k is over `good_k`. It is not if k is NaN."""

@@ -25,6 +25,7 @@ from ..data.checks import warn_user
 from ..data.read import transformed
 from ..data.rows import PLATE, Rows
 from ..data.source import Row
+from ..data.table import Table
 from ..distributions.units import Affine
 from ..elbos import Estimator
 from ..elbos.log_densities import Structure, programs_of
@@ -387,7 +388,7 @@ class Loop:
     def _history(self, stopped: str) -> History:
         records = self.state.records
         epochs = pd.RangeIndex(1, len(records) + 1, name="epoch")
-        table, seed = pd.DataFrame(records, index=epochs), self.settings.seed
+        table, seed = Table(records, index=epochs), self.settings.seed
         converged, reason = self._conclusion(stopped)
         if stopped == "converged" and not converged:
             stopped = "no gain"
