@@ -1,5 +1,6 @@
 """The README: its Python runs, its tables are complete, its commands are those that there are."""
 
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -20,6 +21,12 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit to convergence takes some 10 s."""
+    monkeypatch.setattr(pv, "fit", functools.partial(pv.fit, max_steps=200))
 
 
 @pytest.mark.filterwarnings("ignore:The difference from:UserWarning")
