@@ -1,5 +1,7 @@
 """The command line: its input, its files, its texts and its errors."""
 
+import io
+import json
 import math
 import os
 import signal
@@ -28,6 +30,7 @@ FILES = [
     "evidence.csv",
     "fit.json",
     "history.csv",
+    "latents.csv",
     "pictures/latents.png",
     "pictures/pareto_k.png",
     "pictures/prior_samples.png",
@@ -523,3 +526,46 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage: pyro-vae" in capsys.readouterr().out
     assert run("fit", "digits", "--out", "new") == 2
     assert "--likelihood" in capsys.readouterr().err
+
+
+def test_embed_reconstruct_and_compare_write_what_python_returns(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pd.read_csv(table, index_col=0).drop(columns="group").to_csv(table, index=False)
+    for name, likelihood in (("a", "Normal"), ("b", "StudentT")):
+        assert run("fit", table, "--likelihood", likelihood, "--out", name, *SMALL) == 0
+    program, rows = pv.load("a"), pd.read_csv(table)
+    capsys.readouterr()
+    assert run("embed", "a", table) == 0
+    shown = pd.read_csv(io.StringIO(capsys.readouterr().out), index_col="row")
+    assert list(shown) == ["z[0] mean", "z[1] mean", "z[0] sd", "z[1] sd"]
+    wanted = pv.embed(program, rows)["mean"].to_numpy()
+    np.testing.assert_allclose(shown.iloc[:, :2], wanted, rtol=1e-4)
+    written = pd.read_csv("a/latents.csv", index_col="row")
+    np.testing.assert_allclose(written.iloc[:, :4], shown, rtol=1e-4)
+    held_out = json.loads(Path("a/fit.json").read_text())["held_out_rows"]
+    assert sorted(written.index[written.held_out]) == sorted(held_out)
+
+    assert run("reconstruct", "a", table, "--out", "r.csv", "--num-samples", "40") == 0
+    lines = pd.read_csv("r.csv")
+    found = pv.reconstruct(program, rows, num_samples=40, seed=0, progress=False)
+    assert list(lines)[:2] == ["row", "column"]
+    np.testing.assert_allclose(lines["lower"], found["lower"].to_numpy().ravel(), rtol=1e-4)
+    np.testing.assert_allclose(lines["observed"], rows.to_numpy().ravel(), rtol=1e-4)
+
+    few = ["--num-samples", "40"]
+    assert run("compare", table, "a", "b", *few, "--out", "c.csv", "--plot", "c.png") == 0
+    text = capsys.readouterr().out
+    assert f"{len(held_out)} rows of {table}" in text
+    assert "independent columns of 'a'" in text
+    ranking = pd.read_csv("c.csv", index_col="model")
+    assert sorted(ranking.index) == ["a", "b"]
+    assert Path("c.png").stat().st_size > 5000
+    pd.read_csv(table).iloc[:20].to_csv("few.csv", index=False)
+    assert run("compare", "few.csv", "a", *few) == 0
+    assert "20 rows of few.csv" in capsys.readouterr().out
+    for seed in (1, 2, 3):
+        options = ["--out", f"s{seed}", "--test", "3", "--seed", str(seed), *SMALL]
+        assert run("fit", table, "--likelihood", "Normal", *options) == 0
+    assert run("compare", table, "s1", "s2", "s3", *few) == 2
+    assert "No row of table.csv was held out from all" in capsys.readouterr().err

@@ -126,8 +126,8 @@ def test_a_large_value_is_named_and_not_printed(value: Any) -> None:
 def test_python_and_the_command_line_have_the_same_defaults() -> None:
     in_python = {k: p.default for k, p in inspect.signature(pv.fit).parameters.items()}
     on_the_line = {k: f.default for k, f in Settings.__dataclass_fields__.items()}
-    shared = in_python.keys() & on_the_line.keys() - {"elbo", "seed"}
-    assert {"lr", "batch_size", "weight_prior", "max_steps", "validation", "engine"} <= shared
+    shared = in_python.keys() & on_the_line.keys() - {"elbo", "seed", "validation"}
+    assert {"lr", "batch_size", "weight_prior", "max_steps", "engine"} <= shared
     assert {k: in_python[k] for k in shared} == {k: on_the_line[k] for k in shared}
     assert isinstance(member(on_the_line["posterior"], "posterior"), pv.posteriors.Normal)
     assert isinstance(priors.StandardNormal(2), pv.Prior)

@@ -38,7 +38,19 @@ from .runs import (
     settings_of,
 )
 
-__all__ = ["app", "main"]
+__all__ = [
+    "Data",
+    "Device",
+    "Key",
+    "Label",
+    "Run",
+    "Samples",
+    "Seed",
+    "app",
+    "main",
+    "new_picture",
+    "opened",
+]
 
 _WRITERS: dict[str, Callable[[Path, np.ndarray, list[str]], None]] = {
     ".csv": lambda path, x, names: _frame(x, names).to_csv(path, index=False),
@@ -126,10 +138,10 @@ Test = Annotated[
     typer.Option(help="Share (below 1) or number of rows held out from training, for log p(x)."),
 ]
 Validation = Annotated[
-    str,
+    float | None,
     typer.Option(
-        help="Share or number of the training rows that stop the fit; 0: none; auto: a tenth, if "
-        "there are 50 rows."
+        help="Share or number of the training rows that stop the fit; 0: none. If omitted: a "
+        "tenth, if there are 50 rows."
     ),
 ]
 MaxEpochs = Annotated[
@@ -211,7 +223,7 @@ def _fit(
     label: Label = None,
     key: Key = None,
     test: Test = 0.2,
-    validation: Validation = "auto",
+    validation: Validation = None,
     batch_size: Annotated[int, typer.Option(help="Rows per minibatch.", min=1)] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 5e-3,
     weight_prior: Annotated[
@@ -255,7 +267,7 @@ def _evaluate(
     device: Device = "auto",
 ) -> None:
     """Estimates log p(x) of all rows of DATA under a run, and how reliable the estimate is."""
-    program, rows, held_out = _opened(folder, data, label, key, seed, device)
+    program, rows, held_out = opened(folder, data, label, key, seed, device)
     judgement = Judgement.of(program, rows, num_samples, seed)
     if out is not None:
         with new_file(out) as beside:
@@ -271,10 +283,19 @@ def _evaluate(
         Console().print(note, markup=False, highlight=False)
 
 
-def _opened(
+def opened(
     folder: Path, data: str, label: str | None, key: str | None, seed: int, device: str
 ) -> tuple[nn.Module, Rows, np.ndarray | None]:
-    """Returns a program, rows for it, and the held-out rows if it was fitted to the same data."""
+    """Returns a program, rows for it, and the held-out rows if it was fitted to the same data.
+
+    Arguments:
+        folder: The run folder.
+        data: The data set or file.
+        label: The column of labels.
+        key: The array of an .npz file.
+        seed: The seed of a random transform.
+        device: The device.
+    """
     record = settings_of(folder)
     fitted = record.get("settings", {})
     program = load(folder, device=device_of(device))
@@ -321,8 +342,8 @@ def _compare_elbos(
 ) -> None:
     """Compares ELBO estimators on a run: bias, noise and cost of their gradients."""
     estimators = members(elbos, "ELBO")
-    file = _new_picture(plot, folder / PICTURES / "estimators.png")
-    program, taken, held_out = _opened(folder, data, label, key, seed, device)
+    file = new_picture(plot, folder / PICTURES / "estimators.png")
+    program, taken, held_out = opened(folder, data, label, key, seed, device)
     title = f"rows of {data}"
     if held_out is not None:
         is_held_out = torch.from_numpy(np.isin(taken.labels, held_out))
@@ -347,8 +368,13 @@ def _compare_elbos(
     Console().print(f"{'picture':16} {file}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _new_picture(plot: Path | None, default: Path) -> Path:
-    """Returns a file that does not exist: `plot`, or the first of `name.png`, `name-2.png`, ..."""
+def new_picture(plot: Path | None, default: Path) -> Path:
+    """Returns a file that does not exist: `plot`, or the first of `name.png`, `name-2.png`, ...
+
+    Arguments:
+        plot: The file that the user named, if any.
+        default: The first name otherwise.
+    """
     from matplotlib.backend_bases import FigureCanvasBase
 
     if plot is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..data.rows import Rows
 from ..diagnostics import to_arviz
 from ..engine.running import seeded
 from ..networks.mlp import MLP
+from ..prediction import embed
 from ..programs.saving import write_program
 from ..programs.vae import DEFAULT_UNITS, VAE, WIDE
 from ..training.fit import fit
@@ -30,11 +32,13 @@ from . import specs
 from .judgement import Judgement
 from .members import member
 
-__all__ = ["Settings", "run", "save_picture", "seen", "settings_of"]
+__all__ = ["Settings", "latents_of", "run", "save_picture", "seen", "settings_of"]
 
 CHECKPOINT, EVIDENCE, HISTORY = "checkpoint.safetensors", "evidence.csv", "history.csv"
 SETTINGS, POSTERIOR, PICTURES = "fit.json", "posterior.nc", "pictures"
-OURS = {"spec.json", "weights.safetensors", CHECKPOINT, EVIDENCE, HISTORY, SETTINGS, POSTERIOR}
+LATENTS = "latents.csv"
+OURS = {"spec.json", "weights.safetensors", CHECKPOINT, EVIDENCE, HISTORY, LATENTS, SETTINGS}
+OURS |= {POSTERIOR}
 
 MAX_DRAWS, MAX_PREDICTIVE, MAX_ROWS = 250, 25, 100
 MAX_ELEMENTS = 2**20
@@ -59,7 +63,7 @@ class Settings:
     label: str | None = None
     key: str | None = None
     test: float = 0.2
-    validation: str = "auto"
+    validation: float | None = None
     batch_size: int = 128
     lr: float = 5e-3
     weight_prior: float = 1.0
@@ -74,8 +78,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """The rows for training and the held-out rows, with the labels of the held-out rows."""
+    """All rows, those for training, and those held out with their labels."""
 
+    rows: Rows
     train: Rows
     test: Rows
     labels: np.ndarray | None
@@ -88,7 +93,7 @@ class Data:
         train, test = (part.y for part in numbered.split(share, seed=settings.seed))
         rows = read(data)
         labels = None if data.y is None else np.asarray(data.y)[np.asarray(test)]
-        return cls(rows[torch.as_tensor(train)], rows[torch.as_tensor(test)], labels)
+        return cls(rows, rows[torch.as_tensor(train)], rows[torch.as_tensor(test)], labels)
 
 
 def _program(settings: Settings, rows: Rows) -> VAE:
@@ -120,19 +125,6 @@ def _program(settings: Settings, rows: Rows) -> VAE:
         )
 
 
-def _validation(text: str) -> float | str | None:
-    """Returns a share, a number of rows, `"auto"`, or `None` for 0."""
-    if text == "auto":
-        return text
-    try:
-        number = float(text)
-    except ValueError as error:
-        raise ValueError(
-            f"Expected --validation auto, a share, or a number of rows; got {text}."
-        ) from error
-    return (int(number) if number >= 1 and number.is_integer() else number) or None
-
-
 def _transform(name: str | None) -> Callable[[Tensor], Tensor] | None:
     if name is not None and name not in _TRANSFORMS:
         raise ValueError(f"Expected --transform {', '.join(_TRANSFORMS)}; got {name!r}.")
@@ -154,6 +146,21 @@ def seen(rows: Rows, transform: str | None, seed: int) -> Rows:
         return transformed(rows, change)
 
 
+def latents_of(program: nn.Module, rows: Rows, seed: int) -> pd.DataFrame:
+    """Returns mean and standard deviation of the latents given each row, one line a row.
+
+    Arguments:
+        program: The program.
+        rows: The rows.
+        seed: The seed of the draws, if the posterior has no moments in closed form.
+    """
+    found = embed(program, rows, seed=seed, progress=False)
+    names = ["mean", "sd"] + ["mean_mcse", "sd_mcse"] * (found.attrs["method"] == "draws")
+    columns = [f"{latent} {name}" for name in names for latent in found["latent"].to_numpy()]
+    values = np.hstack([found[name].to_numpy() for name in names])
+    return pd.DataFrame(values, pd.Index(found["datum"].to_numpy(), name="row"), columns)
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished fit, with everything that its run folder contains.
@@ -163,6 +170,7 @@ class Run:
         program: The fitted program.
         history: The history of the fit.
         rows: The held-out rows, after the transform.
+        every_row: The rows for training and the held-out rows, after the transform.
         labels: The labels of the held-out rows.
         judgement: The evidence of the held-out rows and the active latent dims.
         command: The name of the command, `"fit"` or `"demo"`.
@@ -172,6 +180,7 @@ class Run:
     program: VAE
     history: History
     rows: Rows
+    every_row: Rows
     labels: np.ndarray | None
     judgement: Judgement
     command: str
@@ -187,6 +196,9 @@ class Run:
         self.history.table.to_csv(folder / HISTORY)
         if self.judgement.evidence is not None:
             self.judgement.frame().to_csv(folder / EVIDENCE)
+        latents = latents_of(self.program, self.every_row, self.settings.seed)
+        is_held_out = np.isin(self.every_row.labels, self.rows.labels)
+        latents.assign(held_out=is_held_out).to_csv(folder / LATENTS)
         elements = max(self.program.event_shape.numel(), self.program.latent_shape.numel())
         few = self.rows[: max(1, min(MAX_ROWS, MAX_ELEMENTS // (MAX_PREDICTIVE * elements)))]
         seed = self.settings.seed
@@ -282,10 +294,12 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     elif not checkpoint.exists() and (out / CHECKPOINT).exists():
         working.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / CHECKPOINT, checkpoint)
+    share = settings.validation
+    share = int(share) if share is not None and share >= 1 and share.is_integer() else share
     history = fit(
         program,
         data.train,
-        validation=_validation(settings.validation),
+        validation="auto" if share is None else share or None,
         elbo=elbo,
         transform=_transform(settings.transform),
         batch_size=settings.batch_size,
@@ -303,9 +317,11 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     if not len(history):
         shutil.rmtree(working)
         raise KeyboardInterrupt
-    rows = seen(data.test, settings.transform, settings.seed)
+    rows, every_row = (
+        seen(part, settings.transform, settings.seed) for part in (data.test, data.rows)
+    )
     judgement = Judgement.of(program, rows, settings.num_samples, settings.seed)
-    run = Run(settings, program, history, rows, data.labels, judgement, command)
+    run = Run(settings, program, history, rows, every_row, data.labels, judgement, command)
     with new_folder(out, overwrite=resume or overwrite) as folder:
         run.write(folder, checkpoint)
     shutil.rmtree(working)
