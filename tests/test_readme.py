@@ -81,7 +81,7 @@ def test_every_example_stands_in_the_table() -> None:
 def test_commands_are_there() -> None:
     commands = typer.main.get_command(app).commands
     lines = [line for block in blocks("sh") for line in block.splitlines() if "pyro-vae " in line]
-    assert len(lines) == 7
+    assert len(lines) == 10
     for line in lines:
         name, *words = line.split("pyro-vae ")[1].split()
         known = {flag for option in commands[name].params for flag in option.opts}

@@ -25,6 +25,7 @@ from ..diagnostics import compare_elbos
 from ..engine.running import device_of
 from ..evidence import linear_gaussian
 from ..programs.saving import load
+from ..programs.vae import VAE
 from .judgement import Judgement, show_estimators
 from .members import members
 from .runs import (
@@ -299,6 +300,8 @@ def opened(
     record = settings_of(folder)
     fitted = record.get("settings", {})
     program = load(folder, device=device_of(device))
+    if isinstance(program, VAE) and "reason" in record:
+        program.verdict = (record["converged"], record["reason"])
     rows = read(datasets.load(data, label=label, key=key))
     expected, columns = record.get("columns"), rows.column_names()
     if expected is not None and columns != expected:

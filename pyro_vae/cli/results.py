@@ -134,7 +134,7 @@ def show_ranking(ranking: Ranking, title: str) -> None:
         column.justify, column.no_wrap = "right", True
     numbers = ["difference", "difference_se", "log_evidence", "se"]
     for name, line in ranking.iterrows():
-        note = f"below {line['below']}: {line['advice']}" if line["below"] else line["note"]
+        note = "below a simple model" if line["below"] else line["note"]
         table.add_row(str(name), *(f"{line[number]:.2f}" for number in numbers), note)
     best = ranking["log_evidence"].iloc[0]
     for name, (mean, error) in ranking.attrs["baselines"].items():
