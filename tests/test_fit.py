@@ -329,7 +329,7 @@ def test_rows_are_checked_piece_by_piece(
     assert max(moved) == 4
     bad = X.clone()
     bad[17, 2] = torch.nan
-    with pytest.raises(ValueError, match="row 1. Rows are counted from row 16 here"):
+    with pytest.raises(ValueError, match="row 17, column 2 .1 of"):
         fit(small(), bad)
 
 

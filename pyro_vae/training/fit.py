@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..data.files import PathLike
-from ..data.read import check_rows, read
+from ..data.read import check_rows, on_copies, read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..data.split import split
@@ -75,7 +75,9 @@ def fit(
     r"""Trains a program by stochastic variational inference.
 
     A :class:`pyro_vae.VAE` learns units and a start from the training rows first, unless
-    `initialize` was called before. A second fit continues the first.
+    `initialize` was called before. A second fit continues the first. The program keeps the names
+    of the columns as `fitted_columns`: the columns of other rows, and of `validation`, are matched
+    to them by name, and columns without names are taken as they stand.
 
     The program gets averages of the weights over the last steps, weighted by polynomial decay
     (Shamir & Zhang, 2013, arXiv 1212.1824), which takes the noise of the learning rate out. They
@@ -182,9 +184,12 @@ def fit(
     options = {name: getattr(settings, name) for name in ("lr", "max_grad_norm", "max_seconds")}
     svi = SVI(*pair, optimizer, objective, engine=engine, precision=precision, **options)
     svi.objective.check(parts.structure)
-    _check_particles(program, parts, svi.objective, split_seed)
+    few = _check_particles(program, parts, svi.objective, split_seed)
     state = State(program, svi.optimizer, _schedule_of(schedule, svi.optimizer), split_seed)
     loop = Loop(state, svi, parts, settings, target, callback, path)
+    new, old = read(few, check=False).event_shapes(), parts.train.event_shapes()
+    columns = {k: v for k, v in parts.train.names().items() if new.get(k) == old[k]}
+    vars(program).setdefault("fitted_columns", {}).update(columns)
     with seeded(settings.seed):
         return loop.run(saved, progress=progress)
 
@@ -209,9 +214,9 @@ def _split(
     program: nn.Module, rows: Rows, validation: Any, transform: Transform | None, seed: int
 ) -> Split:
     """Holds rows out, and checks both parts as the program will see them."""
-    change = _unchanged if transform is None else transform
-    if not callable(change):
+    if transform is not None and not callable(transform):
         raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
+    change = _unchanged if transform is None else on_copies(transform)
     train, held_out = rows, None
     if isinstance(validation, str) and validation == "auto":
         validation = SHARE if isinstance(program, VAE) and len(rows) >= FEWEST else None
@@ -243,8 +248,8 @@ def _checked(program: nn.Module, rows: Rows, transform: Transform, seed: int) ->
         return structure(program, transform(rows.head(2, program)))
 
 
-def _check_particles(program: nn.Module, parts: Split, objective: Objective, seed: int) -> None:
-    """Finds programs that fail with several draws of each row: refuses them, or warns."""
+def _check_particles(program: nn.Module, parts: Split, objective: Objective, seed: int) -> Row:
+    """Refuses programs that fail with several draws of each row, or warns; returns three rows."""
     known = parts.structure
     with seeded(seed):
         few = parts.transform(parts.train.head(3, program))
@@ -263,6 +268,7 @@ def _check_particles(program: nn.Module, parts: Split, objective: Objective, see
                     UserWarning,
                     stacklevel=3,
                 )
+    return few
 
 
 def _schedule_of(make: MakeSchedule | None, optimizer: Optimizer) -> LRScheduler | None:
