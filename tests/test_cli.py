@@ -420,7 +420,7 @@ def test_held_out_rows_are_checked_before_the_fit(
     frame.to_csv("bad.csv")
     monkeypatch.setattr(runs, "fit", lambda *_, **__: pytest.fail("the fit began"))
     assert run("fit", "bad.csv", "--likelihood", "Gamma", "--out", "r", *SMALL) == 2
-    assert "at column 2 in 1 of 16 rows, the first of them row 3" in capsys.readouterr().err
+    assert f"row {test.x.index[3]!r}, column 'age' (1 of 16 rows)" in capsys.readouterr().err
     assert not Path("r.unfinished").exists()
 
 

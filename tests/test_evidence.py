@@ -462,7 +462,7 @@ def test_a_refused_row_is_counted_from_its_piece(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 4)
     x = torch.zeros(10, 4)
     x[9] = torch.nan
-    with pytest.raises(ValueError, match="row 1. Rows are counted from row 8 here"):
+    with pytest.raises(ValueError, match="row 9, column 0 .1 of 10"):
         read(x, wide_vae())
 
 

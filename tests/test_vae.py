@@ -475,7 +475,7 @@ def test_rows_are_checked_and_encoded_piece_by_piece(
     assert max(moved) == 4
     assert moved[-5:] == [2] * 5
     x[9] = 0.5
-    with pytest.raises(ValueError, match=r"Bernoulli.* row 1\. Rows are counted from row 8 here"):
+    with pytest.raises(ValueError, match=r"Bernoulli.* row 9, column 0 \(1 of 10 rows\)"):
         vae.check(x)
 
 

@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from functools import wraps
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,14 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from .cells import CellError, place_name
+from .checks import warn_user
 from .datasets import Dataset
-from .rows import Rows, as_tensor
-from .source import Source
+from .frames import labels_of, numbers_of, numeric
+from .rows import UNSIGNED, Rows, as_tensor
+from .source import Row, Source
 
-__all__ = ["READERS", "Field", "Reader", "check_rows", "read", "transformed"]
+__all__ = ["READERS", "Field", "Reader", "check_rows", "on_copies", "read", "transformed"]
 
 Transform: TypeAlias = Callable[[Any], Any]
 
@@ -33,6 +37,22 @@ class Field(NamedTuple):
     values: Tensor | np.ndarray
     labels: tuple[np.ndarray | None, ...] = ()
     name: object = None
+
+
+@runtime_checkable
+class InPandas(Protocol):
+    """A table of another library that turns itself into one of pandas: pyarrow, polars."""
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Returns the table as a frame."""
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    """A sparse matrix or array of SciPy."""
+
+    def toarray(self) -> np.ndarray:
+        """Returns it as a dense array."""
 
 
 class Reader(NamedTuple):
@@ -113,12 +133,19 @@ def read(
     shape = getattr(program, "event_shape", None)
     if "x" in fields and isinstance(shape, tuple) and fields["x"].values.shape == shape:
         for name, field in list(fields.items()):
-            label = None if field.name is None else _labels(pd.Index([field.name]))
+            label = (
+                None
+                if field.name is None
+                else labels_of(pd.Index([field.name], tupleize_cols=False))
+            )
             fields[name] = Field(field.values[None], (label, *field.labels))
-    rows = _rows(fields, is_dict=is_dict or bool(beside)).to_like(program, move=move)
+    rows = _rows(fields, is_dict=is_dict or bool(beside))
+    rows = rows.ordered(getattr(program, "fitted_columns", {}))
+    cast = rows.to_like(program, move=move)
+    _check_cast(rows, cast)
     if check:
-        check_rows(program, rows)
-    return rows
+        check_rows(program, cast)
+    return cast
 
 
 def check_rows(program: nn.Module | None, rows: Rows, transform: Transform | None = None) -> None:
@@ -154,7 +181,7 @@ def transformed(rows: Rows, transform: Transform, program: nn.Module | None = No
     Raises:
         ValueError: If the transform changes the number of rows.
     """
-    seen = read(transform(rows.x), program, check=False)
+    seen = read(on_copies(transform)(rows.x), program, check=False)
     if len(seen) != len(rows):
         raise ValueError(
             f"Expected a transform that keeps the {len(rows)} rows; got {len(seen)} from it."
@@ -162,6 +189,28 @@ def transformed(rows: Rows, transform: Transform, program: nn.Module | None = No
     old, new = rows.event_shapes(), seen.event_shapes()
     same = {name: rows.columns[name] for name in new if old.get(name) == new[name]}
     return Rows(seen.x, rows.labels, seen.columns | same)
+
+
+def on_copies(transform: Transform) -> Transform:
+    """Returns a transform that gets a copy of its row, so that it cannot change the data in place.
+
+    Arguments:
+        transform: A function of a row.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> on_copies(lambda row: row.mul_(3.0))(x), x
+        (tensor([3., 3.]), tensor([1., 1.]))
+    """
+
+    @wraps(transform)
+    def apply(row: Row) -> Any:
+        if isinstance(row, dict):
+            return transform({name: tensor.clone() for name, tensor in row.items()})
+        return transform(row.clone())
+
+    apply.__qualname__ = getattr(transform, "__qualname__", type(transform).__name__)
+    return apply
 
 
 def _read_container(container: object) -> Field:
@@ -178,19 +227,65 @@ def _read_known(x: object) -> Field:
             rows = _in_memory(x)
             return Field(rows.field("x"), (rows.labels, *rows.columns["x"]))
         case Tensor():
-            return Field(x.detach())
+            return Field(_plain(x))
         case pd.DataFrame():
-            return Field(x.to_numpy(), (_labels(x.index), _labels(x.columns)))
+            return Field(numbers_of(x), (labels_of(x.index), labels_of(x.columns)))
         case pd.Series():
-            return Field(x.to_numpy(), (_labels(x.index),), x.name)
+            labels = labels_of(x.index)
+            return Field(numeric(x, "the series", labels), (labels,), x.name)
         case xr.DataArray():
-            labels = [
-                _labels(x.coords[dim].to_index()) if dim in x.coords else None for dim in x.dims
+            labels_of_dims = [
+                labels_of(x.coords[dim].to_index()) if dim in x.coords else None for dim in x.dims
             ]
             scalars = [coord.to_numpy()[()] for coord in x.coords.values() if coord.ndim == 0]
             name = scalars[0] if len(scalars) == 1 else None
-            return Field(x.to_numpy(), tuple(labels), name)
-    return Field(np.asarray(x))
+            return Field(_numbers(x.to_numpy()), tuple(labels_of_dims), name)
+        case InPandas():
+            return _read_container(x.to_pandas())
+        case Sparse():
+            return Field(_numbers(x.toarray()))
+        case np.ma.MaskedArray() if x.mask.any():
+            return Field(np.ma.filled(x.astype(np.float64), np.nan))
+        case np.ndarray() if x.dtype.names:
+            return _read_container(pd.DataFrame(x))
+        case torch.utils.data.Dataset() | str() | bytes():
+            raise _no_array(x)
+    return Field(_numbers(np.asarray(x), x))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A tensor that shares its memory if it is a plain one of a common dtype."""
+    x = x.detach()
+    if x.is_nested or x.is_meta:
+        kind = "nested tensor, whose rows differ in shape" if x.is_nested else "tensor on meta"
+        raise ValueError(f"Expected a tensor with values, rows along its first dim; got a {kind}.")
+    x = x if x.layout == torch.strided else x.to_dense()
+    x = x.dequantize() if x.is_quantized else x
+    if x.dtype in UNSIGNED:
+        return as_tensor(x.cpu().numpy()).to(x.device)
+    if x.is_complex():
+        raise ValueError(
+            f"Expected real numbers; got a tensor of {x.dtype}. Pass the real and the imaginary "
+            "part as two columns."
+        )
+    return x.float() if x.is_floating_point() and x.itemsize == 1 else x
+
+
+def _numbers(values: np.ndarray, container: object = None) -> np.ndarray:
+    """An array of numbers; others are refused by column."""
+    if values.ndim == 0 and values.dtype == object:
+        raise _no_array(container)
+    if values.dtype.kind in "fiub" or values.size == 0:
+        return values
+    table = pd.DataFrame(values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1))
+    return numbers_of(table).reshape(values.shape)
+
+
+def _no_array(container: object) -> ValueError:
+    return ValueError(
+        f"Expected an array of numbers; got a {type(container).__name__}. Pass its rows as "
+        "one tensor, array or frame; minibatches are made of it."
+    )
 
 
 READERS = [Reader(object, _read_known)]
@@ -218,20 +313,15 @@ def _field(name: str, container: object) -> Field:
     """Reads one container, its values as a tensor."""
     try:
         field = _read_container(container)
+        values = field.values
+        if not isinstance(values, Tensor):
+            values = as_tensor(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected {name} to be an array of numbers; got {error}.") from error
-    values = field.values
-    if not isinstance(values, Tensor):
-        if values.dtype == object:
-            try:
-                values = values.astype(np.float64)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"Expected {name} to hold numbers; got {error}.") from error
-        if values.dtype.kind not in "fiub":
-            raise ValueError(f"Expected {name} to hold numbers; got dtype {values.dtype}.")
-        values = as_tensor(values)
-    if values.is_complex():
-        raise ValueError(f"Expected {name} to hold real numbers; got dtype {values.dtype}.")
+        text = str(error)
+        if not text.startswith("Expected"):
+            text = f"Expected an array of numbers; got {text}."
+        named = text if name == "x" else text.replace("; got", f" (field {name!r}); got", 1)
+        raise ValueError(named) from error
     return field._replace(values=values)
 
 
@@ -247,8 +337,6 @@ def _rows(fields: dict[str, Field], *, is_dict: bool) -> Rows:
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"Expected fields of equally many rows; got {lengths}.")
-    if "x" in tensors and "weight" in tensors:
-        tensors["weight"] = _checked_weight(tensors["weight"])
     columns = {}
     for name, field in fields.items():
         labels_of_dims = itertools.zip_longest(
@@ -258,23 +346,39 @@ def _rows(fields: dict[str, Field], *, is_dict: bool) -> Rows:
             np.arange(size) if label is None else label for size, label in labels_of_dims
         )
     labels = _common_labels(fields, min(lengths.values()))
+    if "x" in tensors and "weight" in tensors:
+        weight = tensors["weight"]
+        weight = tensors["weight"] = weight if weight.is_floating_point() else weight.double()
+        if weight.ndim != 1:
+            raise ValueError(
+                f"Expected one weight for each row; got weights of shape {tuple(weight.shape)}."
+            )
+        if (bad := ~((weight >= 0) & weight.isfinite())).any():
+            wanted = "Expected weights that are finite and 0 or more"
+            raise CellError(wanted, weight, bad).named(labels, ())
     return Rows(tensors if is_dict else tensors["x"], labels, columns)
 
 
-def _checked_weight(weight: Tensor) -> Tensor:
-    weight = weight if weight.is_floating_point() else weight.double()
-    if weight.ndim != 1:
-        raise ValueError(
-            f"Expected one weight for each row; got weights of shape {tuple(weight.shape)}."
-        )
-    bad = ~((weight >= 0) & weight.isfinite())
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"Expected weights that are finite and 0 or more; got {float(weight[first])} at row "
-            f"{first}, {int(bad.sum())} such in all."
-        )
-    return weight
+def _check_cast(rows: Rows, cast: Rows) -> None:
+    """Refuses values that are too large for the dtype of a program; warns of lost digits."""
+    for name, tensor in rows.fields.items():
+        if tensor.dtype == cast.field(name).dtype or tensor.dtype != torch.float64:
+            continue
+        dtype, held = cast.field(name).dtype, cast.field(name).to(tensor)
+        bad = held.isinf() & tensor.isfinite()
+        advice = " Call .double() on the program, or divide the column by a constant."
+        columns = rows.columns[name]
+        if bad.any():
+            wanted = f"Expected values of {name} that {dtype} holds"
+            raise CellError(wanted, tensor, bad, advice).named(rows.labels, columns)
+        spread, size = tensor.std(0, correction=0), tensor.abs().amax(0)
+        lost = ((held - tensor).abs().amax(0) > 0.1 * spread) & (spread > 1e-12 * size)
+        if lost.any():
+            place = place_name(lost.nonzero()[0].tolist(), lost.shape, columns)
+            warn_user(
+                f"The values of {name} in {place} differ by less than {dtype} can hold, and "
+                "become equal. Call .double() on the program, or subtract a constant from it."
+            )
 
 
 def _common_labels(fields: dict[str, Field], count: int) -> np.ndarray:
@@ -288,15 +392,9 @@ def _common_labels(fields: dict[str, Field], count: int) -> np.ndarray:
         return np.arange(count)
     first = next(iter(labelled))
     for name, labels in labelled.items():
-        if not np.array_equal(labels, labelled[first]):
+        if not pd.Index(labels).equals(pd.Index(labelled[first])):
             raise ValueError(
                 "Expected fields whose rows have the same labels in the same order; got others in "
                 f"{name} than in {first}."
             )
     return labelled[first]
-
-
-def _labels(index: pd.Index) -> np.ndarray:
-    if index.dtype.kind in "iufM":
-        return index.to_numpy()
-    return np.asarray([str(label) for label in index], dtype=np.str_)

@@ -1,16 +1,18 @@
 """Rows in memory: a tensor or a dict of tensors, with labels."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from .cells import CellError, few, shown
 from .files import sha256_of
 from .source import Row
 
@@ -20,6 +22,7 @@ __all__ = ["PLATE", "Rows", "as_tensor", "floating_like"]
 PLATE = "data"
 
 CHECKED_AT_ONCE = 2**14
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 TORCH_DTYPES = {
     "uint16": "int32",
     "uint32": "int64",
@@ -49,13 +52,23 @@ def as_tensor(array: np.ndarray) -> Tensor:
     Arguments:
         array: The array, of any shape.
 
+    Raises:
+        ValueError: If a number is too large for int64 or float64.
+
     Example:
         >>> as_tensor(np.array([1, 2], np.uint16)).dtype
         torch.int32
     """
     dtype = TORCH_DTYPES.get(array.dtype.name, array.dtype.newbyteorder("="))
     copy = None if array.flags.writeable else True
-    return torch.from_numpy(np.array(array, dtype, order="C", copy=copy))
+    with np.errstate(over="ignore"):
+        plain = np.array(array, dtype, order="C", copy=copy)
+    if plain.dtype != array.dtype and plain.size:
+        wrong = (plain < 0) if array.dtype.kind == "u" else np.isinf(plain) != np.isinf(array)
+        if wrong.any():
+            most = "2**63" if array.dtype.kind == "u" else "1.8e308"
+            raise ValueError(f"Expected numbers below {most}; got {array[wrong][0]}.")
+    return torch.from_numpy(plain)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +87,7 @@ class Rows:
         >>> from pyro_vae.data.read import read
         >>> rows = read(np.eye(3))
         >>> len(rows), rows.field("x").dtype, [len(chunk) for chunk in rows.chunks(2)]
-        (3, torch.float32, [2, 1])
+        (3, torch.float64, [2, 1])
     """
 
     x: Row
@@ -171,17 +184,28 @@ class Rows:
             like: The module to whose device and dtype each piece goes.
 
         Raises:
-            ValueError: If the check raises it. If the check counts rows from the start of a
-                later piece, the message gives the number of that row.
+            ValueError: If the check raises it. A :class:`~pyro_vae.data.cells.CellError` gets
+                the labels of the row and the column, and counts the rows of all pieces. If the
+                check counts rows from the start of a later piece, the message says where that is.
         """
+        refused: CellError | None = None
         for start in range(0, len(self), CHECKED_AT_ONCE):
             piece = self[start : start + CHECKED_AT_ONCE].to_like(like)
             try:
                 check(piece)
+            except CellError as error:
+                error.row += start
+                if refused is not None:
+                    refused.count += error.count
+                refused = refused or error
             except ValueError as error:
                 if start == 0:
                     raise
-                raise ValueError(f"{error} Rows are counted from row {start} here.") from error
+                where = f"row {shown(self.labels, start)}"
+                raise ValueError(f"{error} Rows are counted from {where} here.") from error
+        if refused is not None:
+            refused.total = len(self)
+            raise refused.named(self.labels, self.columns.get("x", ()))
 
     def to(self, device: torch.device | str) -> "Rows":
         """Moves the rows to a device.
@@ -197,23 +221,78 @@ class Rows:
         A module with the attribute `standardizes = True` gets float64 values of x as they are.
 
         Arguments:
-            module: The module; `None` casts to torch's default dtype and moves nothing.
+            module: The module; `None` changes nothing.
             move: Whether to move the rows; otherwise they are only cast.
         """
+        if module is None:
+            return self
         like = floating_like(module)
-        is_moved = move and module is not None
         keeps_x = getattr(module, "standardizes", False)
 
         def cast(name: str, tensor: Tensor) -> Tensor:
             is_kept = keeps_x and name == "x" and tensor.dtype == torch.float64
             dtype = like.dtype if tensor.is_floating_point() and not is_kept else tensor.dtype
-            return tensor.to(like.device if is_moved else tensor.device, dtype)
+            return tensor.to(like.device if move else tensor.device, dtype)
 
         return replace(self, x=self._map(cast))
 
     def digest(self) -> str:
         """Returns a SHA-256 of the values, which differs between different data."""
         return sha256_of(self.fields)
+
+    def names(self) -> dict[str, list[list[str] | None]]:
+        """Returns the labels along each event dim as text, by field; `None` for numbers.
+
+        Fields without any named dim are left out.
+        """
+        found = {
+            name: [None if _is_numbered(dim) else [*map(str, pd.Index(dim))] for dim in dims]
+            for name, dims in self.columns.items()
+        }
+        return {name: dims for name, dims in found.items() if any(dims)}
+
+    def ordered(self, known: Mapping[str, Sequence[Sequence[str] | None]]) -> "Rows":
+        """Puts the columns in the order of those that a program was fitted to, by their names.
+
+        Columns without names, of rows or of the fit, are taken as they stand.
+
+        Arguments:
+            known: The result of :meth:`names` of the rows of the fit.
+
+        Raises:
+            ValueError: If columns are missing, unknown, or of one name.
+
+        Example:
+            >>> from pyro_vae.data.read import read
+            >>> rows = read(pd.DataFrame([[1.0, 2.0]], columns=["b", "a"]))
+            >>> rows.ordered({"x": [["a", "b"]]}).x.tolist()
+            [[2.0, 1.0]]
+        """
+        fields, columns = dict(self.fields), dict(self.columns)
+        for name, own in self.names().items():
+            dims = known.get(name, [None] * len(own))
+            if len(dims) != len(own):
+                continue
+            for dim, (old, fitted) in enumerate(zip(own, dims, strict=True)):
+                size = len(columns[name][dim])
+                new = [str(i) for i in range(size)] if fitted is None else [*fitted]
+                if old is None or old == new or (fitted is None and {*old} != {*new}):
+                    continue
+                if sorted(old) != sorted(new) or len({*new}) < len(new):
+                    missing = few([label for label in new if label not in old])
+                    unknown = few([label for label in old if label not in new])
+                    twice = few(sorted({label for label in old if old.count(label) > 1}))
+                    raise ValueError(
+                        f"Expected {name} with the columns of the training rows; got missing "
+                        f"columns: {missing}; columns that are not among them: {unknown}; of one "
+                        f"name: {twice}. Rename or select columns; their order does not matter."
+                    )
+                index = torch.tensor([old.index(label) for label in new])
+                fields[name] = fields[name].index_select(dim + 1, index.to(self.device))
+                labels = columns[name][dim][index.numpy()]
+                columns[name] = (*columns[name][:dim], labels, *columns[name][dim + 1 :])
+        x = fields if isinstance(self.x, dict) else fields["x"]
+        return Rows(x, self.labels, columns)
 
     def column_names(self) -> list[str] | None:
         """Returns the names of the columns of x; `None` if x is no table with named columns."""
@@ -272,3 +351,7 @@ class Rows:
         if isinstance(self.x, dict):
             return {name: function(name, tensor) for name, tensor in self.x.items()}
         return function("x", self.x)
+
+
+def _is_numbered(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "iu" and np.array_equal(labels, np.arange(len(labels)))

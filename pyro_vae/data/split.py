@@ -30,7 +30,7 @@ def split(
 
     Raises:
         ValueError: If the share or the number is out of range, if there is only one row, or if
-            the rows held out have other fields or event shapes.
+            the rows held out have other fields, event shapes or names of columns.
 
     Returns:
         The rows to train on, and the rows held out.
@@ -41,7 +41,7 @@ def split(
         ([1, 2, 3], [0, 4])
     """
     if not is_number(held_out):
-        other = read(held_out, program, check=False)
+        other = read(held_out, program, check=False).ordered(rows.names())
         if other.event_shapes() != rows.event_shapes():
             raise ValueError(
                 f"Expected {name} rows like those of x, event shapes {rows.event_shapes()}; got "

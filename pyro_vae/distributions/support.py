@@ -7,13 +7,15 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..data.cells import CellError
+from ..data.frames import EXACT
 from .links import base_of
 
 __all__ = ["check_finite", "check_positive", "check_support"]
 
 
 def check_finite(x: Tensor) -> None:
-    """Refuses values that are NaN or infinite.
+    """Refuses values that are NaN or infinite, and integers that float64 does not hold.
 
     Arguments:
         x: Rows (rows, *event_shape).
@@ -21,9 +23,15 @@ def check_finite(x: Tensor) -> None:
     Raises:
         ValueError: If there are any. The message names the first, its column and the rows.
     """
-    for bad, wanted in ((torch.isnan(x), "data without NaN"), (torch.isinf(x), "finite data")):
+    fill = " Drop these rows, or fill the values in."
+    for bad, wanted, advice in (
+        (torch.isnan(x), "data without NaN (missing values)", fill),
+        (torch.isinf(x), "finite data", ""),
+    ):
         if bad.any():
-            raise ValueError(f"Expected {wanted}; got {_place(x, bad)}.")
+            raise CellError(f"Expected {wanted}", x, bad, advice)
+    if x.dtype == torch.int64 and (bad := (x > EXACT) | (x < -EXACT)).any():
+        raise CellError("Expected integers up to 2**53, as float64 holds no more", x, bad)
 
 
 def check_support(example: Distribution, x: Tensor, name: str) -> None:
@@ -57,35 +65,42 @@ def check_support(example: Distribution, x: Tensor, name: str) -> None:
     remark = ""
     if not outside.any():
         outside = _at_infinite_edge(example, base, x)
-        remark = f" (the log-density is infinite at {_first(x, outside)})" if outside.any() else ""
+        if outside.any():
+            edge = CellError("", x, outside).value
+            remark = f" (the log-density is infinite at {edge})"
     if outside.any():
-        raise ValueError(
-            f"Expected data in the support of {name}, {_describe(base)}{remark}; got "
-            f"{_place(x, outside)}."
-        )
+        is_open = []
+        for end in ("lower_bound", "upper_bound"):
+            bound = torch.as_tensor(getattr(base, end, torch.nan)).to(x).expand_as(x[:1])
+            is_in = bool(base.check(bound).all())
+            is_open.append(is_in and bool(_at_infinite_edge(example, base, bound).any()))
+        wanted = f"Expected data in the support of {name}, {_describe(base, is_open)}{remark}"
+        raise CellError(wanted, x, outside)
     most = 2.0 / torch.finfo(x.dtype).eps if base.is_discrete and x.is_floating_point() else None
     if most is not None and (large := x.abs() >= most).any():
-        raise ValueError(
+        wanted = (
             f"Expected counts below {most:.0f}, since {x.dtype} does not hold all whole numbers "
-            f"above; got {_place(x, large)}. Call .double() on the program."
+            "above"
         )
+        raise CellError(wanted, x, large, " Call .double() on the program.")
 
 
 def check_positive(x: Tensor, name: str) -> None:
-    """Refuses zeros under a density of positive numbers.
+    """Refuses values of 0 or less under a density of positive numbers.
 
     Arguments:
-        x: Rows (rows, *event_shape), 0 or more.
+        x: Rows (rows, *event_shape).
         name: The name of the distribution in the message.
 
     Raises:
-        ValueError: If there are zeros; the message names the first one and the rows.
+        ValueError: If there are any; the message names the first one and the rows.
     """
-    if (bad := x == 0.0).any():
-        raise ValueError(
+    if (bad := x <= 0.0).any():
+        wanted = (
             f"Expected data in the support of {name}, values > 0 (the log-density is infinite at "
-            f"0 or has no bound there); got {_place(x, bad)}."
+            "0 or has no bound there)"
         )
+        raise CellError(wanted, x, bad)
 
 
 def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
@@ -104,30 +119,14 @@ def _at_infinite_edge(example: Distribution, base: Any, x: Tensor) -> Tensor:
     return is_edge & bad.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _place(x: Tensor, bad: Tensor) -> str:
-    """The first bad value, its place in its row, and the rows that have one."""
-    rows = bad.reshape(len(bad), -1).any(-1).nonzero().flatten()
-    _, *place = bad.nonzero()[0].tolist()
-    column = f" at column {place[0] if len(place) == 1 else place}" if place else ""
-    where = f"{len(rows)} of {len(bad)} rows, the first of them row {int(rows[0])}"
-    return f"{_first(x, bad)}{column} in {where}"
-
-
-def _first(x: Tensor, bad: Tensor) -> str:
-    value = x[tuple(bad.nonzero()[0].tolist())]
-    if value.ndim == 0:
-        return str(value.item()).replace("nan", "NaN")
-    few = value.flatten()[:8].tolist()
-    return f"{few} ({value.numel()} values with sum {value.sum().item():g})"
-
-
-def _describe(base: constraints.Constraint) -> str:
+def _describe(base: constraints.Constraint, is_open: list[bool]) -> str:
     bounds = []
     for name in ("lower_bound", "upper_bound"):
         values = torch.as_tensor(getattr(base, name, torch.nan)).unique().tolist()
         ends = sorted({values[0], values[-1]})
         bounds.append(" ... ".join(f"{end:.7g}" for end in ends))
     low, high = bounds
+    left, right = "[("[is_open[0]], "])"[is_open[1]]
     texts = {
         type(constraints.boolean): (
             "0 or 1 (binarize grey levels, or use ContinuousBernoulli or Beta)"
@@ -136,10 +135,10 @@ def _describe(base: constraints.Constraint) -> str:
         constraints.multinomial: f"integers >= 0 with sum {high}",
         constraints.integer_interval: f"integers from {low} to {high}",
         type(constraints.nonnegative_integer): f"integers >= {low}",
-        constraints.interval: f"values in [{low}, {high}]",
-        constraints.half_open_interval: f"values in [{low}, {high})",
+        constraints.interval: f"values in {left}{low}, {high}{right}",
+        constraints.half_open_interval: f"values in {left}{low}, {high})",
         constraints.greater_than: f"values > {low}",
-        constraints.greater_than_eq: f"values >= {low}",
+        constraints.greater_than_eq: f"values {'>' if is_open[0] else '>='} {low}",
         constraints.less_than: f"values < {high}",
     }
     return texts.get(type(base), type(base).__name__.lstrip("_"))

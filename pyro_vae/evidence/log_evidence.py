@@ -13,6 +13,7 @@ import xarray as xr
 from torch import nn
 
 from .. import plots
+from ..data.cells import CellError
 from ..data.checks import checked_count
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows, floating_like
@@ -269,8 +270,9 @@ def log_evidence(
 def _possible(program: nn.Module, rows: Rows) -> np.ndarray:
     """Finds the rows that the program's own check accepts, by halves of what it refuses."""
     for name, tensor in rows.fields.items():
-        if tensor.isnan().any():
-            raise ValueError(f"Expected {name} without NaN, which has no density; got NaN.")
+        if (bad := tensor.isnan()).any():
+            wanted = f"Expected {name} without NaN, which has no density"
+            raise CellError(wanted, tensor, bad).named(rows.labels, rows.columns[name])
     refusal: ValueError | None = None
     waiting, found = [slice(0, len(rows))], []
     while waiting:

@@ -42,5 +42,5 @@ class Gamma(Family, Likelihood):
         Raises:
             ValueError: If a value is NaN, infinite or not positive.
         """
-        super().check(x)
         check_positive(x, "Gamma")
+        super().check(x)

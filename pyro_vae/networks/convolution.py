@@ -49,11 +49,16 @@ class Convolution(Network):
             x: The images.
 
         Raises:
-            ValueError: If x has fewer than 3 dims.
+            ValueError: If x has fewer than 3 dims, or square images whose channels are last.
         """
         if x.ndim < 3:
             raise ValueError(
                 f"Expected images of shape (rows, ..., height, width); got {tuple(x.shape)}."
+            )
+        if x.ndim == 4 and x.shape[3] <= 4 < x.shape[1] == x.shape[2]:
+            raise ValueError(
+                f"Expected images of shape (rows, channels, height, width); got {tuple(x.shape)}, "
+                "with the channels last: move them with torch.movedim(x, -1, 1)."
             )
         features: Tensor = self.layers(x.reshape(len(x), -1, *x.shape[-2:]))
         return features

@@ -36,7 +36,11 @@ __all__ = ["load", "save", "write_program"]
 _SPEC, _WEIGHTS = "spec.json", "weights.safetensors"
 _FORMAT = "pyro_vae 3"
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-_PARTS = {"members": 1, "units": 1}  # the parts of a specification, and the version of each
+_PARTS = {
+    "members": 1,
+    "units": 1,
+    "columns": 1,
+}  # the parts of a specification, and the version of each
 
 
 def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path:
@@ -98,6 +102,8 @@ def write_program(program: nn.Module, folder: Path) -> None:
     parts: dict[str, Any] = {"members": {"version": _PARTS["members"], "program": spec}}
     if isinstance(program, VAE) and program.is_initialized:
         parts["units"] = {"version": _PARTS["units"], "form": program.units.form}
+    if columns := getattr(program, "fitted_columns", {}):
+        parts["columns"] = {"version": _PARTS["columns"], "names": columns}
     content: dict[str, Any] = {
         "format": _FORMAT,
         "parts": parts,
@@ -155,18 +161,32 @@ def load(
         program.to(target, getattr(torch, spec["dtype"])).train(spec["training"])
     else:
         program = into
+    columns = _checked_columns(spec["parts"].get("columns", {}).get("names", {}), folder)
     if not isinstance(program, VAE):
         load_state(program, state, folder)
-        return program
-    before = program.units, program.is_initialized
-    try:
-        _allocate_units(program, spec["parts"].get("units"), state, folder)
-        load_state(program, state, folder)
-    except ValueError:
-        program.units, program.is_initialized = before
-        raise
-    program.follow_units()
+    else:
+        before = program.units, program.is_initialized
+        try:
+            _allocate_units(program, spec["parts"].get("units"), state, folder)
+            load_state(program, state, folder)
+        except ValueError:
+            program.units, program.is_initialized = before
+            raise
+        program.follow_units()
+    vars(program)["fitted_columns"] = columns
     return program
+
+
+def _checked_columns(names: Any, folder: Path) -> dict[str, list[list[str] | None]]:
+    """Refuses names of columns of another form than that of `Rows.names`."""
+    try:
+        dims = [dim for field in names.values() for dim in field if dim is not None]
+        is_right = all(isinstance(label, str) for dim in dims for label in dim)
+    except (AttributeError, TypeError):
+        is_right = False
+    if not is_right:
+        raise ValueError(f"Expected names of columns in {folder / _SPEC}; got others.")
+    return dict(names)
 
 
 def _allocate_units(

@@ -131,6 +131,7 @@ class VAE(nn.Module):
             self.is_initialized = self.has_warned = False
             self.degenerate: dict[str, list[int]] = {}
             self.verdict: tuple[bool | None, str] | None = None
+            self.fitted_columns: dict[str, list[list[str] | None]] = {}
             with torch.autocast(like_of(self.encoder, self.decoder).device.type, enabled=False):
                 self._build()
 
@@ -263,6 +264,7 @@ class VAE(nn.Module):
         with evaluating(nn.ModuleList(modules)), torch.no_grad():
             self._learn(values.double(), standardize=standardize)
         self.is_initialized = True
+        self.fitted_columns = rows.names()
         return self
 
     def _learn(self, x: Tensor, *, standardize: bool) -> None:
@@ -403,9 +405,16 @@ class VAE(nn.Module):
         rows = read(x, self, check=False)
         shape = _x_of(rows.head(len(rows))).shape
         if shape[1:] != self.event_shape:
+            advice = ""
+            if (shape[-1], *shape[1:-1]) == self.event_shape:
+                advice = (
+                    " The channels come first: move the last dim with torch.movedim(x, -1, 1)."
+                )
+            elif shape[1:].numel() == self.event_shape.numel():
+                advice = f" Reshape the data to (rows, {', '.join(map(str, self.event_shape))})."
             raise ValueError(
                 f"Expected rows of event shape {tuple(self.event_shape)}; got data of shape "
-                f"{tuple(shape)}."
+                f"{tuple(shape)}.{advice}"
             )
 
         def check_piece(piece: Rows) -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..data.checks import warn_user
 from ..data.files import PathLike
-from ..data.read import check_rows, read
+from ..data.read import check_rows, on_copies, read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..data.split import split
@@ -77,7 +77,9 @@ def fit(
     r"""Trains a program by stochastic variational inference.
 
     A :class:`pyro_vae.VAE` learns units and a start from the training rows first, unless
-    `initialize` was called before. A second fit continues the first.
+    `initialize` was called before. A second fit continues the first. The program keeps the names
+    of the columns as `fitted_columns`: the columns of other rows, and of `validation`, are matched
+    to them by name, and columns without names are taken as they stand.
 
     The program gets averages of the weights over the last steps, weighted by polynomial decay
     (Shamir & Zhang, 2013, arXiv 1212.1824), which takes the noise of the learning rate out. They
@@ -260,9 +262,9 @@ def _split(
     program: nn.Module, rows: Rows, validation: Any, transform: Transform | None, seed: int
 ) -> Split:
     """Holds rows out, and checks both parts as the program will see them."""
-    change = _unchanged if transform is None else transform
-    if not callable(change):
+    if transform is not None and not callable(transform):
         raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
+    change = _unchanged if transform is None else on_copies(transform)
     train, held_out = rows, None
     if isinstance(validation, str) and validation == "auto":
         validation = SHARE if isinstance(program, VAE) and len(rows) >= FEWEST else None

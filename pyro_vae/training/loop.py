@@ -22,7 +22,7 @@ from torch.distributions import Independent
 from tqdm.auto import tqdm
 
 from ..data.checks import warn_user
-from ..data.read import transformed
+from ..data.read import read, transformed
 from ..data.rows import PLATE, Rows
 from ..data.source import Row
 from ..data.table import Table
@@ -130,8 +130,7 @@ class Loop:
         state = self.state
         if saved is not None:
             saved.check(self.identity)
-        if isinstance(state.program, VAE):
-            self._prepare(state.program)
+        self._prepare()
         if saved is not None:
             state.restore(saved, self.identity, self.device)
             self.convergence.restore(saved.part("check", "cpu"))
@@ -170,9 +169,16 @@ class Loop:
             self.callback.on_end(history)
         return history
 
-    def _prepare(self, vae: VAE) -> None:
-        """Learns the units and the start of a VAE, and gives its network weights their prior."""
-        rows, settings = self.split.train, self.settings
+    def _prepare(self) -> None:
+        """Keeps the names of columns; a VAE learns its units, and its weights get their prior."""
+        rows, settings, vae = self.split.train, self.settings, self.state.program
+        with seeded(self.state.split_seed):
+            few = read(self.split.transform(rows.head(2, vae)), check=False)
+        new, old = few.event_shapes(), rows.event_shapes()
+        names = {k: v for k, v in rows.names().items() if new.get(k) == old[k]}
+        vars(vae).setdefault("fitted_columns", {}).update(names)
+        if not isinstance(vae, VAE):
+            return
         if not vae.is_initialized:
             with seeded(self.state.split_seed):
                 vae.initialize(transformed(rows, self.split.transform, vae))
