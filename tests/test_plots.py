@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import plots
+from pyro_vae.cli import commands, runs
+from pyro_vae.data.read import read
 from pyro_vae.evidence import log_evidence
 from pyro_vae.plots.canvas import text_of
 from pyro_vae.plots.picture import Picture
@@ -369,6 +372,21 @@ def test_of_many_columns_those_are_shown_that_fit_worst() -> None:
     assert len(titles) == 24
     assert {f"x[{i}]" for i in worst} <= set(titles)
     assert "24 worst fitting of 300 columns" in figure.get_suptitle()
+
+
+def test_the_command_line_names_columns_and_draws_the_held_out_rows_beside_draws(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    about = {"program": vae(4), "rows": read(BY_NAME), "labels": None}
+    unscored: Any = SimpleNamespace(
+        settings=SimpleNamespace(seed=0), judgement=SimpleNamespace(evidence=None), **about
+    )
+    shown = [runs.Run.pictures(unscored)["prior_samples"]()]
+    assert "30 rows of data" in shown[0].get_suptitle()
+    monkeypatch.setattr(commands, "save_picture", lambda figure, path: shown.append(figure))
+    commands._WRITERS[".png"](tmp_path / "draws.png", BY_NAME.to_numpy(), list(BY_NAME))
+    for figure in shown:
+        assert written(BY_NAME.columns) <= texts(figure)
 
 
 def test_images_of_data_stand_beside_draws_on_one_scale() -> None:

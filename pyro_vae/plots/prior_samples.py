@@ -177,7 +177,9 @@ def _bins(draws: np.ndarray, data: np.ndarray) -> tuple[np.ndarray, bool]:
         step = math.ceil((high - low + 1) / MOST_BINS)
         return np.arange(low, high + 1 + step, step) - 0.5, step == 1
     width = (high - low) or 1e-3 * abs(high)
-    return (low + high) / 2 + width * np.linspace(-0.5, 0.5, MOST_BINS + 1), False
+    fewest = min(len(data) or len(draws), len(draws))
+    count = int(np.clip(2 * fewest**0.5, MOST_BINS // 3, MOST_BINS))
+    return (low + high) / 2 + width * np.linspace(-0.5, 0.5, count + 1), False
 
 
 def _images(
