@@ -1,7 +1,8 @@
 """Pictures: they open, say what they show, and leave matplotlib as it was."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,17 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from own_programs import Covariate, Mixture, SharedLevel, TwoLevels
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import plots
+from pyro_vae.cli import commands, runs
+from pyro_vae.data.read import read
 from pyro_vae.evidence import log_evidence
+from pyro_vae.plots.canvas import text_of
+from pyro_vae.plots.picture import Picture
 
 EPOCHS = np.arange(1, 41)
 TABLE = pd.DataFrame(
@@ -60,7 +66,7 @@ RANKING = pd.DataFrame(
 )
 LABELS = np.arange(30) % 3
 WORDS = np.array(["ash", "oak", "elm"])[LABELS]
-PICTURES: dict[str, Callable[[], Figure]] = {
+PICTURES: dict[str, Callable[[], Picture]] = {
     "history": lambda: plots.history(HISTORY),
     "history, no validation": lambda: plots.history(ALONE),
     "history, one epoch": lambda: plots.history(TABLE.iloc[:1]),
@@ -94,6 +100,15 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "prior samples, few": lambda: plots.prior_samples(vae((1, 8, 8)), size=3),
     "prior samples, drawn": lambda: plots.prior_samples(rows(3, 8, 8, count=10)),
     "prior samples, table": lambda: plots.prior_samples(TABLE_OF_WINES),
+    "prior samples, categories": lambda: plots.prior_samples(
+        pv.VAE(5, 2, pv.likelihoods.Categorical(7), seed=0), data=rows(5).round()
+    ),
+    "prior samples, images beside data": lambda: plots.prior_samples(vae(64), data=rows(64)),
+    "prior samples, colours beside data": lambda: plots.prior_samples(
+        rows(3, 8, 8), data=rows(3, 8, 8), size=5
+    ),
+    "prior samples, lines": lambda: plots.prior_samples(vae(64), data=rows(64), image_shape=()),
+    "prior samples, a block": lambda: plots.prior_samples(vae((2, 4, 2)), data=rows(2, 4, 2)),
     "latents, one": lambda: plots.latents(vae(5, 1), rows(5)),
     "latents, one with labels": lambda: plots.latents(vae(5, 1), rows(5), LABELS),
     "latents, two": lambda: plots.latents(vae(5, 2), rows(5), LABELS),
@@ -128,9 +143,7 @@ def test_a_picture_opens_and_leaves_no_trace(case: str) -> None:
     before = dict(mpl.rcParams.copy())
     figure = PICTURES[case]()
     assert isinstance(figure, Figure)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    assert len(file.getvalue()) > 5000
+    assert len(figure._repr_png_()) > 5000  # what a notebook shows
     assert dict(mpl.rcParams.copy()) == before
     import matplotlib.pyplot as plt
 
@@ -148,9 +161,9 @@ def test_axes_are_labelled() -> None:
     unknown = evidence()
     unknown["pareto_k"][:3] = np.nan
     assert "k not known in 3" in plots.pareto_k(unknown).axes[0].get_title()
-    (axes,) = plots.prior_samples(Covariate(), x=COVARIATES).axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("column", "y")
-    (axes,) = plots.prior_samples(TABLE_OF_WINES).axes
+    panels = plots.prior_samples(Covariate(), x=COVARIATES).axes
+    assert [axes.get_title() for axes in panels if axes.get_visible()] == ["y[0]", "y[1]", "y[2]"]
+    (axes,) = plots.prior_samples(TABLE_OF_WINES, image_shape=()).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == list(TABLE_OF_WINES)
 
 
@@ -211,7 +224,181 @@ def test_the_data_shown_are_those_of_the_site() -> None:
     figure = plots.reconstructions(Covariate(), COVARIATES, size=2, seed=0)
     for i, axes in enumerate(figure.axes):
         (data,) = (line for line in axes.lines if line.get_marker() == "o")
-        np.testing.assert_array_equal(data.get_ydata(), COVARIATES["y"][i])
+        np.testing.assert_array_equal(data.get_xdata(), COVARIATES["y"][:2, i])
+
+
+UNITS = {"year": 2000 + 5 * rows(1)[:, 0], "price, $ or $/l": 1e6 * rows(1)[:, 0]}
+UNITS |= {"share": 1e-3 * rows(1)[:, 0], "shops": (9 * rows(1)[:, 0]).round()}
+BY_NAME = pd.DataFrame({name: values.numpy() for name, values in UNITS.items()}, dtype=np.float64)
+SHUFFLED = np.random.default_rng(0).permutation(100)[:30]
+DAYS = pd.date_range("2020-01-01", periods=30)
+TABLES: dict[str, pd.DataFrame] = {
+    "numbered": BY_NAME,
+    "held out": BY_NAME.set_axis(SHUFFLED),
+    "dates": BY_NAME.set_axis(DAYS),
+    "words": BY_NAME.set_axis([f"shop {i} for $, $" for i in range(30)]),
+    "long words": BY_NAME.set_axis([f"{i} of the countries of Europe and of Asia" for i in DAYS]),
+    "wide": pd.DataFrame(rows(300).numpy(), SHUFFLED, [f"gene {i}" for i in range(300)]),
+    "years": pd.DataFrame(rows(3).numpy(), columns=[1990, 1995, 2000]),
+}
+
+
+def scored(table: pd.DataFrame) -> xr.Dataset:
+    k = np.linspace(-1, 0.5, len(table))
+    k[[3, 7]] = 2.0, np.inf
+    return xr.Dataset({"pareto_k": ("datum", k)}, {"datum": table.index}, {"good_k": 0.7})
+
+
+OF_TABLES: dict[str, Callable[[pd.DataFrame], Picture]] = {
+    "reconstructions": lambda table: plots.reconstructions(vae(table.shape[1]), table),
+    "prior samples": lambda table: plots.prior_samples(vae(table.shape[1]), data=table),
+    "prior samples, alone": lambda table: plots.prior_samples(table),
+    "latents": lambda table: plots.latents(vae(table.shape[1]), table),
+    "pareto k": lambda table: plots.pareto_k(scored(table)),
+}
+
+
+def texts(figure: Figure) -> set[str]:
+    """The texts of a picture, as far as they are drawn, and without the marks of formulas."""
+    found = figure.findobj(Text)
+    return {text.get_text().replace("\\$", "$") for text in found if text.get_visible()}
+
+
+def written(labels: Any, most: int = 28) -> set[str]:
+    return {text.replace("\\$", "$") for text in (text_of(label, most) for label in labels)}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("picture", OF_TABLES)
+def test_a_picture_speaks_the_rows_and_columns_of_the_data(picture: str, kind: str) -> None:
+    table = TABLES[kind]
+    figure = OF_TABLES[picture](table)
+    if kind in ("dates", "words"):
+        figure.savefig(io.BytesIO())
+    shown = texts(figure)
+    columns = [f"x[{name}]" if kind == "years" else name for name in table.columns]
+    are_words = kind in ("words", "long words")
+    if picture in ("reconstructions", "prior samples, alone"):
+        assert written(columns[:24]) <= shown
+    if picture.startswith("prior samples"):
+        assert len(written(columns) & shown) == min(24, len(columns))
+    if picture.startswith(("reconstructions", "prior samples")):
+        assert ("of 300 columns; the others are left out" in figure.get_suptitle()) == (
+            kind == "wide"
+        )
+    labels = table.index.to_numpy()
+    if picture == "reconstructions":
+        assert written(labels[:8]) <= shown
+    if picture == "pareto k":
+        assert written(labels[3:4]) <= shown
+        assert any(text_of(labels[7]).replace("\\$", "$") in text for text in shown)
+        drawn = np.concatenate([line.get_xdata() for line in figure.axes[0].lines[:2]])
+        places = np.arange(30) if are_words else labels
+        np.testing.assert_array_equal(np.sort(drawn), np.sort(np.delete(places, 7)))
+    if picture == "latents":
+        assert len(written(labels, 16) & shown) == (8 if are_words else 0)
+
+
+@pytest.mark.parametrize("picture", ["reconstructions", "prior samples", "prior samples, alone"])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_no_column_is_flat(picture: str, scale: float) -> None:
+    """Each column has an axis in its own units, on which its data are not a point."""
+    table = BY_NAME * scale
+    panels = [axes for axes in OF_TABLES[picture](table).axes if axes.get_visible()]
+    assert len(panels) == table.shape[1]
+    for axes, (name, column) in zip(panels, table.items(), strict=True):
+        low, high = axes.get_xlim()
+        assert axes.get_title().replace("\\$", "$") == name
+        assert low < column.iloc[:8].min()
+        assert high > column.iloc[:8].max()
+
+
+SAMPLES: dict[str, np.ndarray] = {
+    "normal": np.random.default_rng(0).normal(size=1000),
+    "of heavy tails": np.random.default_rng(0).standard_cauchy(1000),
+    "counts": np.random.default_rng(0).poisson(3.0, 1000).astype(float),
+    "large counts": np.random.default_rng(0).poisson(1e6, 1000).astype(float),
+    "rare": (np.arange(1000) == 500).astype(float),
+    "constant": np.full(1000, 1e-3),
+    "constant and large": np.full(1000, 1e30),
+    "partly infinite": np.where(np.arange(1000) % 4, 1.5, np.inf),
+    "not a number": np.full(1000, np.nan),
+}
+
+
+@pytest.mark.parametrize("draws", SAMPLES)
+def test_histograms_say_how_many_draws_are_left_out(draws: str) -> None:
+    """All data are drawn, and all draws but those far out, of which the panel says the share."""
+    data = np.array([[0.5], [2.0]])
+    drawn = SAMPLES[draws][:, None]
+    (axes,) = plots.prior_samples(drawn, data=data).axes
+    beyond = float(axes.get_xlabel().split("%")[0] or 0)
+    assert beyond < {"of heavy tails": 6, "partly infinite": 26, "not a number": 101}.get(draws, 1)
+    of_data, of_draws = axes.containers or [[patch] for patch in axes.patches]
+    assert total(of_data) == pytest.approx(100)
+    assert total(of_draws) == pytest.approx(100 - beyond, abs=0.051)
+
+
+def total(patches: Sequence[Any]) -> float:
+    """The sum of the heights of the bars of a histogram, or of its outline."""
+    if len(patches) > 1:
+        return sum(bar.get_height() for bar in patches)
+    x, y = patches[0].get_xy().T
+    width = np.abs(np.diff(x)).max()
+    return abs(np.sum(x[:-1] / width * y[1:] - x[1:] / width * y[:-1])) / 2
+
+
+@pytest.mark.parametrize("kind", ["numbered", "words", "images"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_prior_samples_stay_in_the_axes_that_are_passed(kind: str, *, beside: bool) -> None:
+    data = rows(64) if kind == "images" else TABLES[kind]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    assert plots.prior_samples(data, data=data if beside else None, ax=left) is figure
+    figure.savefig(io.BytesIO(), format="png")
+    assert figure.get_suptitle() == ""
+    assert "predictive" in left.get_title() + "".join(a.get_title() for a in left.child_axes)
+    for axes in left.child_axes:
+        assert axes.get_window_extent().x1 <= right.get_window_extent().x0
+
+
+def test_of_many_columns_those_are_shown_that_fit_worst() -> None:
+    draws = np.random.default_rng(0).normal(size=(400, 300))
+    data = np.random.default_rng(1).normal(size=(300, 300))
+    worst = [5, 40, 77, 290]
+    data[:, worst] += [1.0, -1.0, 2.0, 0.7]
+    figure = plots.prior_samples(draws, data=data)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert len(titles) == 24
+    assert {f"x[{i}]" for i in worst} <= set(titles)
+    assert "24 worst fitting of 300 columns" in figure.get_suptitle()
+
+
+def test_the_command_line_names_columns_and_draws_the_held_out_rows_beside_draws(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    about = {"program": vae(4), "rows": read(BY_NAME), "labels": None}
+    unscored: Any = SimpleNamespace(
+        settings=SimpleNamespace(seed=0), judgement=SimpleNamespace(evidence=None), **about
+    )
+    shown = [runs.Run.pictures(unscored)["prior_samples"]()]
+    assert "30 rows of data" in shown[0].get_suptitle()
+    monkeypatch.setattr(commands, "save_picture", lambda figure, path: shown.append(figure))
+    commands._WRITERS[".png"](tmp_path / "draws.png", BY_NAME.to_numpy(), list(BY_NAME))
+    for figure in shown:
+        assert written(BY_NAME.columns) <= texts(figure)
+
+
+def test_images_of_data_stand_beside_draws_on_one_scale() -> None:
+    data = 5 * rows(64, count=50)
+    above, below = (axes for axes in plots.prior_samples(vae(64), data=data).axes if axes.images)
+    assert [above.get_title(), below.get_title()] == [
+        "32 rows of data",
+        "32 prior predictive draws",
+    ]
+    assert above.images[0].get_clim() == below.images[0].get_clim()
+    first = above.images[0].get_array()[:8, :8]
+    np.testing.assert_array_equal(first, data[0].reshape(8, 8).numpy().astype(np.float64))
 
 
 def test_latents_are_the_embedding() -> None:
@@ -248,6 +435,14 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no size": (
         lambda: plots.prior_samples(vae(5), size=0),
         "size to be an integer of at least 1; got 0",
+    ),
+    "data of another shape": (
+        lambda: plots.prior_samples(vae(5), data=rows(4)),
+        r"shape \(5,\) of a draw; got rows of shape \(4,\)",
+    ),
+    "data without the site": (
+        lambda: plots.prior_samples(Covariate(), x=COVARIATES, data={"age": rows(3)}),
+        "field 'x'",
     ),
     "which site": (
         lambda: plots.prior_samples({"a": rows(5), "b": rows(5)}),

@@ -57,7 +57,9 @@ _WRITERS: dict[str, Callable[[Path, np.ndarray, list[str]], None]] = {
     ".csv": lambda path, x, names: _frame(x, names).to_csv(path, index=False),
     ".npy": lambda path, x, names: np.save(path, x),
     ".npz": lambda path, x, names: np.savez_compressed(path, x=x),
-    ".png": lambda path, x, names: save_picture(plots.prior_samples(x, size=len(x)), path),
+    ".png": lambda path, x, names: save_picture(
+        plots.prior_samples(_frame(x, names) if names else x, size=len(x)), path
+    ),
 }
 
 ELBOS = "Trace_ELBO, TraceMeanField_ELBO, STL, IWAE(5), DReG(5), VIMCO(5), RWS(5)"

@@ -220,7 +220,7 @@ class Run:
         draw: dict[str, Callable[[], Any]] = {
             "training": lambda: plots.history(self.history),
             "reconstructions": lambda: plots.reconstructions(program, few, seed=seed),
-            "prior_samples": lambda: plots.prior_samples(program, seed=seed),
+            "prior_samples": lambda: plots.prior_samples(program, data=few, seed=seed),
             "latents": lambda: plots.latents(program, few, labels, seed=seed),
         }
         if evidence is not None:

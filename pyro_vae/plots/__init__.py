@@ -1,8 +1,9 @@
 """Pictures of fits, draws and diagnostics, on matplotlib.
 
-Each function returns its figure, which `figure.savefig(path)` saves. A picture of one panel takes
-`ax=`, the axes to draw into; a picture of several panels takes `figure=`, a figure or subfigure.
-Neither the state nor the style of pyplot is changed.
+Each function returns its figure, which a notebook shows and `figure.savefig(path)` saves. A
+picture of one panel and `prior_samples` take `ax=`, the axes to draw into; other pictures of
+several panels take `figure=`, a figure or subfigure. Neither the state nor the style of pyplot is
+changed.
 """
 
 from .estimators import estimators as estimators

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .canvas import legend, new_figure
+from .canvas import legend, new_figure, text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ def estimators(curves: pd.DataFrame, *, figure: Canvas | None = None) -> Canvas:
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     counts = sorted(curves["num_particles"].dropna().unique())
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": f"C{i % 10}", "label": name, "linewidth": 1.5}
+        name: {"color": f"C{i % 10}", "label": text_of(name), "linewidth": 1.5}
         for i, name in enumerate(dict.fromkeys(curves["estimator"]))
     }
     for axes, (column, title, label) in zip(grid, panels, strict=True):

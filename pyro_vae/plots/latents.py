@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xarray as xr
 from torch import nn
 
+from ..data.read import read
 from ..prediction.embed import embed
-from .canvas import legend, new_figure
+from .canvas import element_names, legend, new_figure, text_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +22,7 @@ __all__ = ["latents"]
 
 MOST_GROUPS = 20
 MOST_PAIRED = 4
+MOST_NAMED = 8
 
 
 def latents(
@@ -36,11 +39,12 @@ def latents(
     """Plots the posterior means of rows in latent space, as `embed` computes them.
 
     One dimension is plotted as a histogram, two as a scatter plot, three and four as all pairs. Of
-    more dimensions the first three principal components are plotted.
+    more dimensions the first three principal components are plotted. Where the labels of the rows
+    are words, the rows farthest from the mean are named.
 
     Arguments:
-        program: A module with the Pyro programs `model(x)` and `guide(x)`, or an array of latents,
-            shape (rows, dims).
+        program: A module with the Pyro programs `model(x)` and `guide(x)`, or latents, shape
+            (rows, dims): an array, a frame, or what `embed` returned.
         x: The data, shape (rows, *event), or a dict of such arrays, if `program` is a program.
         labels: The colour of each row, shape (rows,): its group, or a number on a scale.
         num_samples: The number of draws of each row, if the mean has no closed form.
@@ -60,7 +64,7 @@ def latents(
         >>> figure.savefig("latents.png")  # doctest: +SKIP
     """
     beside = {"context": context, "weights": weights}
-    means, names = _means(program, x, num_samples, seed, beside)
+    means, names, rows = _means(program, x, num_samples, seed, beside)
     colors = None if labels is None else np.asarray(labels)
     if colors is not None and colors.shape != (len(means),):
         raise ValueError(f"Expected {len(means)} labels; got shape {colors.shape}.")
@@ -83,12 +87,12 @@ def latents(
             style = {"color": "C0"}
         elif groups is not None:
             style = {"color": [palette[i] for i in np.searchsorted(groups, colors)]}
-        shown = _pairs(figure, values, names, style)
+        shown = _pairs(figure, values, names, rows, style)
     if groups is not None:
         from matplotlib.lines import Line2D
 
         handles = [
-            Line2D([], [], marker="o", linestyle="", color=color, label=str(group))
+            Line2D([], [], marker="o", linestyle="", color=color, label=text_of(group))
             for group, color in zip(groups, palette, strict=True)
         ]
         legend(figure, handles=handles, title="label")
@@ -100,18 +104,21 @@ def latents(
 
 def _means(
     program: Any, x: Any, num_samples: int, seed: int | None, beside: dict[str, Any]
-) -> tuple[np.ndarray, list[str]]:
-    if not isinstance(program, nn.Module):
-        means = np.asarray(program, dtype=np.float64)
-        if means.ndim < 2:
-            raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
-        means = means.reshape(len(means), -1)
-        return means, [f"E[z[{i}] | x]" for i in range(means.shape[1])]
-    if x is None:
-        raise ValueError("A program needs rows to compute latents for: pass the data as x.")
-    options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
-    found = embed(program, x, **options, **beside)
-    return found["mean"].to_numpy(), [f"E[{unit} | x]" for unit in found["latent"].values]
+) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Returns the means, shape (rows, dims), the names of the dims and the labels of the rows."""
+    if isinstance(program, nn.Module):
+        if x is None:
+            raise ValueError("A program needs rows to compute latents for: pass the data as x.")
+        options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
+        program = embed(program, x, **options, **beside)
+    if isinstance(program, xr.Dataset) and "mean" in program:
+        names = [f"E[{unit} | x]" for unit in program["latent"].values]
+        return program["mean"].to_numpy(), names, program["datum"].to_numpy()
+    rows = read(program)
+    means = rows.field().cpu().numpy()
+    if means.ndim < 2:
+        raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
+    return means.reshape(len(means), -1), element_names("z", rows.columns["x"]), rows.labels
 
 
 def _coordinates(means: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -137,9 +144,11 @@ def _groups(colors: np.ndarray) -> tuple[np.ndarray | None, list[Any]]:
 
 
 def _pairs(
-    figure: Canvas, values: np.ndarray, names: list[str], style: dict[str, Any]
+    figure: Canvas, values: np.ndarray, names: list[str], rows: np.ndarray, style: dict[str, Any]
 ) -> list[Axes]:
     dims = len(names)
+    distances = np.square((values - values.mean(0)) / np.maximum(values.std(0), 1e-300))
+    most = 0 if rows.dtype.kind in "iufM" else MOST_NAMED // (dims - 1)
     grid = figure.subplots(dims - 1, dims - 1, squeeze=False, sharex="col", sharey="row")
     size = float(np.clip(3000 / len(values), 3, 20))
     for down in range(1, dims):
@@ -150,6 +159,11 @@ def _pairs(
                 continue
             axes.scatter(values[:, across], values[:, down], s=size, linewidths=0, **style)
             axes.label_outer()
+            for i in np.argsort(-distances[:, [across, down]].sum(1))[:most]:
+                place, look = values[i, [across, down]], {"fontsize": "x-small"}
+                axes.annotate(
+                    text_of(rows[i], 16), place, (2, 2), textcoords="offset points", **look
+                )
     small = {"fontsize": "small"} if dims > 2 else {}
     for i in range(dims - 1):
         grid[-1, i].set_xlabel(names[i].replace(" (", "\n("), **small)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
-from .canvas import new_axes
+from .canvas import new_axes, places_of, text_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["pareto_k"]
 
+MOST_NAMED = 5
+
 
 def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
     """Plots the Pareto k of each row, and the limit above which its evidence is unreliable.
+
+    The axis shows the labels of the rows, and the five rows farthest above the limit are named.
 
     Arguments:
         evidence: The result of `log_evidence`.
@@ -38,20 +42,24 @@ def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
     values = evidence["pareto_k"].to_numpy()
     limit = evidence.attrs.get("good_k", 0.7)
     is_over, is_finite = values > limit, np.isfinite(values)
-    places = np.arange(len(values))
+    labels = evidence[evidence["pareto_k"].dims[0]].to_numpy()
     ncols = 3 if ax is None else 1
-    figure, ax = new_axes(ax, (7.0, 4.0))
+    figure, ax = new_axes(ax, (7.0, 5.0 if labels.dtype.kind in "OTU" else 4.0))
+    places = places_of(ax, labels, "row")
     for chosen, color, label in (
         (is_finite & ~is_over, "C0", f"reliable: {(values <= limit).mean():.1%} of rows"),
         (is_finite & is_over, "C3", f"over the limit, error unknown: {is_over.mean():.1%}"),
     ):
         ax.plot(places[chosen], values[chosen], ".", color=color, label=label, alpha=0.7)
     ax.axhline(limit, color="0.3", linestyle="--", linewidth=1.0, label=f"limit {limit:.2f}")
-    ax.set(xlabel="row", ylabel="Pareto k of the importance weights")
-    ax.set_xlim(-0.5 - 0.02 * len(values), len(values) - 0.5 + 0.02 * len(values))
-    infinite, unknown = int(np.isinf(values).sum()), int(np.isnan(values).sum())
-    note = f", {infinite} infinite and not drawn" if infinite else ""
+    for i in [i for i in np.argsort(np.where(is_over, -values, 0)) if chosen[i]][:MOST_NAMED]:
+        look: dict[str, Any] = {"fontsize": "small", "textcoords": "offset points"}
+        ax.annotate(text_of(labels[i]), (places[i], values[i]), (3, 3), **look)
+    ax.set_ylabel("Pareto k of the importance weights")
+    is_infinite, unknown = np.isinf(values), int(np.isnan(values).sum())
+    names = ", ".join([text_of(label) for label in labels[is_infinite][:MOST_NAMED]])
+    note = f"\n{is_infinite.sum()} infinite and not drawn, the first {names}" if names else ""
     note += f", k not known in {unknown}" if unknown else ""
-    ax.set_title(f"Reliability of log p(x), {len(values)} rows{note}")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=ncols, fontsize="small")
+    ax.set_title(f"Reliability of log p(x), {len(values)} rows{note}", pad=8 + 48 / ncols)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=ncols, fontsize="small")
     return figure

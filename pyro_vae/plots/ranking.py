@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .canvas import new_axes
+from .canvas import new_axes, text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     needed = {"difference", "difference_se"}
     if not needed <= set(getattr(table, "columns", ())):
         raise ValueError(f"Expected a table with the columns {sorted(needed)}; got {table!r}.")
-    names = [str(name) for name in table.index]
+    names = [text_of(name, 40) for name in table.index]
     longest = max(map(len, names))
     figure, ax = new_axes(ax, (5.5 + 0.08 * longest, 0.4 * len(names) + 1.4))
     places = np.arange(len(names))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +15,24 @@ from ..engine.running import evaluating
 from ..prediction.reconstruct import reconstruct
 from ..prediction.traces import observed_values
 from .canvas import (
-    column_ticks,
+    MOST_PANELS,
+    element_names,
     image_of,
     image_shape_of,
     legend,
-    longest_name,
     new_figure,
     on_one_scale,
+    panels,
+    places_of,
+    text_of,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from .canvas import Canvas
 
 __all__ = ["reconstructions"]
 
+LEAST_SHOWN = 0.005
 TITLE = "Rows and their posterior predictive distributions"
 
 
@@ -50,17 +51,19 @@ def reconstructions(
 ) -> Canvas:
     """Plots rows beside the mean and an interval of their posterior predictive distributions.
 
-    Categories are plotted with their probabilities, and the most probable one. Where there is no
-    mean, the interval is plotted alone, and its middle in images.
+    A table is plotted with a panel for each column, in its own units; of more than 24 columns the
+    first 24. Categories have a bar for each probability, and in images the most probable one.
+    Where there is no mean, the interval is plotted alone, and its middle in images.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such arrays; the first rows are plotted.
         size: The number of rows to plot.
         site: The name of the observed site, if the model has several.
-        image_shape: The shape of a row as an image; `()` plots lines. By default rows of 2 dims,
-            rows of 3 dims with 1 or 3 channels, and vectors of 8 * 8, 9 * 9, ... elements whose
-            columns have no names are plotted as images.
+        image_shape: The shape of a row as an image; `()` plots numbers as lines over all columns,
+            a panel for each row. By default rows of 2 dims, rows of 3 dims with 1 or 3 channels,
+            and vectors of 8 * 8, 9 * 9, ... elements whose columns have no names are plotted as
+            images.
         num_samples: The number of draws of each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
@@ -85,13 +88,13 @@ def reconstructions(
         data = observed_values(program, rows.head(size, program), found.attrs["site"])
     centre = found["mode" if "mode" in found else "mean"]
     found["data"] = centre.copy(data=data.cpu().numpy())
-    shape = image_shape_of(tuple(data.shape[1:]), _names(found), image_shape)
-    return _lines(found, figure) if shape is None else _images(found, shape, figure)
-
-
-def _names(found: xr.Dataset) -> np.ndarray | None:
-    dims = found["data"].dims[1:]
-    return found[dims[0]].to_numpy() if len(dims) == 1 else None
+    labels = [found[dim].to_numpy() for dim in found["data"].dims[1:]]
+    shape = image_shape_of(labels, image_shape)
+    if shape:
+        return _images(found, shape, figure)
+    if shape is None or "mode" in found:
+        return _columns(found, element_names(found.attrs["site"], labels), figure)
+    return _lines(found, labels[0] if len(labels) == 1 else np.arange(data[0].numel()), figure)
 
 
 def _images(found: xr.Dataset, shape: tuple[int, ...], figure: Canvas | None) -> Canvas:
@@ -113,7 +116,7 @@ def _images(found: xr.Dataset, shape: tuple[int, ...], figure: Canvas | None) ->
     for axes, label in zip(grid[:, 0], [*names, certainty], strict=True):
         axes.set_ylabel(label)
     for axes, name in zip(grid[0], found["datum"].to_numpy(), strict=True):
-        axes.set_title(str(name), fontsize="small")
+        axes.set_title(text_of(name, 14), fontsize="small")
     figure.suptitle("\n".join(textwrap.wrap(TITLE, width=12 * count + 10)))
     return figure
 
@@ -127,54 +130,53 @@ def _show(
         axes.set(xticks=[], yticks=[])
     if images[0].ndim == 2:
         bar = figure.colorbar(shown, ax=grid.ravel().tolist())
-        bar.ax.set_title(label, fontsize="small")
+        bar.ax.set_title(text_of(label), fontsize="small")
 
 
-def _lines(found: xr.Dataset, figure: Canvas | None) -> Canvas:
-    count, names = found.sizes["datum"], _names(found)
-    across = min(count, 2)
-    down = math.ceil(count / across)
-    figure = new_figure(figure, (9.0, 1.4 * down + 1.0 + 0.07 * longest_name(names)))
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    data = found["data"].to_numpy().reshape(count, -1)
-    places = np.arange(data.shape[1])
-    for i, axes in enumerate(grid.ravel()[:count]):
-        (_probabilities if "mode" in found else _interval)(axes, found.isel(datum=i))
-        axes.plot(places, data[i], "o", markersize=3.5, color="C1", label="data")
-        axes.set_title(f"datum {found['datum'].to_numpy()[i]}", fontsize="small")
-    for axes in grid.ravel()[count:]:
-        axes.set_axis_off()
-    if "mode" in found:
-        bar = figure.colorbar(grid[0, 0].collections[0], ax=grid.ravel().tolist())
-        bar.ax.set_title("probability", fontsize="small")
-    for axes in grid[-1]:
-        column_ticks(axes, names)
-    if len(places) == 1:
-        grid[-1, 0].set_xticks(places)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(found.attrs["site"])
-    legend(figure, handles=grid[0, 0].get_legend_handles_labels()[0])
-    figure.suptitle(TITLE)
+def _columns(found: xr.Dataset, names: list[str], figure: Canvas | None) -> Canvas:
+    """Draws a panel for each column, in which the rows stand one below the other."""
+    rows, title = [text_of(label) for label in found["datum"].to_numpy()], TITLE
+    if len(names) > MOST_PANELS:
+        title += f"\nThe first {MOST_PANELS} of {len(names)} columns; the others are left out."
+    shown, size = names[:MOST_PANELS], (2.5, 0.17 * len(rows) + 0.7)
+    figure, grid = panels(shown, size, title=title, ylabel="row", figure=figure, sharey=True)
+    places, count = np.arange(len(rows)), found.sizes.get("category", 1)
+    for i, axes in enumerate(grid):
+        part = {
+            name: array.to_numpy().reshape(len(rows), len(names), -1)[:, i].ravel()
+            for name, array in found.items()
+        }
+        if "mode" in found:
+            codes, feet = np.tile(np.arange(count), len(rows)), np.repeat(places + 0.4, count)
+            is_seen = (share := part["probability"]) > LEAST_SHOWN
+            bars = (codes[is_seen], -0.8 * share[is_seen])
+            axes.bar(*bars, bottom=feet[is_seen], label="probability")
+            axes.locator_params(axis="x", nbins=4, integer=True)
+        else:
+            bounds = f"{found.attrs['prob']:.0%} interval"
+            axes.hlines(places, part["lower"], part["upper"], label=bounds)
+            known = "mean" if np.isfinite(part["mean"]).any() else None
+            axes.plot(part["mean"], places, "|", color="C0", label=known)
+        level = places + 0.4 * ("mode" in found)
+        axes.plot(part["data"], level, "o", markersize=3.5, color="C1", label="data")
+    grid[0].set_yticks(places, rows)
+    grid[0].set_ylim(len(rows) - 0.5, -0.5)
+    legend(figure, "lower right", handles=grid[0].get_legend_handles_labels()[0])
     return figure
 
 
-def _interval(axes: Axes, row: xr.Dataset) -> None:
-    """Draws the mean and the interval of each column of a row."""
-    mean, low, high = (row[name].to_numpy().ravel() for name in ("mean", "lower", "upper"))
-    places, has_mean = np.arange(len(mean)), np.isfinite(mean)
-    what = "mean, " if has_mean.any() else ""
-    centre = np.where(has_mean, mean, (low + high) / 2)
-    bars = np.maximum((centre - low, high - centre), 0)
-    label = f"{what}{row.attrs['prob']:.0%} interval"
-    axes.errorbar(places, centre, bars, fmt="_" if has_mean.all() else "none", label=label)
-    if not has_mean.all():
-        axes.plot(places[has_mean], mean[has_mean], "_", color="C0")
-
-
-def _probabilities(axes: Axes, row: xr.Dataset) -> None:
-    """Draws the probability of each category of each column of a row, and the mode."""
-    probability = row["probability"].to_numpy().reshape(-1, row.sizes["category"])
-    edges = [np.arange(size + 1) - 0.5 for size in probability.shape]
-    axes.pcolormesh(*edges, probability.T, vmin=0, vmax=1, cmap="Blues")
-    mode = row["mode"].to_numpy().ravel()
-    axes.plot(np.arange(len(mode)), mode, "_", color="C0", label="mode")
+def _lines(found: xr.Dataset, labels: np.ndarray, figure: Canvas | None) -> Canvas:
+    """Draws a panel for each row, with all columns along one axis."""
+    names = [f"row {text_of(label)}" for label in found["datum"].to_numpy()]
+    options: dict[str, Any] = {"across": 2, "sharex": True, "sharey": True}
+    site = text_of(found.attrs["site"])
+    figure, grid = panels(names, (4.5, 1.4), title=TITLE, ylabel=site, figure=figure, **options)
+    for i, axes in enumerate(grid):
+        part = {name: array[i].to_numpy().ravel() for name, array in found.items()}
+        places = places_of(axes, labels, "")
+        bounds = f"{found.attrs['prob']:.0%} interval"
+        axes.fill_between(places, part["lower"], part["upper"], alpha=0.3, label=bounds)
+        axes.plot(places, part["mean"], color="C0", linewidth=1.0, label="mean")
+        axes.plot(places, part["data"], ".", markersize=3.0, color="C1", label="data")
+    legend(figure, "lower right", handles=grid[0].get_legend_handles_labels()[0])
+    return figure
