@@ -77,5 +77,5 @@ def warn_of(found: dict[str, list[int]], names: list[str] | None) -> None:
         f"went than about the model ({'; '.join(parts)}). Leave such columns out, or "
         "use a likelihood of counts or categories for them.",
         DegenerateColumnsWarning,
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -230,6 +230,8 @@ def _field(name: str, container: object) -> Field:
         if values.dtype.kind not in "fiub":
             raise ValueError(f"Expected {name} to hold numbers; got dtype {values.dtype}.")
         values = as_tensor(values)
+    if values.is_meta:
+        raise ValueError(f"Expected {name} to hold numbers; got a tensor on the meta device.")
     if values.is_complex():
         raise ValueError(f"Expected {name} to hold real numbers; got dtype {values.dtype}.")
     return field._replace(values=values)

@@ -15,6 +15,7 @@ from .. import plots
 from ..data.read import read
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
+from ..engine.running import public
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 from ..programs.vae import VAE
 from .naming import checked_names, naming
@@ -76,6 +77,7 @@ class Ranking(pd.DataFrame):
         return plots.ranking(self, ax=ax)
 
 
+@public
 def compare(
     programs: Mapping[str, nn.Module],
     x: object,
@@ -175,7 +177,7 @@ def compare(
         "baselines": baselines,
     }
     if _doubtful(table):
-        warnings.warn(_trend_sentence(table), UserWarning, stacklevel=2)
+        warnings.warn(_trend_sentence(table), UserWarning, stacklevel=3)
     return table
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .. import plots
-from ..data.checks import checked_count
+from ..data.checks import checked_count, checked_draws
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
@@ -26,7 +26,7 @@ from ..elbos import Objective
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of, structure
 from ..engine.progress import progress_bar
-from ..engine.running import seeded
+from ..engine.running import public, seeded
 from ..evidence.log_evidence import Evidence, log_evidence
 from ..evidence.pareto_k import good_k
 from ..training.fit import Transform, fit
@@ -143,6 +143,7 @@ class Race:
         return figure
 
 
+@public
 def race(
     build: Build,
     x: object,
@@ -231,7 +232,7 @@ def race(
         elbos=checked_names("estimators", elbos),
         seeds=_checked_seeds(seeds),
         budget=_checked_budget(budget),
-        num_samples=checked_count("num_samples", num_samples, least=4),
+        num_samples=checked_draws("num_samples", num_samples, least=4),
         seed=checked_count("seed", seed, least=0),
         transform=transform,
         batch_size=batch_size,
@@ -260,7 +261,7 @@ def race(
             f"The loss or its gradient became NaN or infinite under {', '.join(bad)}: no result "
             "(NaN). Try a smaller lr.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return results.race(stopped)
 

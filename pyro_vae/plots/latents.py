@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from ..engine.running import public
 from ..prediction.embed import embed
 from .canvas import legend, new_figure
 
@@ -22,6 +23,7 @@ MOST_GROUPS = 20
 MOST_PAIRED = 4
 
 
+@public
 def latents(
     program: Any,
     x: Any = None,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
+from ..engine.running import public
 from ..prediction.sample import sample_sites
 from .canvas import column_ticks, image_of, image_shape_of, new_axes, on_one_scale
 
@@ -23,6 +24,7 @@ __all__ = ["prior_samples"]
 MOST_ACROSS = 8
 
 
+@public
 def prior_samples(
     program: Any,
     *,
@@ -56,7 +58,7 @@ def prior_samples(
         >>> figure = prior_samples(vae, seed=0)
         >>> figure.savefig("samples.png")  # doctest: +SKIP
     """
-    checked_count("size", size)
+    checked_draws("size", size)
     is_program = isinstance(program, nn.Module)
     drawn = sample_sites(program, size, x=x, seed=seed) if is_program else program
     rows = read(drawn)[slice(0, size)]

@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
-from ..engine.running import evaluating
+from ..engine.running import evaluating, public
 from ..prediction.reconstruct import reconstruct
 from ..prediction.traces import observed_values
 from .canvas import (
@@ -35,6 +35,7 @@ __all__ = ["reconstructions"]
 TITLE = "Rows and their posterior predictive distributions"
 
 
+@public
 def reconstructions(
     program: nn.Module,
     x: Any,
@@ -77,7 +78,7 @@ def reconstructions(
         >>> figure = reconstructions(vae, torch.ones(10, 64))
         >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
     """
-    checked_count("size", size)
+    checked_draws("size", size)
     rows = read(x, program, context=context, weights=weights)[slice(0, size)]
     options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
     found = reconstruct(program, rows, site=site, **options)

@@ -28,7 +28,7 @@ from ..data.files import (
 from ..data.rows import floating_like
 from ..distributions import Family, Predicted, Shared
 from ..distributions.units import Units
-from ..engine.running import device_of, kept_generators
+from ..engine.running import device_of, kept_generators, public
 from .vae import VAE
 
 __all__ = ["load", "save", "write_program"]
@@ -39,6 +39,7 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _PARTS = {"members": 1, "units": 1}  # the parts of a specification, and the version of each
 
 
+@public
 def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path:
     """Writes a program to a folder: a readable specification, `spec.json`, and the weights.
 
@@ -110,6 +111,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
     write_json(folder / _SPEC, content)
 
 
+@public
 def load(
     path: PathLike, *, into: nn.Module | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:

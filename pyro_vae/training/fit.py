@@ -25,7 +25,14 @@ from ..elbos.log_densities import (
     programs_of,
     structure,
 )
-from ..engine.running import device_of, evaluating, kept_generators, seeded
+from ..engine.running import (
+    check_gradients,
+    device_of,
+    evaluating,
+    kept_generators,
+    public,
+    seeded,
+)
 from ..programs.vae import VAE
 from .callbacks import Callbacks, callback_of
 from .checkpoint import Saved, State, checkpoint_path, read_checkpoint
@@ -42,6 +49,7 @@ SHARE, FEWEST = 0.1, 50  # of the rows of a VAE that are held out, if it has so 
 MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
 
 
+@public
 def fit(
     program: nn.Module,
     x: Any,
@@ -163,6 +171,7 @@ def fit(
         >>> len(history), history.stopped
         (2, 'max_epochs')
     """
+    check_gradients()
     limits = (max_steps, max_epochs, max_seconds, until_converged)
     weighing = (0 if warmup is None else warmup, weight_prior, averaged)
     settings = Settings(lr, batch_size, *limits, *weighing, max_grad_norm, seed)
@@ -213,7 +222,12 @@ def _split(
     if not callable(change):
         raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
     train, held_out = rows, None
-    if isinstance(validation, str) and validation == "auto":
+    if isinstance(validation, str):
+        if validation != "auto":
+            raise ValueError(
+                "Expected validation to be 'auto', a share in (0, 1), a number of rows, other "
+                f"rows, or None; got {validation!r}."
+            )
         validation = SHARE if isinstance(program, VAE) and len(rows) >= FEWEST else None
     if validation is not None:
         train, held_out = split(rows, validation, program, seed=seed, name="validation")
@@ -261,7 +275,7 @@ def _check_particles(program: nn.Module, parts: Split, objective: Objective, see
                     f"{error} This fit takes one draw of each row and runs, but log_evidence and "
                     "to_arviz take many draws and will fail.",
                     UserWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
 
@@ -277,4 +291,6 @@ def _schedule_of(make: MakeSchedule | None, optimizer: Optimizer) -> LRScheduler
         raise ValueError(f"{advice}; got {error}") from error
     if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(f"{advice}; got {type(schedule).__name__}.")
+    if schedule.optimizer is not optimizer:
+        raise ValueError(f"{advice}; got a schedule of another optimiser.")
     return schedule
