@@ -6,13 +6,14 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "checked",
@@ -21,7 +22,9 @@ __all__ = [
     "checked_draws",
     "checked_finite",
     "checked_flag",
+    "checked_function",
     "checked_number_of",
+    "checked_path",
     "checked_positive",
     "checked_seed",
     "checked_shape",
@@ -109,6 +112,44 @@ def checked_seed(name: str, value: object) -> int | None:
     return None if value is None else checked_count(name, value, least=0)
 
 
+def checked_path(name: str, value: object) -> str | os.PathLike[str]:
+    """Checks an argument that must be a path, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+
+    Raises:
+        ValueError: If the value is neither text nor a path.
+
+    Example:
+        >>> checked_path("path", "vae")
+        'vae'
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"Expected {name} to be a path; got {short(value)}.")
+    return value
+
+
+def checked_function(name: str, value: object) -> Callable[..., Any]:
+    """Checks an argument that must be a function, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+
+    Raises:
+        ValueError: If the value cannot be called.
+
+    Example:
+        >>> checked_function("transform", abs) is abs
+        True
+    """
+    if not callable(value):
+        raise ValueError(f"Expected {name} to be a function; got {short(value)}.")
+    return value
+
+
 def checked_flag(name: str, value: object) -> bool:
     """Checks an argument that must be `True` or `False`, and returns it.
 
@@ -179,17 +220,17 @@ def checked_draws(name: str, value: object, *, least: int = 1) -> int:
 
 def checked(
     function: Callable[P, T],
-    within: contextlib.AbstractContextManager[object] | None = None,
+    within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Callable[P, T]:
     """Decorator that checks plain arguments by what their names or annotations say.
 
-    Arguments annotated `bool` must be `True` or `False`; `seed` must be a seed, and
-    `max_elements` a count. Defaults are not checked. Arguments that Python itself refuses raise
-    its TypeError.
+    Arguments annotated `bool` must be `True` or `False`; `seed` must be a seed, `max_elements` a
+    count, `path` and `checkpoint` a path, `transform` and `after_each` a function. An argument
+    that is its default is not checked. Arguments that Python itself refuses raise its TypeError.
 
     Arguments:
         function: A public function.
-        within: The context in which it runs, if any.
+        within: A function that makes the context in which it runs.
 
     Raises:
         ValueError: When the function is called, if such an argument is refused.
@@ -202,20 +243,24 @@ def checked(
         ValueError: Expected seed to be an integer of at least 0; got 2.9.
     """
     signature = inspect.signature(function)
-    flags = {n for n, p in signature.parameters.items() if p.annotation in (bool, "bool")}
+    parameters = signature.parameters
     checks: dict[str, Callable[[str, object], object]] = {
         "seed": checked_seed,
         "max_elements": checked_count,
+        "path": checked_path,
+        "checkpoint": checked_path,
+        "transform": checked_function,
+        "after_each": checked_function,
     }
-    checks = {n: c for n, c in checks.items() if n in signature.parameters}
-    checks |= dict.fromkeys(flags, checked_flag)
+    checks |= {n: checked_flag for n, p in parameters.items() if p.annotation in (bool, "bool")}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         given = signature.bind(*args, **kwargs)
         for name in checks.keys() & given.arguments:
-            given.arguments[name] = checks[name](name, given.arguments[name])
-        with within or contextlib.nullcontext():
+            if given.arguments[name] is not parameters[name].default:
+                given.arguments[name] = checks[name](name, given.arguments[name])
+        with within():
             return function(*given.args, **given.kwargs)
 
     return call
@@ -274,7 +319,7 @@ def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     """
     shape = tuple(event_shape) if isinstance(event_shape, tuple | list) else (event_shape,)
     if not shape or not all(map(is_size, shape)):
-        raise ValueError(f"Expected an event shape of positive sizes; got {event_shape!r}.")
+        raise ValueError(f"Expected an event shape of positive sizes; got {short(event_shape)}.")
     checked_draws("the number of elements of the event shape", math.prod(shape))
     return shape
 
@@ -310,7 +355,7 @@ def part_size(name: str, part: object, rows: int) -> int:
     is_count = is_integer(part)
     if not is_number(part) or not (part > 0 if is_count else 0 < part < 1):
         raise ValueError(
-            f"Expected {name} to be a share in (0, 1), or a number of rows; got {part!r}."
+            f"Expected {name} to be a share in (0, 1), or a number of rows; got {short(part)}."
         )
     if rows < 2:
         raise ValueError("Expected at least 2 rows to hold some out; got 1.")
@@ -354,7 +399,7 @@ def perhaps(name: str, names: Iterable[str]) -> str:
 
 
 def short(value: object) -> str:
-    """Returns the `repr` of a value, the shape of a tensor, or the name of a class.
+    """Returns the `repr` of a value on one line, the shape of a tensor, or the name of a class.
 
     Arguments:
         value: Any value.
@@ -369,7 +414,9 @@ def short(value: object) -> str:
             return value.__name__
         case Tensor():
             return f"tensor of shape {tuple(value.shape)}"
-    return repr(value)
+        case nn.Module():
+            return type(value).__name__
+    return reprlib.repr(value) if "\n" in repr(value) else repr(value)
 
 
 def checked_finite(name: str, value: object, *, least: float = -math.inf) -> float:

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .checks import checked, closest, part_size
+from .checks import checked, checked_path, closest, part_size
 from .rows import as_tensor
 
 __all__ = ["Dataset", "binarize", "load"]
@@ -154,7 +154,7 @@ def load(
     if isinstance(name, str) and name in _NAMED:
         _refuse("a file", key=key, label=label)
         return Dataset(name, *_named(name))
-    path = Path(name).expanduser()
+    path = Path(checked_path("name", name)).expanduser()
     file = path.name.lower()
     readers = [reader for ending, reader in _FILES.items() if file.endswith(ending)]
     if _IDX.search(file.removesuffix(".gz")):

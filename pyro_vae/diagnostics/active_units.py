@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..data.checks import checked_draws
+from ..data.checks import checked_draws, checked_finite
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
@@ -87,6 +87,7 @@ def active_units(
         ['z[0]', 'z[1]']
     """
     num_samples = checked_draws("num_samples", num_samples, least=2)
+    threshold = checked_finite("threshold", threshold, least=0.0)
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     if len(rows) < 2:

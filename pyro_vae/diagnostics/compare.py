@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import plots
+from ..data.checks import checked_draws
 from ..data.read import read
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
@@ -143,6 +144,7 @@ def compare(
         >>> print(table.summary()[:41])
         'binomial' has the largest mean log p(x):
     """
+    num_samples = checked_draws("num_samples", num_samples, least=4)
     programs = checked_names("programs", programs)
     found = {}
     for name, program in programs.items():

@@ -32,7 +32,14 @@ from ..elbos.log_densities import (
     structure,
 )
 from ..engine.progress import progress_bar
-from ..engine.running import evaluating, kept_buffers, kept_generators, public, seeded
+from ..engine.running import (
+    check_gradients,
+    evaluating,
+    kept_buffers,
+    kept_generators,
+    public,
+    seeded,
+)
 from ..evidence.linear_gaussian import doubled, marginal
 from ..evidence.log_evidence import estimates
 from ..evidence.pareto_k import good_k
@@ -139,6 +146,8 @@ def compare_elbos(
     """
     checked_draws("num_repeats", num_repeats, least=4)
     programs_of(program)
+    with torch.enable_grad():
+        check_gradients(program.parameters())
     rows = read(x, program, context=context, weights=weights).to_like(program)
     given = checked_names("estimators", elbos)
     if len({str(name) for name in given}) < len(given):
@@ -287,6 +296,8 @@ class Comparison:
                 if other is not None:
                     keys.append((str(name), count))
                     made[str(name), count] = other
+        with torch.enable_grad():
+            check_gradients(self._run.program.parameters())
         run = replace(self._run, elbos=made, num_repeats=repeats)
         found: dict[Hashable, dict[str, float]] = {}
         with (

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ..data.checks import short
+
 __all__ = ["checked_names", "naming"]
 
 Member = TypeVar("Member")
@@ -20,7 +22,7 @@ def checked_names(what: str, members: Mapping[str, Member]) -> dict[str, Member]
         ValueError: If it is not a dict, or is empty.
     """
     if not isinstance(members, Mapping) or not members:
-        raise ValueError(f"Expected a dict of {what} by name; got {members!r}.")
+        raise ValueError(f"Expected a dict of {what} by name; got {short(members)}.")
     return dict(members)
 
 

@@ -40,6 +40,7 @@ from .log_densities import (
     plate_nesting,
     programs_of,
     row_terms_of,
+    structure,
 )
 
 __all__ = [
@@ -230,6 +231,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         pair = programs_of(program)
         rows = read(x, program, context=context, weights=weights, move=True)
         data = rows.head(len(rows))
+        self.check(structure(program, data))
         objective = Objective(*pair, self)
         module = _RowValues(objective)
         evaluate: Callable[[Row], Outputs] = module

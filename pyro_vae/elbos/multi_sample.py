@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..data.checks import checked_draws
+from ..data.checks import checked_count, checked_draws
 from .estimator import Estimate, Estimator, refuse_unreparameterised
 from .log_densities import (
     Args,
@@ -56,6 +56,8 @@ class MonteCarlo(Estimator):
 
     def __init__(self, num_particles: int, *, max_plate_nesting: float = math.inf) -> None:
         count = checked_draws("num_particles", num_particles, least=self.least_particles)
+        if max_plate_nesting != math.inf:
+            checked_count("max_plate_nesting", max_plate_nesting, least=0)
         super().__init__(num_particles=count, max_plate_nesting=max_plate_nesting)
 
     @abstractmethod

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.checks import checked
 
@@ -49,24 +49,45 @@ def public(function: Callable[P, T]) -> Callable[P, T]:
 
     A process has one stack of Pyro's effect handlers, one parameter store and one state of
     torch's generators. Calls from several threads wait for each other, so that their results are
-    those of the same calls one after the other. A call may call others, in its own thread.
+    those of the same calls one after the other. A call may call others, in its own thread. A call
+    that is refused leaves torch's generator as it was.
 
     Arguments:
         function: The public function; its plain arguments are checked before it waits.
     """
-    return checked(function, LOCK)
+    return checked(function, _alone)
 
 
-def check_gradients() -> None:
-    """Refuses to train where torch's gradients are switched off.
+@contextmanager
+def _alone() -> Iterator[None]:
+    with LOCK:
+        before = torch.get_rng_state()
+        try:
+            yield
+        except ValueError:
+            torch.set_rng_state(before)
+            raise
+
+
+def check_gradients(parameters: Iterable[Tensor]) -> None:
+    """Refuses to train where torch computes no gradients.
+
+    Arguments:
+        parameters: The parameters to train.
 
     Raises:
-        ValueError: If they are.
+        ValueError: If gradients are switched off, or the parameters were made under
+            `torch.inference_mode()`.
     """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
+        raise ValueError(
+            "The program is run, or was built, under torch.inference_mode(), where there are no "
+            "gradients: do both outside of it."
+        )
     if not torch.is_grad_enabled():
         raise ValueError(
             "Training needs gradients, which are switched off here: call it outside of "
-            "torch.no_grad() and torch.inference_mode()."
+            "torch.no_grad()."
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from ..data.read import read
 from ..engine.running import public
 from ..prediction.embed import embed
 from .canvas import legend, new_figure
@@ -104,7 +105,7 @@ def _means(
     program: Any, x: Any, num_samples: int, seed: int | None, beside: dict[str, Any]
 ) -> tuple[np.ndarray, list[str]]:
     if not isinstance(program, nn.Module):
-        means = np.asarray(program, dtype=np.float64)
+        means = read(program).field("x").cpu().double().numpy()
         if means.ndim < 2:
             raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
         means = means.reshape(len(means), -1)

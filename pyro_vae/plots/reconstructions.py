@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.checks import checked_draws
 from ..data.read import read
+from ..elbos.log_densities import programs_of
 from ..engine.running import evaluating, public
 from ..prediction.reconstruct import reconstruct
 from ..prediction.traces import observed_values
@@ -79,6 +80,7 @@ def reconstructions(
         >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
     """
     checked_draws("size", size)
+    programs_of(program)
     rows = read(x, program, context=context, weights=weights)[slice(0, size)]
     options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
     found = reconstruct(program, rows, site=site, **options)

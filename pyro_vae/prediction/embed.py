@@ -11,7 +11,7 @@ from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan
-from ..elbos.log_densities import latent_sites, structure
+from ..elbos.log_densities import latent_sites, programs_of, structure
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, public, seeded
 from .labels import unit_labels
@@ -80,6 +80,7 @@ def embed(
         (('datum', 'latent'), ['z[0]', 'z[1]'], 'closed form')
     """
     num_samples = checked_draws("num_samples", num_samples, least=2)
+    programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         known = structure(program, rows.head(2, program))

@@ -14,7 +14,7 @@ from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan, data_sites
-from ..elbos.log_densities import Structure
+from ..elbos.log_densities import Structure, programs_of
 from ..engine.progress import progress_bar
 from ..engine.running import evaluating, public, seeded
 from .traces import predictive_trace, values_by_row
@@ -119,6 +119,7 @@ def reconstruct(
             f"got {num_samples}, whose widest interval has "
             f"{(num_samples - 1) / (num_samples + 1):.2f}. Draw more, or lower prob."
         )
+    programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         with seeded(0):

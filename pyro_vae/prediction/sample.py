@@ -87,6 +87,8 @@ def sample_sites(
     model = poutine.uncondition(model)
     with evaluating(program):
         if x is None:
+            if context is not None or weights is not None:
+                raise ValueError("Covariates and weights belong to rows: pass the rows as x.")
             latents = _latents(guide, size=2)
             with seeded(seed):
                 trace = trace_of(model, size=num_rows)

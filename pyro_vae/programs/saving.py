@@ -70,6 +70,8 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
     """
     if not isinstance(program, nn.Module):
         raise ValueError(f"Expected a program, an nn.Module; got {program!r}.")
+    if any(parameter.is_meta for parameter in program.parameters()):
+        raise ValueError("The program is on the meta device, which holds no numbers to save.")
     if overwrite and Path(path).is_dir() and not (Path(path) / _SPEC).is_file():
         raise ValueError(f"Expected the folder of a saved program to replace; got {path}.")
     with new_folder(path, overwrite=overwrite) as folder:

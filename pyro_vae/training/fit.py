@@ -171,12 +171,12 @@ def fit(
         >>> len(history), history.stopped
         (2, 'max_epochs')
     """
-    check_gradients()
     limits = (max_steps, max_epochs, max_seconds, until_converged)
     weighing = (0 if warmup is None else warmup, weight_prior, averaged)
     settings = Settings(lr, batch_size, *limits, *weighing, max_grad_norm, seed)
     callback = callback_of(callbacks)
     pair = programs_of(program)
+    check_gradients(program.parameters())
     target = device_of(device)
     path = checkpoint_path(checkpoint, resume=resume)
     saved = read_checkpoint(path)
@@ -219,8 +219,6 @@ def _split(
 ) -> Split:
     """Holds rows out, and checks both parts as the program will see them."""
     change = _unchanged if transform is None else transform
-    if not callable(change):
-        raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
     train, held_out = rows, None
     if isinstance(validation, str):
         if validation != "auto":
@@ -288,7 +286,7 @@ def _schedule_of(make: MakeSchedule | None, optimizer: Optimizer) -> LRScheduler
     try:
         schedule = make(optimizer)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{advice}; got {error}") from error
+        raise ValueError(f"{advice}; got {error}.") from error
     if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(f"{advice}; got {type(schedule).__name__}.")
     if schedule.optimizer is not optimizer:

@@ -236,10 +236,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         Raises:
             ValueError: If the engine cannot run the step. The message gives the reason.
         """
-        check_gradients()
         if self._program is not None and not self._program.is_prepared:
             self._program.prepare(*args, **kwargs)
             self._start()
+        check_gradients(self.parameters)
         with LOCK, at_precision(self.precision):
             outputs = self._run(args, kwargs)
         loss, per_row, *terms = outputs[:TERMS]
@@ -372,7 +372,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
 def _wrapped(model: Program, guide: Program) -> PyroPair | None:
     """The Program of a pair that creates parameters when it runs; modules have theirs already."""
-    owners = [owner_of(program) for program in (model, guide) if callable(program)]
+    owners = [owner_of(program) if callable(program) else None for program in (model, guide)]
     if isinstance(owners[0], PyroPair) and owners[0] is owners[-1]:
         return owners[0]
     if all(owner is not None and not isinstance(owner, AutoGuide) for owner in owners):
