@@ -448,8 +448,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "reconstruct bad data": (lambda: pv.reconstruct(vae(), X * torch.nan), "Expected"),
     "one draw": (lambda: pv.embed(vae(), X, num_samples=1), "num_samples .* at least 2; got 1"),
     "no elements": (lambda: pv.embed(vae(), X, max_elements=0), "max_elements"),
-    "one replicate": (lambda: pv.reconstruct(vae(), X, num_samples=1), "num_samples > 1 .* got 1"),
-    "half a draw": (lambda: pv.reconstruct(vae(), X, num_samples=2.5), "num_samples > 1"),
+    "one replicate": (
+        lambda: pv.reconstruct(vae(), X, num_samples=1),
+        "num_samples .* least 2; got 1",
+    ),
+    "half a draw": (lambda: pv.reconstruct(vae(), X, num_samples=2.5), "num_samples .* least 2"),
     "no probability": (lambda: pv.reconstruct(vae(), X, prob=1.0), "0 < prob < 1"),
     "no rows": (lambda: pv.sample(vae(), 0), "num_rows .* at least 1; got 0"),
     "half a row": (lambda: pv.sample(vae(), 2.5), "num_rows"),

@@ -1,20 +1,32 @@
 """Argument validation with uniform error messages."""
 
+import contextlib
 import difflib
+import functools
+import inspect
 import math
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 
 __all__ = [
+    "checked",
+    "checked_choice",
     "checked_count",
+    "checked_draws",
     "checked_finite",
+    "checked_flag",
+    "checked_function",
     "checked_number_of",
+    "checked_path",
     "checked_positive",
+    "checked_seed",
     "checked_shape",
     "closest",
     "is_integer",
@@ -26,6 +38,13 @@ __all__ = [
     "size_of",
     "warn_user",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MEMORY = 2**40  # bytes that the machine has
+if sys.platform != "win32":
+    MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 LONGEST = 100  # characters of a value in a message
@@ -94,6 +113,177 @@ def checked_count(name: str, value: object, *, least: int = 1) -> int:
     return int(value)
 
 
+def checked_seed(name: str, value: object) -> int | None:
+    """Checks a seed, an integer from 0 to 2**63 - 1 or `None`, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+
+    Raises:
+        ValueError: If the value is neither `None` nor such an integer.
+
+    Example:
+        >>> checked_seed("seed", np.int64(7))
+        7
+    """
+    return None if value is None else checked_count(name, value, least=0)
+
+
+def checked_path(name: str, value: object) -> str | os.PathLike[str]:
+    """Checks an argument that must be a path, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+
+    Raises:
+        ValueError: If the value is neither text nor a path.
+
+    Example:
+        >>> checked_path("path", "vae")
+        'vae'
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"Expected {name} to be a path; got {short(value)}.")
+    return value
+
+
+def checked_function(name: str, value: object) -> Callable[..., Any]:
+    """Checks an argument that must be a function, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+
+    Raises:
+        ValueError: If the value cannot be called.
+
+    Example:
+        >>> checked_function("transform", abs) is abs
+        True
+    """
+    if not callable(value):
+        raise ValueError(f"Expected {name} to be a function; got {short(value)}.")
+    return value
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """Checks an argument that must be `True` or `False`, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+
+    Raises:
+        ValueError: If the value is not a boolean of Python or NumPy.
+
+    Example:
+        >>> checked_flag("progress", np.bool_(True))
+        True
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"Expected {name} to be True or False; got {short(value)}.")
+    return bool(value)
+
+
+def checked_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """Checks an argument that must be one of some words, and returns it.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+        choices: The words.
+
+    Raises:
+        ValueError: If the value is none of the words.
+
+    Example:
+        >>> checked_choice("engine", "eager", ["auto", "eager"])
+        'eager'
+    """
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        hint = perhaps(value, choices) if isinstance(value, str) else ""
+        raise ValueError(
+            f"Expected {name} to be one of {', '.join(choices)}{hint}; got {short(value)}."
+        )
+    return value
+
+
+def checked_draws(name: str, value: object, *, least: int = 1) -> int:
+    """Checks a number of draws or rows, and that a number for each of them fits into memory.
+
+    Arguments:
+        name: The name of the argument, for messages.
+        value: The value of the argument.
+        least: The smallest value allowed.
+
+    Raises:
+        ValueError: If the value is not an integer, is too small, or has no room in the machine's
+            memory at 8 bytes for each draw.
+
+    Example:
+        >>> checked_draws("num_samples", 1000)
+        1000
+    """
+    count = checked_count(name, value, least=least)
+    if 8 * count > MEMORY:
+        raise ValueError(
+            f"Expected {name} to fit into memory; got {count}: one number for each takes "
+            f"{8e-9 * count:.3g} GB, and this machine has {1e-9 * MEMORY:.3g} GB."
+        )
+    return count
+
+
+def checked(
+    function: Callable[P, T],
+    within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Callable[P, T]:
+    """Decorator that checks plain arguments by what their names or annotations say.
+
+    Arguments annotated `bool` must be `True` or `False`; `seed` must be a seed, `max_elements` a
+    count, `path` and `checkpoint` a path, `transform` and `after_each` a function. An argument
+    that is its default is not checked. Arguments that Python itself refuses raise its TypeError.
+
+    Arguments:
+        function: A public function.
+        within: A function that makes the context in which it runs.
+
+    Raises:
+        ValueError: When the function is called, if such an argument is refused.
+
+    Example:
+        >>> @checked
+        ... def draws(*, seed: int | None = None, progress: bool = True) -> None: ...
+        >>> draws(seed=2.9)
+        Traceback (most recent call last):
+        ValueError: Expected seed to be an integer of at least 0; got 2.9.
+    """
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+    checks: dict[str, Callable[[str, object], object]] = {
+        "seed": checked_seed,
+        "max_elements": checked_count,
+        "path": checked_path,
+        "checkpoint": checked_path,
+        "transform": checked_function,
+        "after_each": checked_function,
+    }
+    checks |= {n: checked_flag for n, p in parameters.items() if p.annotation in (bool, "bool")}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = signature.bind(*args, **kwargs)
+        for name in checks.keys() & given.arguments:
+            if given.arguments[name] is not parameters[name].default:
+                given.arguments[name] = checks[name](name, given.arguments[name])
+        with within():
+            return function(*given.args, **given.kwargs)
+
+    return call
+
+
 def checked_positive(name: str, value: object) -> float:
     """Checks an argument that must be a positive finite number, and returns it as a float.
 
@@ -129,7 +319,7 @@ def checked_number_of(what: str, value: object) -> int:
     """
     if not is_size(value):
         raise ValueError(f"Expected a positive number of {what}; got {value!r}.")
-    return int(value)
+    return checked_draws(f"the number of {what}", value)
 
 
 def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -147,7 +337,8 @@ def checked_shape(event_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     """
     shape = tuple(event_shape) if isinstance(event_shape, tuple | list) else (event_shape,)
     if not shape or not all(map(is_size, shape)):
-        raise ValueError(f"Expected an event shape of positive sizes; got {event_shape!r}.")
+        raise ValueError(f"Expected an event shape of positive sizes; got {short(event_shape)}.")
+    checked_draws("the number of elements of the event shape", math.prod(shape))
     return shape
 
 
@@ -182,7 +373,7 @@ def part_size(name: str, part: object, rows: int) -> int:
     is_count = is_integer(part)
     if not is_number(part) or not (part > 0 if is_count else 0 < part < 1):
         raise ValueError(
-            f"Expected {name} to be a share in (0, 1), or a number of rows; got {part!r}."
+            f"Expected {name} to be a share in (0, 1), or a number of rows; got {short(part)}."
         )
     if rows < 2:
         raise ValueError("Expected at least 2 rows to hold some out; got 1.")
@@ -191,7 +382,7 @@ def part_size(name: str, part: object, rows: int) -> int:
             f"Expected {name} to be a share in (0, 1), or fewer than the {rows} rows that there "
             f"are; got {part!r}."
         )
-    return int(part) if is_count else min(max(1, round(part * rows)), rows - 1)
+    return int(part) if is_count else min(max(1, round(float(part) * rows)), rows - 1)
 
 
 def closest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
@@ -241,6 +432,8 @@ def short(value: object) -> str:
             return value.__name__
         case Tensor():
             return f"tensor of shape {tuple(value.shape)}"
+        case nn.Module():
+            return type(value).__name__
     text = repr(value)
     if len(text) <= LONGEST and "\n" not in text:
         return text

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .checks import closest, part_size
+from .checks import checked, checked_path, closest, part_size
 from .rows import as_tensor
 
 __all__ = ["Dataset", "binarize", "load"]
@@ -87,6 +87,7 @@ class Dataset:
         x, y = _described(self.x), None if self.y is None else _described(self.y)
         return f"Dataset({self.name!r}, x={x}, y={y})"
 
+    @checked
     def split(self, test: float = 0.2, *, seed: int | None = 0) -> tuple["Dataset", "Dataset"]:
         """Splits the rows at random into a training set and a test set.
 
@@ -110,6 +111,7 @@ class Dataset:
         return replace(self, x=x, y=None if self.y is None else self.y[index])
 
 
+@checked
 def load(
     name: str | PathLike[str],
     *,
@@ -152,7 +154,7 @@ def load(
     if isinstance(name, str) and name in _NAMED:
         _refuse("a file", key=key, label=label)
         return Dataset(name, *_named(name))
-    path = Path(name).expanduser()
+    path = Path(checked_path("name", name)).expanduser()
     file = path.name.lower()
     readers = [reader for ending, reader in _FILES.items() if file.endswith(ending)]
     if _IDX.search(file.removesuffix(".gz")):

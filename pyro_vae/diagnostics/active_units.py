@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws, checked_finite
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
@@ -16,7 +16,7 @@ from ..elbos.chunks import MAX_ELEMENTS, Plan
 from ..elbos.drawing import Drawing
 from ..elbos.log_densities import log_densities, programs_of
 from ..engine.progress import progress_bar
-from ..engine.running import Site, evaluating, seeded
+from ..engine.running import Site, evaluating, public, seeded
 from ..prediction.labels import unit_labels
 from ..prediction.traces import trace_of, values_by_row
 
@@ -27,6 +27,7 @@ CENTRAL = (0.158655, 0.841345)  # a standard normal's distribution function at -
 SURE = 3.0  # standard normal quantile of 99.9%
 
 
+@public
 def active_units(
     program: nn.Module,
     x: object,
@@ -86,7 +87,8 @@ def active_units(
         >>> active_units(vae, torch.randn(10, 3), seed=0).index.to_list()
         ['z[0]', 'z[1]']
     """
-    num_samples = checked_count("num_samples", num_samples, least=2)
+    num_samples = checked_draws("num_samples", num_samples, least=2)
+    threshold = checked_finite("threshold", threshold, least=0.0)
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     if len(rows) < 2:

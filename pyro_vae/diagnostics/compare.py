@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from .. import plots
-from ..data.checks import warn_user
+from ..data.checks import checked_draws, warn_user
 from ..data.read import read
 from ..data.table import Table
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
+from ..engine.running import public
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 from ..programs.vae import VAE
 from .naming import checked_names, naming
@@ -91,6 +92,7 @@ class Ranking(Table):
         return plots.ranking(self, ax=ax)
 
 
+@public
 def compare(
     programs: Mapping[str, nn.Module],
     x: object,
@@ -156,6 +158,7 @@ def compare(
         >>> print(table.summary()[:41])
         'binomial' has the largest mean log p(x):
     """
+    num_samples = checked_draws("num_samples", num_samples, least=4)
     programs = checked_names("programs", programs)
     found = {}
     for name, program in programs.items():

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from .. import plots
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
@@ -33,7 +33,14 @@ from ..elbos.log_densities import (
     structure,
 )
 from ..engine.progress import progress_bar
-from ..engine.running import evaluating, kept_buffers, kept_generators, seeded
+from ..engine.running import (
+    check_gradients,
+    evaluating,
+    kept_buffers,
+    kept_generators,
+    public,
+    seeded,
+)
 from ..evidence.linear_gaussian import doubled, marginal
 from ..evidence.log_evidence import estimates
 from ..evidence.pareto_k import good_k
@@ -60,6 +67,7 @@ DEFAULT_PARTICLES = (1, 4, 16, 64)
 CLEAR = 3.0  # standard errors
 
 
+@public
 def compare_elbos(
     program: nn.Module,
     x: object,
@@ -137,8 +145,10 @@ def compare_elbos(
         >>> comparison.table.index.to_list()
         ['ELBO', 'IWAE']
     """
-    checked_count("num_repeats", num_repeats, least=4)
+    checked_draws("num_repeats", num_repeats, least=4)
     programs_of(program)
+    with torch.enable_grad():
+        check_gradients(program.parameters())
     rows = read(x, program, context=context, weights=weights).to_like(program)
     given = checked_names("estimators", elbos)
     if len({str(name) for name in given}) < len(given):
@@ -245,6 +255,7 @@ class Comparison:
             lines.append("Efficiency compares estimators of one objective, and ignores bias.")
         return " ".join(lines)
 
+    @public
     def curves(
         self,
         num_particles: Sequence[int] = DEFAULT_PARTICLES,
@@ -270,11 +281,11 @@ class Comparison:
         Raises:
             ValueError: If `num_particles` is empty, or one is not a positive integer.
         """
-        counts = [checked_count("num_particles", count) for count in num_particles]
+        counts = [checked_draws("num_particles", count) for count in num_particles]
         if not counts:
             raise ValueError("Expected at least one number of particles; got none.")
         repeats = self._run.num_repeats if num_repeats is None else num_repeats
-        checked_count("num_repeats", repeats, least=4)
+        checked_draws("num_repeats", repeats, least=4)
         columns = [*(str(c) for c in self.table if str(c).startswith("snr_")), "ms"]
         made: dict[Hashable, Estimator] = {}
         keys: list[tuple[str, float]] = []
@@ -286,6 +297,8 @@ class Comparison:
                 if other is not None:
                     keys.append((str(name), count))
                     made[str(name), count] = other
+        with torch.enable_grad():
+            check_gradients(self._run.program.parameters())
         run = replace(self._run, elbos=made, num_repeats=repeats)
         found: dict[Hashable, dict[str, float]] = {}
         with (
@@ -717,9 +730,9 @@ def _checked_reference(reference: Reference, count: int) -> _Target:
         case None:
             return _Target()
         case IWAE(num_particles=size):
-            return _Target(num_samples=checked_count("reference", size, least=4 * QUARTERS))
+            return _Target(num_samples=checked_draws("reference", size, least=4 * QUARTERS))
         case Integral():
-            return _Target(num_samples=checked_count("reference", reference, least=4 * QUARTERS))
+            return _Target(num_samples=checked_draws("reference", reference, least=4 * QUARTERS))
         case Estimator():
             return _Target(elbo=copy.deepcopy(reference))
         case Tensor():

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import plots
-from ..data.checks import checked_count, warn_user
+from ..data.checks import checked_count, checked_draws, short, warn_user
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
@@ -26,7 +26,7 @@ from ..elbos import Objective
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of, structure
 from ..engine.progress import progress_bar
-from ..engine.running import seeded
+from ..engine.running import public, seeded
 from ..evidence.log_evidence import Evidence, log_evidence
 from ..evidence.pareto_k import good_k
 from ..training.fit import Transform, fit
@@ -143,6 +143,7 @@ class Race:
         return figure
 
 
+@public
 def race(
     build: Build,
     x: object,
@@ -231,7 +232,7 @@ def race(
         elbos=checked_names("estimators", elbos),
         seeds=_checked_seeds(seeds),
         budget=_checked_budget(budget),
-        num_samples=checked_count("num_samples", num_samples, least=4),
+        num_samples=checked_draws("num_samples", num_samples, least=4),
         seed=checked_count("seed", seed, least=0),
         transform=transform,
         batch_size=batch_size,
@@ -322,25 +323,25 @@ class _Entrants:
     def checked_program(self) -> nn.Module:
         """Checks that `build` returns new programs with the same weights, and returns one."""
         if not callable(self.build) or isinstance(self.build, nn.Module):
-            raise ValueError(f"Expected a function of a seed as build; got {self.build!r}.")
+            raise ValueError(f"Expected a function of a seed as build; got {short(self.build)}.")
         program, again = (self.program(self.seeds[0]) for _ in range(2))
         programs_of(program)
         if program is again:
-            raise ValueError("build returned the same program twice. Make a new program in it.")
+            raise ValueError(
+                "The function build returned the same program twice. Make a new program in it."
+            )
         one, other = program.state_dict(), again.state_dict()
         if one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one):
             raise ValueError(
-                "build returned other weights for the same seed. Use the seed, or torch's "
-                "generator, for all random numbers in it."
+                "The function build returned other weights for the same seed. Use the seed, or "
+                "torch's generator, for all random numbers in it."
             )
         return program
 
     def checked_rows(self, program: nn.Module, given: Rows, held_out: object) -> tuple[Rows, Rows]:
         """Checks data and estimators, and returns the rows to train on and those held out."""
         train, kept = split(given, held_out, program, seed=self.seed)
-        change = self.transform or (lambda data: data)
-        if not callable(change):
-            raise ValueError(f"Expected a function of rows as transform; got {change!r}.")
+        change = (lambda data: data) if self.transform is None else self.transform
         with seeded(self.seed):
             rows = transformed(kept, change, program)
             check_rows(program, rows)

@@ -8,7 +8,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
@@ -28,7 +28,7 @@ from ..elbos.log_densities import (
     programs_of,
     structure,
 )
-from ..engine.running import Site, evaluating, seeded
+from ..engine.running import Site, evaluating, public, seeded
 from ..evidence.log_evidence import estimates, labelled
 from .observed import observed_cells
 from .shared_latents import shared_draws
@@ -48,6 +48,7 @@ NOTE = (
 )
 
 
+@public
 def to_arviz(
     program: nn.Module,
     x: Any,
@@ -97,8 +98,7 @@ def to_arviz(
         >>> tree["posterior"]["z"].dims
         ('chain', 'draw', 'datum', 'z_dim_0')
     """
-    num_samples = checked_count("num_samples", num_samples, least=4)
-    checked_count("max_elements", max_elements)
+    num_samples = checked_draws("num_samples", num_samples, least=4)
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
@@ -163,7 +163,7 @@ def _num_predictive(
     asked: int | None, num_samples: int, observed: Groups, max_elements: int
 ) -> int:
     if asked is not None:
-        return min(checked_count("num_predictive", asked), num_samples)
+        return min(checked_draws("num_predictive", asked), num_samples)
     elements = max((values.size for values in observed["observed_data"].values()), default=1)
     return max(1, min(num_samples, MAX_PREDICTIVE, max_elements // elements))
 

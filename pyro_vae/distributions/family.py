@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from ..data.checks import is_size, perhaps, short
+from ..data.checks import checked_flag, is_size, perhaps, short
 from .conditional import Arguments, ConditionalDistribution
 from .densities import scored, to_event
 from .links import Link, link_of
@@ -83,6 +83,7 @@ class Shared:
     link: Link | None = None
 
     def __post_init__(self) -> None:
+        checked_flag("scalar", self.scalar)
         if self.shape is not None:
             _sizes(self.shape)
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..data.checks import checked_count, checked_finite
+from ..data.checks import checked_draws, checked_finite
 from .estimator import Estimator
 from .multi_sample import MultiSample, Weighted, Weights, log_mean_exp
 
@@ -103,8 +103,8 @@ class _Grouped(MultiSample):
     def __init__(
         self, num_bounds: int, num_particles: int, *, max_plate_nesting: float = math.inf
     ) -> None:
-        groups = checked_count("num_bounds", num_bounds)
-        self.shape = torch.Size([groups, checked_count("num_particles", num_particles)])
+        groups = checked_draws("num_bounds", num_bounds)
+        self.shape = torch.Size([groups, checked_draws("num_particles", num_particles)])
         super().__init__(math.prod(self.shape), max_plate_nesting=max_plate_nesting)
 
     def with_particles(self, num_particles: int) -> Estimator | None:

@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ..data.checks import checked_count, checked_finite
+from ..data.checks import checked_draws, checked_finite
 from ..data.read import read
 from ..data.rows import floating_like
 from ..data.source import Row
@@ -24,6 +24,8 @@ from ..engine.running import (
     kept_buffers,
     kept_generators,
     local_parameters,
+    owner_of,
+    public,
     seeded,
     unvalidated,
 )
@@ -38,6 +40,7 @@ from .log_densities import (
     plate_nesting,
     programs_of,
     row_terms_of,
+    structure,
 )
 
 __all__ = [
@@ -199,6 +202,7 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
                 f"{', '.join(outside)} outside it. {PER_SUM} accept such sites."
             )
 
+    @public
     def per_row(
         self,
         program: nn.Module,
@@ -223,10 +227,11 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
             ValueError: If `program` is not such a module, it has global latent sites,
                 `num_repeats` is not positive, or the data do not fit the program.
         """
-        checked_count("num_repeats", num_repeats)
+        checked_draws("num_repeats", num_repeats)
         pair = programs_of(program)
         rows = read(x, program, context=context, weights=weights, move=True)
         data = rows.head(len(rows))
+        self.check(structure(program, data))
         objective = Objective(*pair, self)
         module = _RowValues(objective)
         evaluate: Callable[[Row], Outputs] = module
@@ -548,5 +553,5 @@ def owners(*programs: Program) -> nn.ModuleList:
     Arguments:
         programs: Pyro programs.
     """
-    modules = (getattr(program, "__self__", program) for program in programs)
-    return nn.ModuleList(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))
+    modules = map(owner_of, programs)
+    return nn.ModuleList(dict.fromkeys(m for m in modules if m is not None))

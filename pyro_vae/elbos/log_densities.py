@@ -175,13 +175,18 @@ def programs_of(program: nn.Module) -> tuple[Program, Program]:
         program: The module.
 
     Raises:
-        ValueError: If it is not a module, or lacks one of these methods.
+        ValueError: If it is not a module, lacks one of these methods, or is on the meta device.
     """
     model, guide = getattr(program, "model", None), getattr(program, "guide", None)
     if not isinstance(program, nn.Module) or not callable(model) or not callable(guide):
         raise ValueError(
             "Expected a program: an nn.Module with the methods model(x) and guide(x); got "
             f"{type(program).__name__}."
+        )
+    if any(parameter.is_meta for parameter in program.parameters()):
+        raise ValueError(
+            "The program is on the meta device, which holds no numbers: build it on another "
+            "device, or call program.to_empty(device=...) and load its weights."
         )
     return model, guide
 
@@ -205,8 +210,14 @@ def structure(program: nn.Module, x: Row) -> Structure:
     """
     pair = programs_of(program)
     few = read(x, program, check=False).head(2, program)
-    with poutine.block(), evaluating(program), seeded(0):
-        guide, model = _traces(*pair, (few,))
+    try:
+        with poutine.block(), evaluating(program), seeded(0):
+            guide, model = _traces(*pair, (few,))
+    except (RuntimeError, TypeError, LookupError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"The model or the guide fails on two rows of the data: {reason}."
+        ) from error
     frames = [f for trace in (model, guide) for _, s in _samples(trace) for f in _frames(s)]
     dims = {frame.dim for frame in frames if frame.name == PLATE}
     if len(dims) != 1:
@@ -219,6 +230,11 @@ def structure(program: nn.Module, x: Row) -> Structure:
     latent = [name for name, site in _samples(model) if not site["is_observed"]]
     sites = dict(_samples(model))
     observed = [name for name in sites if name not in latent and not _is_computed(sites[name])]
+    if not observed:
+        raise ValueError(
+            "The model observes nothing: give the rows to a site, as in pyro.sample('x', "
+            "distribution, obs=x)."
+        )
     has_all = all(name in sites for name, _ in latent_sites(guide))  # no auxiliary draws
     return Structure(
         rows_dim=dims.pop(),

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..data.checks import checked_count
+from ..data.checks import checked_count, checked_draws
 from .estimator import Estimate, Estimator, refuse_unreparameterised
 from .log_densities import (
     Args,
@@ -55,7 +55,9 @@ class MonteCarlo(Estimator):
     """
 
     def __init__(self, num_particles: int, *, max_plate_nesting: float = math.inf) -> None:
-        count = checked_count("num_particles", num_particles, least=self.least_particles)
+        count = checked_draws("num_particles", num_particles, least=self.least_particles)
+        if max_plate_nesting != math.inf:
+            checked_count("max_plate_nesting", max_plate_nesting, least=0)
         super().__init__(num_particles=count, max_plate_nesting=max_plate_nesting)
 
     @abstractmethod
@@ -73,7 +75,7 @@ class MonteCarlo(Estimator):
     def with_particles(self, num_particles: int) -> Estimator | None:
         """Returns a copy with another number of draws K."""
         made = copy.copy(self)
-        made.num_particles = checked_count(
+        made.num_particles = checked_draws(
             "num_particles", num_particles, least=self.least_particles
         )
         return made

@@ -10,7 +10,7 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..data.checks import checked_count
+from ..data.checks import checked, checked_draws
 from .estimator import Estimate, Estimator, tempered
 from .log_densities import Program, RowTerms, row_terms
 
@@ -34,10 +34,11 @@ class PyroELBO(Estimator):
     needs_rsample = False
     takes_globals = True
 
+    @checked
     def __init__(
         self, num_particles: int = 1, *, vectorize_particles: bool = True, **options: object
     ) -> None:
-        num_particles = checked_count("num_particles", num_particles)
+        num_particles = checked_draws("num_particles", num_particles)
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles and num_particles > 1,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.checks import checked_count, checked_finite
+from ..data.checks import checked_draws, checked_finite
 from .multi_sample import Weighted, Weights
 
 __all__ = ["TVO"]
@@ -58,7 +58,7 @@ class TVO(Weighted):
         max_plate_nesting: float = math.inf,
     ) -> None:
         super().__init__(num_particles, max_plate_nesting=max_plate_nesting)
-        self.num_partitions = checked_count("num_partitions", num_partitions)
+        self.num_partitions = checked_draws("num_partitions", num_partitions)
         self.first_beta = checked_finite("first_beta", first_beta, least=1e-6)
         if self.first_beta >= 1.0:
             raise ValueError(f"Expected first_beta below 1; got {first_beta!r}.")

@@ -1,6 +1,7 @@
 """Traces the call of a module to a graph of tensor operations, which is then replayed."""
 
 import contextlib
+import linecache
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ from torch._ops import OpOverload
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph_module import _loader
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
-from ..data.checks import perhaps
+from ..data.checks import checked_choice
 from .python_state import PythonState
 from .running import kept_generators, local_parameters, outer_handlers, unvalidated
 from .simplified import simplified, written_nodes
@@ -58,7 +60,7 @@ def checked_engine(engine: object) -> str:
     Raises:
         ValueError: If there is no engine of that name.
     """
-    return _checked_name("engine", engine, ENGINES)
+    return checked_choice("engine", engine, ENGINES)
 
 
 def checked_precision(precision: object) -> str | None:
@@ -70,14 +72,7 @@ def checked_precision(precision: object) -> str | None:
     Raises:
         ValueError: If there is no precision of that name.
     """
-    return None if precision is None else _checked_name("precision", precision, PRECISIONS)
-
-
-def _checked_name(what: str, name: object, names: Sequence[str]) -> str:
-    if name not in names:
-        hint = perhaps(name, names) if isinstance(name, str) else ""
-        raise ValueError(f"Expected {what} to be one of {', '.join(names)}{hint}; got {name!r}.")
-    return str(name)
+    return None if precision is None else checked_choice("precision", precision, PRECISIONS)
 
 
 @contextlib.contextmanager
@@ -98,6 +93,18 @@ def at_precision(precision: str | None) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _without_sources() -> Iterator[None]:
+    """Forgets the source code of the graphs made inside, which torch holds for all time."""
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        for name in _loader.eval_cache.keys() - before:
+            del _loader.eval_cache[name]
+            linecache.cache.pop(name, None)
 
 
 class Graph:
@@ -126,6 +133,7 @@ class Graph:
         self.size = len(short.graph.nodes)
         self.is_compiled: bool | None = None
 
+    @_without_sources()
     def compile(self, tensors: Sequence[Tensor]) -> None:
         """Compiles the graph by Inductor. Random draws still come from torch's generators.
 
@@ -280,6 +288,7 @@ class Replayed:
         now = [cast(Tensor, owner[name]) for owner, name in self._places.values()]
         return now + [leaf for leaf in _flattened(args, kwargs)[0] if isinstance(leaf, Tensor)]
 
+    @_without_sources()
     def _traced(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Graph:
         inputs = [tensor.detach() for tensor in self.tensors(*args, **kwargs)]
         trained = {id(p) for p in self._trained if p.requires_grad}

@@ -1,8 +1,11 @@
 """Contexts that change global state, or that of a module, and restore it at the end."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import pyro
 import torch
@@ -10,24 +13,95 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import nn
+from torch import Tensor, nn
+
+from ..data.checks import checked
 
 __all__ = [
+    "LOCK",
     "Site",
     "device_of",
+    "check_gradients",
     "evaluating",
     "kept_buffers",
     "kept_generators",
     "kept_modes",
     "local_parameters",
     "outer_handlers",
+    "owner_of",
     "parameters_are_local",
+    "public",
     "seeded",
     "unvalidated",
     "unmoved_statistics",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOCK = threading.RLock()
+
 Site: TypeAlias = Any  # a message of Pyro's, a dict whose values have no types
+
+
+def public(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of each public call that runs a program: one call at a time, checked arguments.
+
+    A process has one stack of Pyro's effect handlers, one parameter store and one state of
+    torch's generators. Calls from several threads wait for each other, so that their results are
+    those of the same calls one after the other. A call may call others, in its own thread. A call
+    that is refused leaves torch's generator as it was.
+
+    Arguments:
+        function: The public function; its plain arguments are checked before it waits.
+    """
+    return checked(function, _alone)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    with LOCK:
+        before = torch.get_rng_state()
+        try:
+            yield
+        except ValueError:
+            torch.set_rng_state(before)
+            raise
+
+
+def check_gradients(parameters: Iterable[Tensor]) -> None:
+    """Refuses to train where torch computes no gradients.
+
+    Arguments:
+        parameters: The parameters to train.
+
+    Raises:
+        ValueError: If gradients are switched off, or the parameters were made under
+            `torch.inference_mode()`.
+    """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters):
+        raise ValueError(
+            "The program is run, or was built, under torch.inference_mode(), where there are no "
+            "gradients: do both outside of it."
+        )
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "Training needs gradients, which are switched off here: call it outside of "
+            "torch.no_grad()."
+        )
+
+
+def owner_of(pyro_program: Callable[..., Any]) -> nn.Module | None:
+    """Returns the module that a Pyro program is or is a method of, or `None`.
+
+    Arguments:
+        pyro_program: The program, with or without handlers of Pyro.
+    """
+    plain = inspect.unwrap(pyro_program)
+    if isinstance(plain, functools.partial):  # a method that a handler of Pyro decorates
+        return next((part for part in plain.args if isinstance(part, nn.Module)), None)
+    owner = getattr(plain, "__self__", plain)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 def device_of(device: str | torch.device) -> torch.device:

@@ -237,7 +237,9 @@ def optimizer_of(
     try:
         optimizer = make(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Expected an optimiser such as torch.optim.Adam; got {error}") from error
+        raise ValueError(
+            f"Expected an optimiser such as torch.optim.Adam; got {error}."
+        ) from error
     is_one = isinstance(optimizer, Optimizer)
     closure = inspect.signature(type(optimizer).step).parameters.get("closure") if is_one else None
     needs_closure = closure is not None and closure.default is inspect.Parameter.empty

@@ -12,7 +12,7 @@ from torch.distributions import Independent
 from ..data.read import read
 from ..distributions.units import Affine
 from ..elbos.log_densities import programs_of
-from ..engine.running import evaluating
+from ..engine.running import evaluating, public
 from ..programs.vae import VAE
 
 __all__ = ["doubled", "linear_gaussian", "marginal"]
@@ -21,6 +21,7 @@ TOLERANCE = 1e-9
 PROBES = (0.1, 1.0, 10.0, 100.0)
 
 
+@public
 def linear_gaussian(
     program: nn.Module, x: Any, *, context: Any = None, weights: Any = None
 ) -> np.ndarray | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import plots
 from ..data.cells import CellError
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows, floating_like
 from ..data.source import Row
@@ -23,7 +23,7 @@ from ..elbos.chunks import MAX_ELEMENTS, Plan, give_memory_back, point_masses
 from ..elbos.log_densities import programs_of
 from ..engine.progress import progress_bar
 from ..engine.row_noise import Noise, ReadFields, row_keys
-from ..engine.running import evaluating, seeded
+from ..engine.running import evaluating, public, seeded
 from .pareto_k import good_k, note_on, notes, pareto_k
 from .proposal import Proposal
 
@@ -158,6 +158,7 @@ class Evidence(xr.Dataset):
         return plots.pareto_k(self, ax=ax)
 
 
+@public
 def log_evidence(
     program: nn.Module,
     x: Any,
@@ -243,8 +244,7 @@ def log_evidence(
         >>> dict(evidence.sizes), bool((evidence.elbo < evidence.log_evidence).all())
         ({'datum': 3}, True)
     """
-    num_samples = checked_count("num_samples", num_samples, least=4)
-    checked_count("max_elements", max_elements)
+    num_samples = checked_draws("num_samples", num_samples, least=4)
     if on_invalid not in ("raise", "inf"):
         raise ValueError(f"Expected on_invalid to be 'raise' or 'inf'; got {on_invalid!r}.")
     programs_of(program)

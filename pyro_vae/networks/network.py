@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data.checks import is_size
+from ..data.checks import checked_number_of, is_size
 
 __all__ = ["Network", "checked_sizes"]
 
@@ -56,4 +56,4 @@ def checked_sizes(what: str, sizes: tuple[int, ...], *, at_least: int = 0) -> tu
     """
     if len(sizes) < at_least or not all(map(is_size, sizes)):
         raise ValueError(f"Expected positive numbers of {what}; got {sizes}.")
-    return sizes
+    return tuple([checked_number_of(what, size) for size in sizes])

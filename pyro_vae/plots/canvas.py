@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ..data.checks import is_size
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -198,8 +200,9 @@ def image_shape_of(
     event_shape = tuple(map(len, labels))
     size = math.prod(event_shape)
     if wanted is not None:
-        if wanted and (math.prod(wanted) != size or len(wanted) not in (2, 3)):
-            raise ValueError(f"Expected an image shape of {size} elements; got {wanted}.")
+        is_shape = isinstance(wanted, tuple) and all(map(is_size, wanted))
+        if not is_shape or wanted and (math.prod(wanted) != size or len(wanted) not in (2, 3)):
+            raise ValueError(f"Expected an image shape of {size} elements; got {wanted!r}.")
         return wanted
     if len(event_shape) == 1:
         side = math.isqrt(size)

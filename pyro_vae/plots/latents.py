@@ -10,6 +10,7 @@ import xarray as xr
 from torch import nn
 
 from ..data.read import read
+from ..engine.running import public
 from ..prediction.embed import embed
 from .canvas import element_names, legend, new_figure, text_of
 
@@ -25,6 +26,7 @@ MOST_PAIRED = 4
 MOST_NAMED = 8
 
 
+@public
 def latents(
     program: Any,
     x: Any = None,
@@ -115,7 +117,7 @@ def _means(
         names = [f"E[{unit} | x]" for unit in program["latent"].values]
         return program["mean"].to_numpy(), names, program["datum"].to_numpy()
     rows = read(program)
-    means = rows.field().cpu().numpy()
+    means = rows.field().cpu().double().numpy()
     if means.ndim < 2:
         raise ValueError(f"Expected latents of shape (rows, dims); got {means.shape}.")
     return means.reshape(len(means), -1), element_names("z", rows.columns["x"]), rows.labels

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
+from ..engine.running import public
 from ..prediction.sample import sample_sites
 from .canvas import (
     MOST_PANELS,
@@ -38,6 +39,7 @@ MOST_ROWS = 1000
 MOST_DATA = 10_000
 
 
+@public
 def prior_samples(
     program: Any,
     *,
@@ -80,7 +82,7 @@ def prior_samples(
         >>> figure = prior_samples(vae, data=torch.ones(10, 64), seed=0)
         >>> figure.savefig("samples.png")  # doctest: +SKIP
     """
-    checked_count("size", MOST_IMAGES if size is None else size)
+    checked_draws("size", MOST_IMAGES if size is None else size)
     is_program = isinstance(program, nn.Module)
     given = None if data is None else read(data, program if is_program else None, check=False)
     count = size or MOST_IMAGES

@@ -9,9 +9,10 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
-from ..engine.running import evaluating
+from ..elbos.log_densities import programs_of
+from ..engine.running import evaluating, public
 from ..prediction.reconstruct import reconstruct
 from ..prediction.traces import observed_values
 from .canvas import (
@@ -36,6 +37,7 @@ LEAST_SHOWN = 0.005
 TITLE = "Rows and their posterior predictive distributions"
 
 
+@public
 def reconstructions(
     program: nn.Module,
     x: Any,
@@ -80,7 +82,8 @@ def reconstructions(
         >>> figure = reconstructions(vae, torch.ones(10, 64))
         >>> figure.savefig("reconstructions.png")  # doctest: +SKIP
     """
-    checked_count("size", size)
+    checked_draws("size", size)
+    programs_of(program)
     rows = read(x, program, context=context, weights=weights)[slice(0, size)]
     options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "progress": False}
     found = reconstruct(program, rows, site=site, **options)

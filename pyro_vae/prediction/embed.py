@@ -6,14 +6,14 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan
-from ..elbos.log_densities import latent_sites, structure
+from ..elbos.log_densities import latent_sites, programs_of, structure
 from ..engine.progress import progress_bar
-from ..engine.running import evaluating, seeded
+from ..engine.running import evaluating, public, seeded
 from .labels import unit_labels
 from .traces import guide_trace, values_by_row
 
@@ -29,6 +29,7 @@ ATTRIBUTES = {
 }
 
 
+@public
 def embed(
     program: nn.Module,
     x: Any,
@@ -78,8 +79,8 @@ def embed(
         >>> found["mean"].dims, found["latent"].values.tolist(), found.attrs["method"]
         (('datum', 'latent'), ['z[0]', 'z[1]'], 'closed form')
     """
-    num_samples = checked_count("num_samples", num_samples, least=2)
-    checked_count("max_elements", max_elements)
+    num_samples = checked_draws("num_samples", num_samples, least=2)
+    programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         known = structure(program, rows.head(2, program))

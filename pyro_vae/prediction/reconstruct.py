@@ -9,13 +9,14 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent
 
+from ..data.checks import checked_draws, is_number, short
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import MAX_ELEMENTS, Plan, data_sites
-from ..elbos.log_densities import Structure
+from ..elbos.log_densities import Structure, programs_of
 from ..engine.progress import progress_bar
-from ..engine.running import evaluating, seeded
+from ..engine.running import evaluating, public, seeded
 from .traces import predictive_trace, values_by_row
 
 __all__ = ["central_interval", "reconstruct"]
@@ -40,6 +41,7 @@ MISSING = {
 ROUNDING = 1e-9
 
 
+@public
 def reconstruct(
     program: nn.Module,
     x: Any,
@@ -107,10 +109,9 @@ def reconstruct(
         >>> found["mean"].dims, bool((found["lower"] <= found["upper"]).all())
         (('datum', 'x_dim_0'), True)
     """
-    if not (isinstance(num_samples, int) and num_samples > 1 and 0.0 < prob < 1.0):
-        raise ValueError(
-            f"Expected num_samples > 1 and 0 < prob < 1; got {num_samples} and {prob}."
-        )
+    num_samples = checked_draws("num_samples", num_samples, least=2)
+    if not is_number(prob) or not 0.0 < prob < 1.0:
+        raise ValueError(f"Expected prob with 0 < prob < 1; got {short(prob)}.")
     least = math.ceil(2.0 / (1.0 - prob) - 1.0 - ROUNDING)
     if num_samples < least:
         raise ValueError(
@@ -118,6 +119,7 @@ def reconstruct(
             f"got {num_samples}, whose widest interval has "
             f"{(num_samples - 1) / (num_samples + 1):.2f}. Draw more, or lower prob."
         )
+    programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         with seeded(0):

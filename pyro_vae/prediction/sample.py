@@ -7,15 +7,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..data.checks import checked_count
+from ..data.checks import checked_draws
 from ..data.read import read
 from ..elbos.log_densities import Program, latent_sites, programs_of
-from ..engine.running import evaluating, seeded
+from ..engine.running import evaluating, public, seeded
 from .traces import holds_rows, trace_of, values_by_row
 
 __all__ = ["sample", "sample_sites"]
 
 
+@public
 def sample(
     program: nn.Module,
     num_rows: int,
@@ -81,11 +82,13 @@ def sample_sites(
         context: Covariates of the rows x.
         weights: The weight of each row of x.
     """
-    num_rows = checked_count("num_rows", num_rows)
+    num_rows = checked_draws("num_rows", num_rows)
     model, guide = programs_of(program)
     model = poutine.uncondition(model)
     with evaluating(program):
         if x is None:
+            if context is not None or weights is not None:
+                raise ValueError("Covariates and weights belong to rows: pass the rows as x.")
             latents = _latents(guide, size=2)
             with seeded(seed):
                 trace = trace_of(model, size=num_rows)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from ..data.checks import checked_number_of, checked_shape, size_of
+from ..data.checks import checked_number_of, checked_shape, short, size_of
 from ..distributions import Arguments, Family, Prior, Shared
 
 __all__ = ["Mixture", "mixture_of"]
@@ -42,6 +42,11 @@ class Mixture(Prior):
         super().__init__()
         self.num_components = checked_number_of("components", num_components)
         self.event_shape = torch.Size(checked_shape(event_shape))
+        if not isinstance(component, Family | None):
+            raise ValueError(
+                "Expected the component to be a Family, as pyro_vae.priors.Family(...); got "
+                f"{short(component)}."
+            )
         normal = Family(dist.Normal, loc=Shared(), scale=Shared(init=1.0))
         self.component = copy.deepcopy(normal if component is None else component)
         self.component.build(tuple(self.event_shape), extra=(num_components,))

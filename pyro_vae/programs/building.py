@@ -13,6 +13,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.parameter import UninitializedBuffer
 
 from .. import likelihoods, posteriors, priors
+from ..data.checks import short
 from ..data.rows import floating_like
 from ..distributions import ConditionalDistribution, Likelihood, Posterior, Prior
 from ..distributions.links import base_of
@@ -52,7 +53,7 @@ def as_prior(prior: Any) -> Prior:
     match prior:
         case bool() | type():
             raise ValueError(
-                f"Expected a prior with its shape, as in StandardNormal(8); got {prior!r}."
+                f"Expected a prior with its shape, as in StandardNormal(8); got {short(prior)}."
             )
         case int():
             return priors.StandardNormal(prior)
@@ -98,7 +99,7 @@ def _in_role(member: Any, role: Any, adapt: Callable[[nn.Module], Any]) -> Any:
             return _copied(member)
         case ConditionalDistribution():
             raise ValueError(
-                f"Expected a {name}, a pyro_vae.{role.__name__}; got {member!r}, which has "
+                f"Expected a {name}, a pyro_vae.{role.__name__}; got {short(member)}, which has "
                 "another role."
             )
         case nn.Module():
@@ -108,7 +109,7 @@ def _in_role(member: Any, role: Any, adapt: Callable[[nn.Module], Any]) -> Any:
         "likelihood": "a member of pyro_vae.likelihoods or a class of Pyro distributions",
         "posterior": "a member of pyro_vae.posteriors or a class of Pyro distributions",
     }
-    raise ValueError(f"Expected the {name} to be {kinds[name]}; got {member!r}.")
+    raise ValueError(f"Expected the {name} to be {kinds[name]}; got {short(member)}.")
 
 
 def as_network(network: Any, role: str, x_shape: tuple[int, ...]) -> nn.Module:
@@ -129,7 +130,7 @@ def as_network(network: Any, role: str, x_shape: tuple[int, ...]) -> nn.Module:
             return sized
         case nn.Module():
             return _copied(network)
-    raise ValueError(f"Expected the {role} to be an nn.Module; got {network!r}.")
+    raise ValueError(f"Expected the {role} to be an nn.Module; got {short(network)}.")
 
 
 def _copied(module: Member) -> Member:
@@ -159,7 +160,7 @@ def features_of(network: nn.Module, shape: tuple[int, ...], like: Tensor, role: 
             features = network(inputs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
-            f"Expected the {role} to take rows of shape {tuple(inputs.shape)}; got {error}"
+            f"Expected the {role} to take rows of shape {tuple(inputs.shape)}; got {error}."
         ) from error
     match features:
         case Tensor() if features.ndim >= 2 and len(features) == 2:

@@ -24,9 +24,16 @@ from torch.distributions import constraints, transform_to
 
 from ..data.read import read
 from ..data.rows import PLATE
-from ..engine.running import kept_generators, kept_modes, parameters_are_local, unvalidated
+from ..engine.running import (
+    kept_generators,
+    kept_modes,
+    owner_of,
+    parameters_are_local,
+    public,
+    unvalidated,
+)
 
-__all__ = ["Program", "owner_of"]
+__all__ = ["Program"]
 
 
 class Program(nn.Module):
@@ -138,6 +145,7 @@ class Program(nn.Module):
         """Whether the parameters were collected, by :meth:`prepare` or at the first call."""
         return self._is_prepared
 
+    @public
     def prepare(self, *args: object, **kwargs: object) -> Self:
         """Collects the parameters in dry runs on a few rows. A second call does nothing.
 
@@ -439,17 +447,6 @@ def _stated(unconstrained: Tensor, value: Tensor) -> Tensor:
 
 
 _param_site: Any = effectful(lambda parameter: _stated(parameter, parameter), type="param")
-
-
-def owner_of(pyro_program: Callable[..., Any]) -> nn.Module | None:
-    """Returns the module that a Pyro program is or is a method of, or `None`.
-
-    Arguments:
-        pyro_program: The program, with or without handlers of Pyro.
-    """
-    plain = inspect.unwrap(pyro_program)
-    owner = getattr(plain, "__self__", plain)
-    return owner if isinstance(owner, nn.Module) else None
 
 
 def _modules_used(pyro_program: Any) -> dict[str, nn.Module]:

@@ -28,7 +28,7 @@ from ..data.files import (
 from ..data.rows import floating_like
 from ..distributions import Family, Predicted, Shared
 from ..distributions.units import Units
-from ..engine.running import device_of, kept_generators
+from ..engine.running import device_of, kept_generators, public
 from .vae import VAE
 
 __all__ = ["load", "save", "write_program"]
@@ -43,6 +43,7 @@ _PARTS = {
 }  # the parts of a specification, and the version of each
 
 
+@public
 def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path:
     """Writes a program to a folder: a readable specification, `spec.json`, and the weights.
 
@@ -73,6 +74,8 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
     """
     if not isinstance(program, nn.Module):
         raise ValueError(f"Expected a program, an nn.Module; got {program!r}.")
+    if any(parameter.is_meta for parameter in program.parameters()):
+        raise ValueError("The program is on the meta device, which holds no numbers to save.")
     if overwrite and Path(path).is_dir() and not (Path(path) / _SPEC).is_file():
         raise ValueError(f"Expected the folder of a saved program to replace; got {path}.")
     with new_folder(path, overwrite=overwrite) as folder:
@@ -116,6 +119,7 @@ def write_program(program: nn.Module, folder: Path) -> None:
     write_json(folder / _SPEC, content)
 
 
+@public
 def load(
     path: PathLike, *, into: nn.Module | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:

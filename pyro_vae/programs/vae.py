@@ -18,7 +18,7 @@ from ..data.source import Row
 from ..distributions import Likelihood, Posterior, Prior
 from ..distributions.links import base_of
 from ..distributions.units import Units, factor_loadings, input_form
-from ..engine.running import evaluating, parameters_are_local, seeded, unmoved_statistics
+from ..engine.running import evaluating, parameters_are_local, public, seeded, unmoved_statistics
 from ..networks import MLP
 from ..posteriors import Normal
 from ..prediction.reconstruct import reconstruct
@@ -92,6 +92,7 @@ class VAE(nn.Module):
     encoder: nn.Module
     decoder: nn.Module
 
+    @public
     def __init__(
         self,
         data: int | tuple[int, ...],
@@ -213,6 +214,7 @@ class VAE(nn.Module):
                     parameter, name=f"{type(self).__name__}-{id(self)}.{id(module)}.{name}"
                 )
 
+    @public
     def initialize(self, x: Any, *, standardize: bool = True) -> "VAE":
         r"""Learns the units of the columns of x, and moves the weights to a good start.
 
@@ -424,6 +426,7 @@ class VAE(nn.Module):
 
         rows.ask(check_piece, self)
 
+    @public
     def sample(self, num_rows: int, *, seed: int | None = None) -> Tensor:
         r"""Draws new rows from the prior predictive p(x), (num_rows, \*event_shape).
 

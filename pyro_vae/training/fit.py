@@ -26,7 +26,14 @@ from ..elbos.log_densities import (
     programs_of,
     structure,
 )
-from ..engine.running import device_of, evaluating, kept_generators, seeded
+from ..engine.running import (
+    check_gradients,
+    device_of,
+    evaluating,
+    kept_generators,
+    public,
+    seeded,
+)
 from ..programs.vae import VAE
 from .callbacks import Callbacks, callback_of
 from .checkpoint import Saved, State, checkpoint_path, read_checkpoint
@@ -43,6 +50,7 @@ SHARE, FEWEST = 0.1, 50  # of the rows of a VAE that are held out, if it has so 
 MakeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
 
 
+@public
 def fit(
     program: nn.Module,
     x: Any,
@@ -174,6 +182,7 @@ def fit(
     weighing = (0 if warmup is None else warmup, weight_prior, averaged)
     settings = Settings(lr, batch_size, *limits, *weighing, max_grad_norm, seed)
     pair = programs_of(program)
+    check_gradients(program.parameters())
     target = device_of(device)
     path = checkpoint_path(checkpoint, resume=resume)
     saved = read_checkpoint(path)
@@ -262,11 +271,14 @@ def _split(
     program: nn.Module, rows: Rows, validation: Any, transform: Transform | None, seed: int
 ) -> Split:
     """Holds rows out, and checks both parts as the program will see them."""
-    if transform is not None and not callable(transform):
-        raise ValueError(f"Expected a function of rows as transform; got {transform!r}.")
     change = _unchanged if transform is None else on_copies(transform)
     train, held_out = rows, None
-    if isinstance(validation, str) and validation == "auto":
+    if isinstance(validation, str):
+        if validation != "auto":
+            raise ValueError(
+                "Expected validation to be 'auto', a share in (0, 1), a number of rows, other "
+                f"rows, or None; got {validation!r}."
+            )
         validation = SHARE if isinstance(program, VAE) and len(rows) >= FEWEST else None
     if validation is not None:
         train, held_out = split(rows, validation, program, seed=seed, name="validation")
@@ -325,7 +337,9 @@ def _schedule_of(make: MakeSchedule | None, optimizer: Optimizer) -> LRScheduler
     try:
         schedule = make(optimizer)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{advice}; got {error}") from error
+        raise ValueError(f"{advice}; got {error}.") from error
     if not isinstance(schedule, LRScheduler) or isinstance(schedule, ReduceLROnPlateau):
         raise ValueError(f"{advice}; got {type(schedule).__name__}.")
+    if schedule.optimizer is not optimizer:
+        raise ValueError(f"{advice}; got a schedule of another optimiser.")
     return schedule

@@ -148,7 +148,8 @@ class Loop:
             disable=not (progress and is_watched()),
         )
         self.svi.before_compiling = functools.partial(bar.set_postfix_str, "compiling a step")
-        with bar, kept_modes(state.program), _interrupts() as interrupted:
+        is_compiling = functools.partial(getattr, self.svi, "is_compiling")
+        with bar, kept_modes(state.program), _interrupts(is_compiling) as interrupted:
             self.callback.on_start(state.program, self.settings)
             stopped = self._epochs(bar, interrupted)
             checks, done = self.convergence.checks, len(state.records)
@@ -311,7 +312,10 @@ class Loop:
                 svi.row_weight = self.scaled.scale_to(len(rows), len(index))
                 of_an_epoch = self.steps if len(index) == batch_size else 1
                 svi.total_steps = None if epochs is None else epochs * of_an_epoch
-                svi.update(self._batch(rows, index))
+                try:
+                    svi.update(self._batch(rows, index))
+                except _CompilingInterrupted:
+                    return False
                 self._average(len(self.state.records) * self.steps + step + 1)
         if (bad := int(svi.good)) < len(batches):
             self._recover(bad, rows, batches[bad])
@@ -496,9 +500,16 @@ class _ScaledRows(Messenger):
             msg["scale"] = msg["scale"] * self.scale
 
 
+class _CompilingInterrupted(KeyboardInterrupt):
+    """The first Ctrl-C of a fit, while it compiles a step."""
+
+
 @contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event; the second one raises KeyboardInterrupt as usual."""
+def _interrupts(is_compiling: Callable[[], bool]) -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; the second one raises KeyboardInterrupt as usual.
+
+    The first one also ends a compilation, which takes longer than a user waits.
+    """
     event = threading.Event()
     before = signal.getsignal(signal.SIGINT)
     in_main = threading.current_thread() is threading.main_thread()
@@ -509,6 +520,8 @@ def _interrupts() -> Iterator[threading.Event]:
     def handle(number: int, frame: FrameType | None) -> None:
         event.set()
         signal.signal(signal.SIGINT, before)
+        if is_compiling():
+            raise _CompilingInterrupted
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -12,7 +12,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..data.checks import checked_count, checked_finite, checked_positive, warn_user
+from ..data.checks import (
+    checked,
+    checked_count,
+    checked_finite,
+    checked_positive,
+    warn_user,
+)
 from ..elbos import Estimate, Objective
 from ..elbos.log_densities import Args, Kwargs, Program, RowTerms
 from ..engine import replay as engines
@@ -25,9 +31,9 @@ from ..engine.replay import (
     at_precision,
     saved_by_compiling,
 )
+from ..engine.running import LOCK, check_gradients, owner_of
 from ..engine.updates import MakeOptimizer, Updates, optimizer_of
 from ..programs.program import Program as PyroPair
-from ..programs.program import owner_of
 
 __all__ = ["SVI", "MakeOptimizer", "Totals", "mean_terms"]
 
@@ -87,6 +93,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         why: The reason for the choice of the engine.
         before_compiling: A function that is called before each compilation, for instance to tell
             the user to wait.
+        is_compiling: Whether a step is being compiled.
 
     Raises:
         ValueError: If the programs have no parameters, a number is out of range, or the optimiser
@@ -103,6 +110,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         torch.Size([])
     """
 
+    @checked
     def __init__(
         self,
         model: Program,
@@ -130,6 +138,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             self.max_seconds = checked_positive("max_seconds", max_seconds)
         self.why = "" if engine == "auto" else "the user chose it"
         self.before_compiling: Callable[[], object] = lambda: None
+        self.is_compiling = False
         self._is_auto = engine == "auto"
         self._program = _wrapped(model, guide)
         if self._program is not None:
@@ -235,7 +244,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if self._program is not None and not self._program.is_prepared:
             self._program.prepare(*args, **kwargs)
             self._start()
-        with at_precision(self.precision):
+        check_gradients(self.parameters)
+        with LOCK, at_precision(self.precision):
             outputs = self._run(args, kwargs)
         loss, per_row, *terms = outputs[:TERMS]
         return Estimate(loss, per_row, RowTerms._make(terms))  # type: ignore[arg-type]
@@ -319,6 +329,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         graph.is_compiled = self.engine == "compiled" and (is_repaid or is_first)
         if graph.is_compiled:
             self.before_compiling()
+            self.is_compiling = True
             try:
                 graph.compile(tensors)
             except UntraceableError as error:
@@ -326,6 +337,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
                     raise
                 graph.is_compiled = False
                 self.engine, self.why = "traced", str(error)
+            finally:
+                self.is_compiling = False
 
     def _choose_engine(self, saved: float, *, is_repaid: bool) -> None:
         if engines.Captured.is_possible(self.is_bad.device):
@@ -362,7 +375,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
 def _wrapped(model: Program, guide: Program) -> PyroPair | None:
     """The Program of a pair that creates parameters when it runs; modules have theirs already."""
-    owners = [owner_of(program) for program in (model, guide) if callable(program)]
+    owners = [owner_of(program) if callable(program) else None for program in (model, guide)]
     if isinstance(owners[0], PyroPair) and owners[0] is owners[-1]:
         return owners[0]
     if all(owner is not None and not isinstance(owner, AutoGuide) for owner in owners):
