@@ -272,7 +272,7 @@ OPTIONS: dict[str, Case] = {
     "a device that is not there": (lambda w: w.fit(device="cuda:99"), "a device out of .*cpu"),
     "a device of no kind": (lambda w: w.fit(device="gpu"), "a device out of .* 'gpu'"),
     "a device that computes nothing": (lambda w: w.fit(device="meta"), "a device out of"),
-    "a transform of no kind": (lambda w: w.fit(transform=3), "a function of rows"),
+    "a transform of no kind": (lambda w: w.fit(transform=3), "transform to be a function; got 3"),
     "a transform that drops rows": (
         lambda w: w.fit(transform=lambda x: x[x.sum(1) > 2]),
         "a transform that keeps the 40 rows",
