@@ -42,6 +42,7 @@ __all__ = [
 P = ParamSpec("P")
 T = TypeVar("T")
 
+BYTES = 64  # that a draw of one number takes at least: its noise, value, weights and their copies
 MEMORY = 2**40  # bytes that the machine has
 if sys.platform != "win32":
     MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -212,7 +213,7 @@ def checked_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def checked_draws(name: str, value: object, *, least: int = 1) -> int:
-    """Checks a number of draws or rows, and that a number for each of them fits into memory.
+    """Checks a number of draws or rows, and that they fit into the machine's memory.
 
     Arguments:
         name: The name of the argument, for messages.
@@ -220,18 +221,18 @@ def checked_draws(name: str, value: object, *, least: int = 1) -> int:
         least: The smallest value allowed.
 
     Raises:
-        ValueError: If the value is not an integer, is too small, or has no room in the machine's
-            memory at 8 bytes for each draw.
+        ValueError: If the value is not an integer, is too small, or needs more memory than the
+            machine has, at 64 bytes for each draw.
 
     Example:
         >>> checked_draws("num_samples", 1000)
         1000
     """
     count = checked_count(name, value, least=least)
-    if 8 * count > MEMORY:
+    if BYTES * count > MEMORY:
         raise ValueError(
-            f"Expected {name} to fit into memory; got {count}: one number for each takes "
-            f"{8e-9 * count:.3g} GB, and this machine has {1e-9 * MEMORY:.3g} GB."
+            f"Expected {name} to fit into memory; got {count}, which take about "
+            f"{1e-9 * BYTES * count:.0f} GB of the {1e-9 * MEMORY:.0f} GB that there are."
         )
     return count
 
