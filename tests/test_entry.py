@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import fractions
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae.cli.runs import json_labels
+from pyro_vae.data.cells import shown
 from pyro_vae.data.read import read, transformed
 from pyro_vae.data.split import split
 
@@ -53,6 +55,7 @@ class Own(nn.Module):
             pyro.sample("z", dist.Normal(self.encoder(row["x"]), 1.0).to_event(1))
 
 
+@functools.cache
 def fitted() -> pv.VAE:
     vae = pv.VAE(3, 1, pv.likelihoods.Normal(), seed=0)
     pv.fit(vae, FRAME, **QUICK)
@@ -241,7 +244,7 @@ def test_every_container_keeps_its_values(case: str, is_in_dict: bool) -> None:
 
 def test_a_file_in_memory_is_read_and_not_written(tmp_path: Path) -> None:
     for mode in ("r", "r+"):
-        np.save(tmp_path / "x.npy", VALUES)
+        np.save(tmp_path / "x.npy", VALUES.astype(np.float32))
         mapped = np.load(tmp_path / "x.npy", mmap_mode=mode)
         transformed(read(mapped), lambda x: x.mul_(2.0))
         assert read(mapped).x.tolist() == np.load(tmp_path / "x.npy").tolist() == VALUES.tolist()
@@ -406,3 +409,117 @@ def test_every_index_is_written_to_every_file(kind: str, tmp_path: Path) -> None
         assert len(pd.read_csv(tmp_path / f"{number}.csv")) == len(table)
         assert len(pd.read_parquet(tmp_path / f"{number}.parquet")) == len(table)
     assert len(json.dumps(json_labels(rows.labels))) > 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+@pytest.mark.parametrize("is_in_dict", [False, True])
+def test_one_row_is_one_row_of_the_programs_too(shape: tuple[int, ...], is_in_dict: bool) -> None:
+    vae = pv.VAE(shape, 2, pv.likelihoods.Normal(), seed=0)
+    one = torch.ones(shape)
+    x: Any = {"x": one} if is_in_dict else one
+    for program in (vae.model, vae.guide):
+        with pyro.poutine.trace() as traced:
+            program(x)
+        sites = traced.trace.nodes
+        assert sites["data"]["value"].numel() == 1
+        assert sites["z"]["value"].shape == (1, 2)
+        assert "x" not in sites or sites["x"]["fn"].log_prob(one[None]).shape == (1,)
+    assert pv.log_evidence(vae, x, 8, seed=0, progress=False).sizes == {"datum": 1}
+
+
+def test_channels_that_are_last_are_refused_in_a_sentence() -> None:
+    images = torch.rand(5, 8, 8, 3)
+    vae = pv.VAE((3, 8, 8), 2, pv.likelihoods.Normal(), seed=0)
+    with pytest.raises(ValueError, match="channels come first: .*movedim"):
+        vae.check(images)
+    vae.check(images.movedim(-1, 1))
+    with pytest.raises(ValueError, match="channels last: move them"):
+        pv.VAE((8, 8, 3), 2, pv.likelihoods.Normal(), encoder=pv.networks.Convolution(4))
+    with pytest.raises(ValueError, match=r"Reshape the data to \(rows, 192\)"):
+        pv.VAE(192, 2, pv.likelihoods.Normal(), seed=0).check(images)
+
+
+NAMED = FRAME.abs() + 0.1
+BAD: dict[str, tuple[Any, float, str]] = {
+    "a blank": (pv.likelihoods.Normal(), np.nan, "without NaN .missing values.; got NaN in"),
+    "infinite": (pv.likelihoods.Normal(), np.inf, "finite data; got inf in"),
+    "zero under Gamma": (pv.likelihoods.Gamma(), 0.0, "Gamma, values > 0 .*; got 0.0 in"),
+    "negative under Gamma": (pv.likelihoods.Gamma(), -2.0, "Gamma, values > 0 .*; got -2.0 in"),
+    "one under Beta": (pv.likelihoods.Beta(), 2.0, r"Beta, values in \(0, 1\); got .* in"),
+    "zero under LogNormal": (pv.likelihoods.LogNormal(), 0.0, "LogNormal, values > 0; got 0.0 in"),
+    "half a count": (pv.likelihoods.Poisson(), 0.5, "Poisson, integers >= 0; got 0.5 in"),
+    "a large count": (pv.likelihoods.Poisson(), 1e9, "counts below 16777216.*got 1000000000.0 in"),
+    "grey": (pv.likelihoods.Bernoulli(), 0.5, "Bernoulli, 0 or 1 .*; got 0.5 in"),
+    "above a total": (
+        pv.likelihoods.Binomial(3),
+        4.0,
+        "integers from 0 to 3; got 4.0 in",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_refused_cell_is_named_by_the_labels_of_row_and_column(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyro_vae.data.rows.CHECKED_AT_ONCE", 8)
+    likelihood, value, said = BAD[case]
+    frame = (NAMED * 0.0 + 1.0) if "Beta" not in case else NAMED * 0.0 + 0.5
+    vae = pv.VAE(3, 1, likelihood, seed=0)
+    frame.loc[["p20", "p29"], "age"] = value
+    place = rf"{said} row 'p20', column 'age' \(2 of {{}} rows\)"
+    array = place.replace("'p20'", "20").replace("'age'", "1")
+    train = place.replace("2 of", "[12] of").replace("'p20'", "'p2[09]'")
+    calls = {
+        "check": (lambda: vae.check(frame), place.format(30)),
+        "array": (lambda: vae.check(frame.to_numpy()), array.format(30)),
+        "log_evidence": (lambda: pv.log_evidence(vae, frame, 8), place.format(30)),
+        "fit": (lambda: pv.fit(vae, frame, validation=None, **QUICK), place.format(30)),
+        "split": (lambda: pv.fit(vae, frame, validation=10, **QUICK), train.format("[12]0")),
+        "validation": (
+            lambda: pv.fit(vae, frame[:9], validation=frame[9:], **QUICK),
+            place.format(21),
+        ),
+        "transform": (
+            lambda: pv.fit(vae, frame, transform=lambda x: x * 1.0, validation=None, **QUICK),
+            place.format(30),
+        ),
+    }
+    for name, (call, message) in calls.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "Rows are counted" not in str(caught.value), name
+
+
+def test_refused_weights_and_missing_values_of_evidence_are_named() -> None:
+    weights = pd.Series(1.0, FRAME.index)
+    weights["p7"] = -1.0
+    with pytest.raises(ValueError, match=r"0 or more; got -1.0 in row 'p7' \(1 of 30 rows\)"):
+        read(FRAME, weights=weights)
+    bad = FRAME.copy()
+    bad.loc["p7", "age"] = np.nan
+    with pytest.raises(ValueError, match="x without NaN.*; got NaN in row 'p7', column 'age'"):
+        pv.log_evidence(fitted(), bad, 8, on_invalid="inf")
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_every_label_is_named(kind: str) -> None:
+    frame = pd.DataFrame([[0.0], [0.0], [0.0], [np.nan]], INDEXES[kind])
+    label = shown(read(frame).labels, 3)
+    with pytest.raises(ValueError, match="got NaN in row ") as caught:
+        pv.VAE(1, 1, pv.likelihoods.Normal()).check(frame)
+    assert f"row {label}, column 0 (1 of 4 rows)" in str(caught.value)
+
+
+def test_a_transform_and_a_failing_step_name_the_cell() -> None:
+    grey = FRAME * 0.0 + 0.5
+    grey.loc["p7", "age"] = 1.5
+    vae = pv.VAE(3, 1, pv.likelihoods.Bernoulli(), seed=0)
+    with pytest.raises(ValueError, match=r"\[0, 1\]; got 1.5 in row 'p7', column 'age' \(1 of 30"):
+        pv.fit(vae, grey, transform=pv.datasets.binarize, **QUICK)
+    x, program = FRAME.copy(), Own()
+    x.loc["p7", "age"] = 1e30
+    nn.init.zeros_(program.encoder.weight)
+    with pytest.warns(UserWarning, match="'x' is -inf in row p7, column 'age'"):
+        with pytest.raises(FloatingPointError, match="row p7, column 'age'"):
+            pv.fit(program, x, context=FRAME, **QUICK | {"max_epochs": 3})

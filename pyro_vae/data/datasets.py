@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .cells import CellError
 from .checks import closest, part_size
 from .frames import labels_of, numeric
 from .rows import as_tensor
@@ -214,8 +215,8 @@ def binarize(x: Tensor) -> Tensor:
         return (torch.rand(x.shape, device=x.device) < x / 255).to(torch.get_default_dtype())
     if not x.is_floating_point():
         raise ValueError(f"Expected grey levels as uint8 or floats in [0, 1]; got {x.dtype}.")
-    if x.device.type == "cpu" and x.numel() and not (x.amin() >= 0 and x.amax() <= 1):
-        raise ValueError(f"Expected grey levels in [0, 1]; got {x.amin():g} to {x.amax():g}.")
+    if x.device.type == "cpu" and (bad := ~((x >= 0) & (x <= 1))).any():
+        raise CellError("Expected grey levels in [0, 1]", *torch.atleast_1d(x, bad))
     draws = (torch.rand(x.shape, device=x.device) < x).to(x.dtype)
     return draws if x.device.type == "cpu" else draws.where((x >= 0) & (x <= 1), torch.nan)
 

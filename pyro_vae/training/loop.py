@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from tqdm.auto import tqdm
 
+from ..data.cells import place_name
 from ..data.read import transformed
 from ..data.rows import PLATE, Rows
 from ..data.source import Row
@@ -365,7 +366,8 @@ class Loop:
                 bad = (~scores.isfinite()).nonzero()
                 if len(bad):
                     row, *place = bad[0].tolist()
-                    at = "" if not place else f", column {place[0] if len(place) == 1 else place}"
+                    columns = rows.columns.get(name, ())
+                    at = f", {place_name(place, scores.shape[1:], columns)}" if place else ""
                     number = value[tuple(bad[0].tolist())]
                     shown = f"{number.item():.6g}" if number.ndim == 0 else "a vector"
                     return (
