@@ -120,6 +120,14 @@ Index = Annotated[
     str | None,
     typer.Option(help='Column of a text table with the row names; "": none. If omitted: found.'),
 ]
+MostRows = Annotated[
+    int,
+    typer.Option(
+        help="Largest number of rows to use. Only held-out rows are used if the run was fitted to "
+        "DATA.",
+        min=1,
+    ),
+]
 Prior = Annotated[
     str | None,
     typer.Option(
@@ -330,14 +338,7 @@ def _compare_elbos(
     elbos: Annotated[
         str, typer.Option(help='"Trace_ELBO, IWAE(5), PIWAE(2, 5)", module:Object, ...')
     ] = ELBOS,
-    rows: Annotated[
-        int,
-        typer.Option(
-            help="Largest number of rows to use. Only held-out rows are used if the run was "
-            "fitted to DATA.",
-            min=1,
-        ),
-    ] = 100,
+    rows: MostRows = 100,
     num_repeats: Annotated[
         int, typer.Option(help="Number of evaluations of each estimator.", min=4)
     ] = 100,
