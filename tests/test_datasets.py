@@ -7,6 +7,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -120,9 +121,8 @@ def test_labels_of_a_table_are_no_data(tmp_path: Path) -> None:
 def test_header_is_data_only_if_said(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("1.5,2\n3,4\n5,6\n")
-    with pytest.raises(ValueError, match="header=False"):
-        load(path)
-    assert load(path, header=False).x.shape == (3, 2)
+    assert load(path).x.shape == load(path, header=False).x.shape == (3, 2)
+    assert load(path, header=True).x.columns.tolist() == ["1.5", "2"]
     assert load(path, header=False, label="1").y.tolist() == [2, 4, 6]
     pd.DataFrame(np.eye(3)).to_csv(path, index=False)
     assert load(path).x.shape == (3, 3)
@@ -300,19 +300,27 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "npz of two arrays": (saved("x.npz", a=np.eye(2), b=np.eye(2)), r"\['a', 'b'\]"),
     "npz of fewer labels": (saved("x.npz", x=np.eye(3), y=np.arange(2)), "got 2 labels"),
     "npz of wide labels": (saved("x.npz", x=np.eye(3), y=np.eye(3)), r"labels of shape \(rows,\)"),
-    "csv of words": (written("t.csv", "a,b\n1,x\n2,y\n"), r"others in \['b'\]"),
-    "csv of spaces": (written("t.csv", "a b\n1 2\n"), r"others in \['a b'\]"),
+    "csv of words": (
+        written("t.csv", "a,b\n1,x\n2,y\n"),
+        r"column 'b' of .*got 'x' in row 0 .2 of 2",
+    ),
+    "csv of two separators": (written("t.csv", "a,b\n1;2\n"), "table"),
+    "csv of one name twice": (written("t.csv", "a,a\n1,2\n"), "two columns named 'a'"),
     "csv empty": (written("t.csv", ""), "table"),
     "csv of a header": (written("t.csv", "a,b\n"), "rows and columns"),
-    "csv without header": (written("t.csv", "1,2.5\n2,3\n"), "header=False"),
+    "csv of years": (written("t.csv", "2001,2002,2003\n2,3,4\n"), "header=False"),
+    "csv of names or words": (written("t.csv", "Ann,1,2\nBob,2,3\n"), "header=False"),
     "csv with a long line": (written("t.csv", "a,b\n1,2\n1,2,3\n"), "table"),
     "csv with a short header": (written("t.csv", "a,b\n1,2,3\n4,5,6\n"), "table"),
     "csv is binary": (written("t.csv", bytes(range(256))), "table"),
     "csv.gz is plain": (written("t.csv.gz", "a,b\n1,2\n"), "table"),
     "parquet is a csv": (written("t.parquet", "a,b\n1,2\n"), "Parquet"),
     "parquet empty": (written("t.parquet", b""), "Parquet"),
-    "parquet of words": (lambda d: _parquet(d, {"a": ["x"]}), r"others in \['a'\]"),
-    "parquet of dates": (lambda d: _parquet(d, {"a": [pd.Timestamp(0)]}), r"others in \['a'\]"),
+    "parquet of words": (lambda d: _parquet(d, {"a": ["x"]}), "column 'a'.*got 'x'"),
+    "parquet of dates": (
+        lambda d: _parquet(d, {"a": [pd.Timestamp(0)]}),
+        "column 'a'.*days since",
+    ),
     "idx truncated": (written("x-idx3-ubyte", IMAGES[:-1]), "33 bytes where"),
     "idx too long": (written("x-idx3-ubyte", IMAGES + b"\0"), "35 bytes where"),
     "idx of its head": (written("x-idx3-ubyte", IMAGES[:9]), "idx array"),
@@ -445,3 +453,103 @@ def test_binarize_is_fine_in_half_precision(dtype: torch.dtype) -> None:
 def test_binarize_refuses_what_are_no_grey_levels(x: Tensor) -> None:
     with pytest.raises(ValueError, match="Expected grey levels .*; got"):
         binarize(x)
+
+
+TABLE = pd.DataFrame(
+    {"dose": [1.5, np.nan, 0.1], "age": [31, 27, 1234567]}, index=["ann", "bob", "eve"]
+)
+SEPARATORS = {",": ".csv", ";": ".csv", "\t": ".tsv", "|": ".txt", " ": ".txt"}
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+@pytest.mark.parametrize("decimal", [".", ","])
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("index", ["", "id", None])
+def test_the_layout_of_a_table_is_found_and_shown(
+    tmp_path: Path, separator: str, decimal: str, header: bool, index: str | None
+) -> None:
+    if separator == decimal:
+        pytest.skip("no such table")
+    path = tmp_path / f"t{SEPARATORS[separator]}"
+    options = {"sep": separator, "decimal": decimal, "header": header, "na_rep": "NA"}
+    TABLE.to_csv(path, index=index is not None, index_label=index if index else None, **options)
+    if separator == " " and index == "":
+        pytest.skip("a header without a cell for the row names")
+    if index is not None and not header:
+        with pytest.raises(ValueError, match="header=False"):
+            load(path)
+    data = load(path, header=None if index is None else header)
+    expected = TABLE if index is not None else TABLE.reset_index(drop=True)
+    np.testing.assert_array_equal(data.x.to_numpy(), TABLE.to_numpy())
+    assert read(data).labels.tolist() == expected.index.tolist()
+    assert data.x.columns.tolist() == ["dose", "age"] or not header
+    mark = decimal if separator != "," else "."
+    for part in (f"decimal mark {mark!r}", "in the first line" if header else "no column names"):
+        assert part in data.note
+    assert ("spaces" if separator == " " else repr(separator)) in data.note
+    assert "decimal mark" in repr(data)
+    given = {"separator": separator, "decimal": decimal, "header": header}
+    pd.testing.assert_frame_equal(load(path, **given).x, data.x)
+
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any], list[str], list[list[float]]]] = {
+    "blanks": ("a,b\n1, \n2,3\n", {}, ["a", "b"], [[1, np.nan], [2, 3]]),
+    "quotes": ('"a;x","b"\n"1","2,5"\n', {"decimal": ","}, ["a;x", "b"], [[1, 2.5]]),
+    "an index of numbers": ("id,a\n7,1\n8,2\n", {"index": "id"}, ["a"], [[1], [2]]),
+    "an index by name": ("a,id\n1,x\n2,x\n", {"index": "id"}, ["a"], [[1], [2]]),
+    "no index": (",a\n7,1\n", {"index": ""}, ["Unnamed: 0", "a"], [[7, 1]]),
+    "a mark of the order of bytes": ("\ufeffa,b\n1,2\n", {}, ["a", "b"], [[1, 2]]),
+    "lines of Windows": ("a;b\r\n1,5;2\r\n", {}, ["a", "b"], [[1.5, 2]]),
+    "labels in front": (
+        "kind,a,b\nx,1,2\ny,3,4\n",
+        {"label": "kind"},
+        ["a", "b"],
+        [[1, 2], [3, 4]],
+    ),
+    "exact integers": ("a,b\n9007199254740993,2\n", {}, ["a", "b"], [[9007199254740993, 2]]),
+    "one column": ("a\n1.5\n2\n", {}, ["a"], [[1.5], [2]]),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_tables_of_other_forms(tmp_path: Path, case: str) -> None:
+    text, options, columns, values = LAYOUTS[case]
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    x = load(tmp_path / "t.csv", **options).x
+    assert x.columns.tolist() == columns
+    np.testing.assert_array_equal(x.to_numpy(), np.array(values))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("a,b\n1,x y\n2,\n3,z\n", {}, r"column 'b' of .*got 'x y' in row 0 \(2 of 3 rows\)"),
+        ("id,a,b\np1,1,?\np2,1,2\n", {"index": "id"}, r"column 'b' .*got '\?' in row 'p1' \(1 of"),
+        ("a;b\n1.234,5;2\n", {}, "column 'a' of .*got '1.234,5' in row 0"),
+        ("a,b\n1,2020-01-01\n", {}, "column 'b' of .*got '2020-01-01'"),
+        ("a,b\n9007199254740993,2\n,1\n", {}, r"integers up to 2\*\*53 in column 'a' of"),
+        ("a,b\n1,2\n,1\n3,?\n", {}, r"column 'b' of .*got '\?' in row 2 \(1 of 3 rows\)"),
+        ("a,b\n1,2\n?,1\n", {}, r"column 'a' of .*got '\?' in row 1 \(1 of 2 rows\)"),
+        ("a,b\n1,2\n3\n", {}, "1 cells in line 3 and 2 in the first"),
+        ("a,b\n1,2\n", {"index": "c"}, "no column 'c', but a, b"),
+        ("a,b\n1,2\n", {"decimal": "."}, None),
+        ("a,b\n1,2\n", {"decimal": ";"}, "decimal to be '.' or ','"),
+    ],
+)
+def test_words_and_broken_lines_are_refused_by_place(
+    tmp_path: Path, text: str, options: dict[str, Any], said: str | None
+) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    if said is None:
+        assert len(load(tmp_path / "t.csv", **options)) == 1
+        return
+    with pytest.raises(ValueError, match=f"^Expected .*{said}"):
+        load(tmp_path / "t.csv", **options)
+
+
+@pytest.mark.parametrize("option", ["separator", "decimal", "header", "index"])
+def test_the_layout_is_that_of_a_text_table(tmp_path: Path, option: str) -> None:
+    np.save(tmp_path / "x.npy", np.eye(2))
+    for name in ("digits", tmp_path / "x.npy"):
+        with pytest.raises(ValueError, match=f"Expected {option}= only with a"):
+            load(name, **{option: ","})

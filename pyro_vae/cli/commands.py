@@ -30,6 +30,7 @@ from .judgement import Judgement, show_estimators
 from .members import members
 from .runs import (
     EVIDENCE,
+    LOADING,
     PICTURES,
     SETTINGS,
     Settings,
@@ -41,12 +42,16 @@ from .runs import (
 
 __all__ = [
     "Data",
+    "Decimal",
     "Device",
+    "Header",
+    "Index",
     "Key",
     "Label",
     "Run",
     "Samples",
     "Seed",
+    "Separator",
     "app",
     "main",
     "new_picture",
@@ -116,6 +121,32 @@ Label = Annotated[
     str | None, typer.Option(help="Column of a table, or array of an .npz file, with labels.")
 ]
 Key = Annotated[str | None, typer.Option(help="Array of an .npz file that contains the data.")]
+Separator = Annotated[
+    str | None,
+    typer.Option(help="Separator of a text table: , ; | or spaces. If omitted: found."),
+]
+Decimal = Annotated[
+    str | None, typer.Option(help="Decimal mark of a text table, . or ,. If omitted: found.")
+]
+Header = Annotated[
+    bool | None,
+    typer.Option(
+        "--header/--no-header",
+        help="Whether the first line of a text table names its columns. If omitted: found.",
+    ),
+]
+Index = Annotated[
+    str | None,
+    typer.Option(help='Column of a text table with the row names; "": none. If omitted: found.'),
+]
+MostRows = Annotated[
+    int,
+    typer.Option(
+        help="Largest number of rows to use. Only held-out rows are used if the run was fitted to "
+        "DATA.",
+        min=1,
+    ),
+]
 Prior = Annotated[
     str | None,
     typer.Option(
@@ -225,6 +256,10 @@ def _fit(
     ] = None,
     label: Label = None,
     key: Key = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    header: Header = None,
+    index: Index = None,
     test: Test = 0.2,
     validation: Validation = None,
     batch_size: Annotated[int, typer.Option(help="Rows per minibatch.", min=1)] = 128,
@@ -265,12 +300,17 @@ def _evaluate(
     ] = None,
     label: Label = None,
     key: Key = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    header: Header = None,
+    index: Index = None,
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Estimates log p(x) of all rows of DATA under a run, and how reliable the estimate is."""
-    program, rows, held_out = opened(folder, data, label, key, seed, device)
+    options = {name: value for name, value in locals().items() if name in LOADING}
+    program, rows, held_out = opened(folder, data, options, seed, device)
     judgement = Judgement.of(program, rows, num_samples, seed)
     if out is not None:
         with new_file(out) as beside:
@@ -287,15 +327,14 @@ def _evaluate(
 
 
 def opened(
-    folder: Path, data: str, label: str | None, key: str | None, seed: int, device: str
+    folder: Path, data: str, options: dict[str, Any], seed: int, device: str
 ) -> tuple[nn.Module, Rows, np.ndarray | None]:
     """Returns a program, rows for it, and the held-out rows if it was fitted to the same data.
 
     Arguments:
         folder: The run folder.
         data: The data set or file.
-        label: The column of labels.
-        key: The array of an .npz file.
+        options: How it is read, by the names in `LOADING`.
         seed: The seed of a random transform.
         device: The device.
     """
@@ -304,13 +343,24 @@ def opened(
     program = load(folder, device=device_of(device))
     if isinstance(program, VAE) and "reason" in record:
         program.verdict = (record["converged"], record["reason"])
-    rows = read(datasets.load(data, label=label, key=key))
-    expected, columns = record.get("columns"), rows.column_names()
-    if expected is not None and columns != expected:
-        raise ValueError(f"Expected the columns of the fit, {expected}; got {columns}.")
     path, path_of_fit = (Path(p).expanduser().resolve() for p in (data, fitted.get("data", "")))
-    is_same = path == path_of_fit and key == fitted.get("key")
+    if path == path_of_fit:
+        layout = ("separator", "decimal", "header", "index")
+        options |= {name: fitted.get(name) for name in layout if options[name] is None}
+    loaded = datasets.load(data, **options)
+    if loaded.note:
+        Console(stderr=True).print(f"{data}: {loaded.note}.", markup=False, highlight=False)
+    rows = read(loaded)
+    expected = record.get("columns")
+    if expected is not None and rows.column_names() is None:
+        raise ValueError(
+            f"Expected the columns of the fit, {expected}; got columns without names."
+        )
+    rows = rows.ordered({} if expected is None else {"x": [expected]})
+    is_same = path == path_of_fit and options["key"] == fitted.get("key")
     held_out = np.asarray(record["held_out_rows"]) if fitted and is_same else None
+    if held_out is not None and rows.labels.dtype.kind == "M":
+        held_out = held_out.astype(rows.labels.dtype)
     return program, seen(rows, fitted.get("transform"), seed), held_out
 
 
@@ -321,14 +371,7 @@ def _compare_elbos(
     elbos: Annotated[
         str, typer.Option(help='"Trace_ELBO, IWAE(5), PIWAE(2, 5)", module:Object, ...')
     ] = ELBOS,
-    rows: Annotated[
-        int,
-        typer.Option(
-            help="Largest number of rows to use. Only held-out rows are used if the run was "
-            "fitted to DATA.",
-            min=1,
-        ),
-    ] = 100,
+    rows: MostRows = 100,
     num_repeats: Annotated[
         int, typer.Option(help="Number of evaluations of each estimator.", min=4)
     ] = 100,
@@ -342,13 +385,18 @@ def _compare_elbos(
     ] = None,
     label: Label = None,
     key: Key = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    header: Header = None,
+    index: Index = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Compares ELBO estimators on a run: bias, noise and cost of their gradients."""
+    options = {name: value for name, value in locals().items() if name in LOADING}
     estimators = members(elbos, "ELBO")
     file = new_picture(plot, folder / PICTURES / "estimators.png")
-    program, taken, held_out = opened(folder, data, label, key, seed, device)
+    program, taken, held_out = opened(folder, data, options, seed, device)
     title = f"rows of {data}"
     if held_out is not None:
         is_held_out = torch.from_numpy(np.isin(taken.labels, held_out))

@@ -16,8 +16,23 @@ from ..data.rows import Rows
 from ..diagnostics import compare
 from ..diagnostics.compare import Ranking
 from ..prediction import reconstruct
-from .commands import Data, Device, Key, Label, Run, Samples, Seed, app, new_picture, opened
-from .runs import latents_of, save_picture
+from .commands import (
+    Data,
+    Decimal,
+    Device,
+    Header,
+    Index,
+    Key,
+    Label,
+    Run,
+    Samples,
+    Seed,
+    Separator,
+    app,
+    new_picture,
+    opened,
+)
+from .runs import LOADING, latents_of, save_picture
 
 __all__ = ["show_ranking"]
 
@@ -39,11 +54,16 @@ def _embed(
     out: Out = None,
     label: Label = None,
     key: Key = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    header: Header = None,
+    index: Index = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Writes mean and standard deviation of the latents of each row of DATA, given the row."""
-    program, rows, _ = opened(folder, data, label, key, seed, device)
+    reading = {name: value for name, value in locals().items() if name in LOADING}
+    program, rows, _ = opened(folder, data, reading, seed, device)
     _write(latents_of(program, rows, seed), out)
 
 
@@ -56,6 +76,10 @@ def _reconstruct(
     num_samples: Annotated[int, typer.Option(help="Number of replicates per row.", min=2)] = 200,
     label: Label = None,
     key: Key = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    header: Header = None,
+    index: Index = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -64,7 +88,8 @@ def _reconstruct(
     There is one line for each value, with its row, its column and the value observed; one for
     each category, with its probability, under a likelihood of categories.
     """
-    program, rows, _ = opened(folder, data, label, key, seed, device)
+    reading = {name: value for name, value in locals().items() if name in LOADING}
+    program, rows, _ = opened(folder, data, reading, seed, device)
     options: dict[str, Any] = {"num_samples": num_samples, "prob": prob, "seed": seed}
     found = reconstruct(program, rows, progress=Console().is_terminal, **options)
     dims = [str(dim) for dim in found.dims if dim != "category"]
@@ -84,13 +109,18 @@ def _compare(
     plot: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
     label: Label = None,
     key: Key = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    header: Header = None,
+    index: Index = None,
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Ranks runs by log p(x) of the same rows of DATA, held out from all runs fitted to DATA."""
+    reading = {name: value for name, value in locals().items() if name in LOADING}
     picture = None if plot is None else new_picture(plot, plot)
-    programs, rows = _held_out(folders, data, label, key, seed, device)
+    programs, rows = _held_out(folders, data, reading, seed, device)
     shown = Console().is_terminal
     ranking = compare(programs, rows, num_samples, seed=seed, progress=shown)
     show_ranking(ranking, f"{len(rows)} rows of {data}")
@@ -102,14 +132,14 @@ def _compare(
 
 
 def _held_out(
-    folders: list[Path], data: str, label: str | None, key: str | None, seed: int, device: str
+    folders: list[Path], data: str, reading: dict[str, Any], seed: int, device: str
 ) -> tuple[dict[str, torch.nn.Module], Rows]:
     """The programs of runs by the name of the folder, and the rows that no run was fitted to."""
     programs: dict[str, torch.nn.Module] = {}
     kept: Rows | None = None
     for folder in folders:
         name = folder.name if sum(f.name == folder.name for f in folders) == 1 else str(folder)
-        programs[name], rows, held_out = opened(folder, data, label, key, seed, device)
+        programs[name], rows, held_out = opened(folder, data, dict(reading), seed, device)
         kept = rows if kept is None else kept
         if held_out is not None:
             kept = kept[torch.from_numpy(np.isin(kept.labels, held_out))]

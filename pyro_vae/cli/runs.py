@@ -32,7 +32,16 @@ from . import specs
 from .judgement import Judgement
 from .members import member
 
-__all__ = ["Settings", "latents_of", "run", "save_picture", "seen", "settings_of"]
+__all__ = [
+    "LOADING",
+    "Settings",
+    "json_labels",
+    "latents_of",
+    "run",
+    "save_picture",
+    "seen",
+    "settings_of",
+]
 
 CHECKPOINT, EVIDENCE, HISTORY = "checkpoint.safetensors", "evidence.csv", "history.csv"
 SETTINGS, POSTERIOR, PICTURES = "fit.json", "posterior.nc", "pictures"
@@ -40,6 +49,7 @@ LATENTS = "latents.csv"
 OURS = {"spec.json", "weights.safetensors", CHECKPOINT, EVIDENCE, HISTORY, LATENTS, SETTINGS}
 OURS |= {POSTERIOR}
 
+LOADING = ("label", "key", "separator", "decimal", "header", "index")
 MAX_DRAWS, MAX_PREDICTIVE, MAX_ROWS = 250, 25, 100
 MAX_ELEMENTS = 2**20
 MAX_POINTS = 2000
@@ -62,6 +72,10 @@ class Settings:
     transform: str | None = None
     label: str | None = None
     key: str | None = None
+    separator: str | None = None
+    decimal: str | None = None
+    header: bool | None = None
+    index: str | None = None
     test: float = 0.2
     validation: float | None = None
     batch_size: int = 128
@@ -78,22 +92,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """All rows, those for training, and those held out with their labels."""
+    """All rows, those for training, and those held out with their labels.
+
+    `note` is the layout of the text table that they were read from.
+    """
 
     rows: Rows
     train: Rows
     test: Rows
     labels: np.ndarray | None
+    note: str
 
     @classmethod
     def of(cls, settings: Settings) -> "Data":
-        data = datasets.load(settings.data, label=settings.label, key=settings.key)
+        options = {name: getattr(settings, name) for name in LOADING}
+        data = datasets.load(settings.data, **options)
         numbered = replace(data, y=torch.arange(len(data)))
         share = int(settings.test) if settings.test >= 1 else settings.test
         train, test = (part.y for part in numbered.split(share, seed=settings.seed))
         rows = read(data)
         labels = None if data.y is None else np.asarray(data.y)[np.asarray(test)]
-        return cls(rows, rows[torch.as_tensor(train)], rows[torch.as_tensor(test)], labels)
+        held_out = rows[torch.as_tensor(test)]
+        return cls(rows, rows[torch.as_tensor(train)], held_out, labels, data.note)
 
 
 def _program(settings: Settings, rows: Rows) -> VAE:
@@ -123,6 +143,16 @@ def _program(settings: Settings, rows: Rows) -> VAE:
             encoder=encoder,
             decoder=decoder,
         )
+
+
+def json_labels(labels: np.ndarray) -> list[Any]:
+    """Returns labels as JSON holds them; dates become text.
+
+    Arguments:
+        labels: The labels.
+    """
+    found: list[Any] = (labels.astype(str) if labels.dtype.kind == "M" else labels).tolist()
+    return found
 
 
 def _transform(name: str | None) -> Callable[[Tensor], Tensor] | None:
@@ -233,7 +263,7 @@ class Run:
             "command": self.command,
             "settings": asdict(self.settings),
             "columns": self.rows.column_names(),
-            "held_out_rows": self.rows.labels.tolist(),
+            "held_out_rows": json_labels(self.rows.labels),
             "epochs": len(self.history),
             "best_epoch": self.history.best_epoch,
             "stopped": self.history.stopped,
@@ -289,6 +319,8 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     for part in (data.train, data.test):
         program.check(seen(part, settings.transform, settings.seed))
     elbo = member(settings.elbo, "ELBO")
+    if data.note:
+        Console().print(f"{settings.data}: {data.note}.", markup=False, highlight=False)
     if not resume:
         shutil.rmtree(working, ignore_errors=True)
     elif not checkpoint.exists() and (out / CHECKPOINT).exists():

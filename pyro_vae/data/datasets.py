@@ -1,12 +1,12 @@
 """Named data sets, and files of numbers."""
 
+import csv
 import errno
 import gzip
 import lzma
 import math
 import re
 import tokenize
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,14 +23,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .cells import CellError
 from .checks import checked, checked_path, closest, part_size
+from .frames import labels_of, numeric
 from .rows import as_tensor
+from .tables import Layout, read_table
 
 __all__ = ["Dataset", "binarize", "load"]
 
 Table: TypeAlias = Tensor | pd.DataFrame
 Labels: TypeAlias = Tensor | np.ndarray
-_Read: TypeAlias = tuple[Table, Labels | None]
+_Read: TypeAlias = tuple[Table, Labels | None, str]
 
 _NAMED = ("digits", "wine", "mnist", "fashion-mnist")
 _IDX = re.compile(r"[.-]idx\d-(ubyte|byte|short|int|float|double)$|\.idx$")
@@ -47,6 +50,7 @@ _BROKEN = (
     tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
+    csv.Error,
 )
 
 
@@ -59,6 +63,7 @@ class Dataset:
         x: The rows, shape (rows, *event): a tensor in the dtype of its source; or a pandas frame,
             if rows or columns have names, which become the coordinates of every result.
         y: The class label of each row, shape (rows,): a tensor, or an array of strings.
+        note: The layout of the text table that it was read from.
 
     Example:
         >>> data = load("digits")
@@ -72,6 +77,7 @@ class Dataset:
     name: str
     x: Table
     y: Labels | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.y is not None and len(self.y) != len(self.x):
@@ -85,7 +91,8 @@ class Dataset:
 
     def __repr__(self) -> str:
         x, y = _described(self.x), None if self.y is None else _described(self.y)
-        return f"Dataset({self.name!r}, x={x}, y={y})"
+        note = f", note={self.note!r}" if self.note else ""
+        return f"Dataset({self.name!r}, x={x}, y={y}{note})"
 
     @checked
     def split(self, test: float = 0.2, *, seed: int | None = 0) -> tuple["Dataset", "Dataset"]:
@@ -117,7 +124,10 @@ def load(
     *,
     key: str | None = None,
     label: str | None = None,
-    header: bool = True,
+    separator: str | None = None,
+    decimal: str | None = None,
+    header: bool | None = None,
+    index: str | None = None,
 ) -> Dataset:
     """Loads a named data set or a file of numbers.
 
@@ -127,12 +137,14 @@ def load(
     The files are
 
     - `.npz` and `.npy`, never with pickled objects in them;
-    - `.csv` and `.parquet`, numeric tables that keep the names of their columns and, if the
-      file has them, of their rows (in a `.csv`, a first column without a name);
+    - `.csv`, `.tsv`, `.txt` and `.parquet`, numeric tables that keep the names of their columns
+      and, if the file has them, of their rows;
     - idx, the format of MNIST, `train-images-idx3-ubyte`, with its labels if
       `train-labels-idx1-ubyte` is in the same folder.
 
-    `.csv` and idx may be compressed (`.gz`). Missing values are left as NaN.
+    Text tables and idx may be compressed (`.gz`). Missing values are left as NaN. The layout of a
+    text table is found, and shown by the data set: `Dataset.note`. The row names are a first
+    column without a name, or one that alone holds words, all of them different.
 
     Arguments:
         name: The name, or the path of the file.
@@ -140,7 +152,11 @@ def load(
             array, or the only one with two dims or more.
         label: The array of an `.npz`, or the column of a table, that holds the labels; by default
             `y` or `labels` of an `.npz`, and no column.
-        header: Whether the first line of a `.csv` names its columns.
+        separator: The separator of a text table: `","`, `";"`, a tab, ...; `" "` for any number
+            of spaces. `None` finds it, and so with the three arguments below.
+        decimal: The decimal mark of a text table, `"."` or `","`.
+        header: Whether the first line of a text table names its columns.
+        index: The column of a text table that names its rows; `""` if there is none.
 
     Raises:
         ValueError: If no data set has this name, if the content of the file does not match its
@@ -151,8 +167,9 @@ def load(
         >>> load("wine").x.columns[:2].tolist()
         ['alcohol', 'malic_acid']
     """
+    layout = Layout(separator, decimal, header, index)
     if isinstance(name, str) and name in _NAMED:
-        _refuse("a file", key=key, label=label)
+        _refuse("a file", key=key, label=label, **vars(layout))
         return Dataset(name, *_named(name))
     path = Path(checked_path("name", name)).expanduser()
     file = path.name.lower()
@@ -166,7 +183,11 @@ def load(
             f"Expected one of {', '.join(_NAMED)}, or a file ending in {', '.join(_FILES)} or "
             f"-idx3-ubyte; got {str(path)!r}{hint}."
         )
-    return Dataset(path.name, *readers[0](path, _Options(key, label, header)))
+    if readers[0] is not _csv:
+        _refuse("a text table", **vars(layout))
+    if decimal not in (None, ".", ","):
+        raise ValueError(f"Expected decimal to be '.' or ','; got {decimal!r}.")
+    return Dataset(path.name, *readers[0](path, _Options(key, label, layout)))
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -196,8 +217,8 @@ def binarize(x: Tensor) -> Tensor:
         return (torch.rand(x.shape, device=x.device) < x / 255).to(torch.get_default_dtype())
     if not x.is_floating_point():
         raise ValueError(f"Expected grey levels as uint8 or floats in [0, 1]; got {x.dtype}.")
-    if x.device.type == "cpu" and x.numel() and not (x.amin() >= 0 and x.amax() <= 1):
-        raise ValueError(f"Expected grey levels in [0, 1]; got {x.amin():g} to {x.amax():g}.")
+    if x.device.type == "cpu" and (bad := ~((x >= 0) & (x <= 1))).any():
+        raise CellError("Expected grey levels in [0, 1]", *torch.atleast_1d(x, bad))
     draws = (torch.rand(x.shape, device=x.device) < x).to(x.dtype)
     return draws if x.device.type == "cpu" else draws.where((x >= 0) & (x <= 1), torch.nan)
 
@@ -211,10 +232,10 @@ def _described(values: Table | Labels) -> str:
 class _Options(NamedTuple):
     key: str | None
     label: str | None
-    header: bool
+    layout: Layout
 
 
-def _refuse(what: str, **given: str | None) -> None:
+def _refuse(what: str, **given: object) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"Expected {name}= only with {what}; got {value!r}.")
@@ -261,7 +282,7 @@ def _npy(path: Path, options: _Options) -> _Read:
     _refuse("an .npz or a table", key=options.key, label=options.label)
     with path.open("rb") as file, _reading(path, "a NumPy array without pickled objects"):
         array = np.lib.format.read_array(file, allow_pickle=False)
-    return _rows_of(array, str(path)), None
+    return _rows_of(array, str(path)), None, ""
 
 
 def _npz(path: Path, options: _Options) -> _Read:
@@ -286,7 +307,7 @@ def _npz(path: Path, options: _Options) -> _Read:
         with _reading(path, what):
             arrays = {name: np.asarray(archive[name]) for name in (x, y) if name is not None}
     labels = None if y is None else _labels_of(arrays[y], f"{y} of {path}")
-    return _rows_of(arrays[x], f"{x} of {path}"), labels
+    return _rows_of(arrays[x], f"{x} of {path}"), labels, ""
 
 
 def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
@@ -305,39 +326,21 @@ def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
 
 def _csv(path: Path, options: _Options) -> _Read:
     _refuse("an .npz", key=options.key)
-    with _open(path) as file, _reading(path, "a table"), warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(
-            file, header=0 if options.header else None, index_col=False, low_memory=False
-        )
-    if options.header:
-        names = [str(name) for name in frame.columns]
-        if names[0] == "Unnamed: 0":
-            frame, names = frame.set_index(frame.columns[0]).rename_axis(None), names[1:]
-        if names != [str(i) for i in range(len(names))] and all(map(_is_number, names)):
-            raise ValueError(
-                f"Expected the first line of {path} to name its columns, or header=False; "
-                f"got {', '.join(names[:3])}."
-            )
-    return _of_frame(frame, path, options.label)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    with _open(path) as file, _reading(path, "a table"):
+        frame, layout = read_table(file, options.layout, options.label)
+    return *_of_frame(frame, path, options.label), str(layout)
 
 
 def _parquet(path: Path, options: _Options) -> _Read:
     _refuse("an .npz", key=options.key)
     with path.open("rb") as file, _reading(path, "a Parquet table"):
         frame = pd.read_parquet(file, engine="pyarrow")
-    return _of_frame(frame, path, options.label)
+    return *_of_frame(frame, path, options.label), ""
 
 
-def _of_frame(frame: pd.DataFrame, path: Path, label: str | None) -> _Read:
+def _of_frame(
+    frame: pd.DataFrame, path: Path, label: str | None
+) -> tuple[pd.DataFrame, Labels | None]:
     columns = {str(name): name for name in frame.columns}
     if len(columns) != len(frame.columns):
         raise ValueError(f"Expected columns of different names in {path}; got {[*columns]}.")
@@ -349,20 +352,12 @@ def _of_frame(frame: pd.DataFrame, path: Path, label: str | None) -> _Read:
         labels = _labels_of(column.to_numpy(copy=True), f"column {label!r} of {path}")
     if frame.empty:
         raise ValueError(f"Expected rows and columns in {path}; got a table of {frame.shape}.")
-    types = pd.api.types
-    other = [
-        str(name)
-        for name, dtype in frame.dtypes.items()
-        if not types.is_numeric_dtype(dtype) or types.is_complex_dtype(dtype)
-    ]
-    if other:
-        raise ValueError(f"Expected numbers in every column of {path}; got others in {other}.")
-    dtypes = {
-        name: np.float64 if frame[name].hasnans else frame[name].to_numpy().dtype
-        for name, dtype in frame.dtypes.items()
-        if types.is_extension_array_dtype(dtype)
+    rows = labels_of(frame.index)
+    numbers = {
+        name: numeric(column, f"column {str(name)!r} of {path}", rows)
+        for name, column in frame.items()
     }
-    return frame.astype(dtypes), labels
+    return pd.DataFrame(numbers, frame.index, frame.columns), labels
 
 
 def _idx(path: Path, options: _Options) -> _Read:
@@ -370,7 +365,7 @@ def _idx(path: Path, options: _Options) -> _Read:
     beside = path.with_name(re.sub(r"images([.-])idx3", r"labels\1idx1", path.name))
     has_labels = beside != path and beside.is_file()
     labels = _labels_of(_idx_array(beside), str(beside)) if has_labels else None
-    return _rows_of(_idx_array(path), str(path)), labels
+    return _rows_of(_idx_array(path), str(path)), labels, ""
 
 
 def _idx_array(path: Path) -> np.ndarray:
@@ -392,10 +387,10 @@ def _named(name: str) -> _Read:
 
     if name == "digits":
         x, y = datasets.load_digits(return_X_y=True)
-        return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y)
+        return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y), ""
     if name == "wine":
         wine = datasets.load_wine(as_frame=True)
-        return wine.data, torch.from_numpy(wine.target.to_numpy(copy=True))
+        return wine.data, torch.from_numpy(wine.target.to_numpy(copy=True)), ""
     title = "mnist_784" if name == "mnist" else "Fashion-MNIST"
     try:
         x, y = datasets.fetch_openml(
@@ -405,7 +400,7 @@ def _named(name: str) -> _Read:
         raise ConnectionError(
             f"Expected {title} in scikit-learn's cache or OpenML within reach; got {error}."
         ) from error
-    return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y.astype(np.uint8))
+    return torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(y.astype(np.uint8)), ""
 
 
 _FILES: dict[str, Callable[[Path, _Options], _Read]] = {
@@ -413,5 +408,8 @@ _FILES: dict[str, Callable[[Path, _Options], _Read]] = {
     ".npy": _npy,
     ".csv": _csv,
     ".csv.gz": _csv,
+    ".tsv": _csv,
+    ".tsv.gz": _csv,
+    ".txt": _csv,
     ".parquet": _parquet,
 }

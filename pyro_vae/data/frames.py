@@ -11,6 +11,7 @@ from .cells import shown
 __all__ = ["EXACT", "labels_of", "numbers_of", "numeric"]
 
 EXACT = 2**53  # the largest integer up to which float64 holds all integers
+PLAIN = [np.dtype(name) for name in ("bool", *np.typecodes["AllInteger"], *"efdg")]
 _ADVICE = {
     "M": "Turn dates into numbers, such as days since a date.",
     "m": "Turn durations into numbers: column / pd.Timedelta(days=1).",
@@ -53,7 +54,8 @@ def numeric(column: pd.Series, where: str, labels: np.ndarray) -> np.ndarray:
         >>> numeric(pd.Series([1, None, 3], dtype="Int64"), "column 'a'", np.arange(3)).tolist()
         [1.0, nan, 3.0]
     """
-    raw = column.to_numpy()
+    has_gaps = pd.api.types.is_integer_dtype(column.dtype) and column.hasnans
+    raw = column.to_numpy(dtype=object) if has_gaps else column.to_numpy()
     if raw.dtype.kind in "fiub":
         return raw
     is_missing = pd.isna(raw)
@@ -62,10 +64,13 @@ def numeric(column: pd.Series, where: str, labels: np.ndarray) -> np.ndarray:
     is_number = [kind == "O" and isinstance(value, kinds) for value in raw]
     bad = ~(np.array(is_number, dtype=bool) | is_missing)
     if bad.any():
+        numbers = pd.to_numeric(pd.Series([str(value) for value in raw]), errors="coerce")
+        words = bad & numbers.isna().to_numpy()
+        bad = words if words.any() else bad
         first, rows = int(bad.argmax()), f"{int(bad.sum())} of {len(bad)} rows"
         value = raw[first]
         if kind == "O":
-            found = pd.Series([value]).to_numpy().dtype.kind
+            found = pd.Series([value]).dtype.kind
             kind = found if found in _ADVICE else kind
         raise ValueError(
             f"Expected numbers in {where}; got {str(value) if kind in 'Mm' else repr(value)} in "
@@ -100,8 +105,8 @@ def numbers_of(frame: pd.DataFrame, where: str = "") -> np.ndarray:
         >>> numbers_of(pd.DataFrame({"a": [1, 2], "b": [0.5, None]})).tolist()
         [[1.0, 0.5], [2.0, nan]]
     """
-    if len(set(frame.dtypes)) == 1 and (values := frame.to_numpy()).dtype.kind in "fiub":
-        return values
+    if len(set(frame.dtypes)) == 1 and frame.dtypes.iloc[0] in PLAIN:
+        return frame.to_numpy()
     labels, names = labels_of(frame.index), labels_of(frame.columns)
     called = [f"column {shown(names, i)}{where}" for i in range(len(names))]
     columns = [

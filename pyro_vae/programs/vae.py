@@ -173,7 +173,7 @@ class VAE(nn.Module):
         Returns:
             The values of x, shape (rows, \*event_shape).
         """
-        x = None if x is None else _x_of(x)
+        x = None if x is None else _x_of(x, self.event_shape)
         if not (x is None or self.is_initialized or self.has_warned or parameters_are_local()):
             self.has_warned = True
             warn_user(
@@ -199,7 +199,7 @@ class VAE(nn.Module):
         Returns:
             The values of z, shape (rows, \*latent_shape).
         """
-        x = None if x is None else _x_of(x)
+        x = None if x is None else _x_of(x, self.event_shape)
         self._state(self.posterior, self.encoder)
         with pyro.plate(PLATE, _size(x, size), dim=-1):
             return pyro.sample("z", self.prior() if x is None else self.encode(x))
@@ -488,10 +488,10 @@ class VAE(nn.Module):
         return shapes + density + seen
 
 
-def _x_of(row: Row) -> Tensor:
-    """Returns the field x of a row, which must have no other fields."""
+def _x_of(row: Row, event_shape: torch.Size | None = None) -> Tensor:
+    """Returns the field x of rows, which must have no other fields; one row becomes a batch."""
     if not isinstance(row, dict):
-        return row
+        return row[None] if row.shape == event_shape else row
     if "x" not in row:
         raise ValueError(f"Expected rows of x for a VAE; got fields {sorted(row)}.")
     if unused := sorted(row.keys() - {"x"}):
@@ -499,7 +499,7 @@ def _x_of(row: Row) -> Tensor:
             f"A VAE does not use {' and '.join(unused)} of a row yet: pass x alone, or write a "
             "program of your own, whose model(row) and guide(row) can use them."
         )
-    return row["x"]
+    return _x_of(row["x"], event_shape)
 
 
 def _own(parameter: nn.Parameter) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Independent
 from tqdm.auto import tqdm
 
+from ..data.cells import place_name
 from ..data.checks import warn_user
 from ..data.read import read, transformed
 from ..data.rows import PLATE, Rows
@@ -373,9 +374,8 @@ class Loop:
                 if len(bad):
                     cell = tuple(bad[0].tolist())
                     row, *place = cell
-                    at = "" if not place else f", column {place[0] if len(place) == 1 else place}"
-                    if site["is_observed"] and len(place) == 1 and rows.column_names():
-                        at = f", column {rows.listed(place)}"
+                    columns = rows.columns.get(name, ())
+                    at = f", {place_name(place, scores.shape[1:], columns)}" if place else ""
                     number = value[cell]
                     shown = f"{number.item():.6g}" if number.ndim == 0 else "a vector"
                     return (
