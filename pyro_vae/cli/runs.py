@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from .. import plots
 from ..data import datasets
-from ..data.files import new_folder, read_json, write_json
+from ..data.files import (
+    is_temporary,
+    locked,
+    new_file,
+    new_folder,
+    read_json,
+    standing,
+    write_json,
+)
 from ..data.read import read, transformed
 from ..data.rows import Rows
 from ..diagnostics import to_arviz
@@ -235,7 +243,9 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             tree = to_arviz(self.program, few, MAX_DRAWS, num_predictive=MAX_PREDICTIVE, seed=seed)
-            tree.to_netcdf(folder / POSTERIOR, engine="h5netcdf")
+        tree = getattr(tree, "to_datatree", lambda: tree)()  # of ArviZ 0.23
+        # made in memory, as HDF5 crashes the process if the disk is full
+        (folder / POSTERIOR).write_bytes(tree.to_netcdf(engine="h5netcdf"))
         (folder / PICTURES).mkdir()
         for name, draw in self.pictures().items():
             save_picture(draw(), folder / PICTURES / f"{name}.png")
@@ -307,7 +317,8 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
         command: The name of the command, `"fit"` or `"demo"`.
 
     Raises:
-        ValueError: If a setting is invalid. Nothing is written in that case.
+        ValueError: If a setting is invalid, or another process writes the run. Nothing is
+            written in that case.
         KeyboardInterrupt: If the fit was interrupted before the end of the first epoch.
     """
     start = time.perf_counter()
@@ -321,42 +332,45 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     elbo = member(settings.elbo, "ELBO")
     if data.note:
         Console().print(f"{settings.data}: {data.note}.", markup=False, highlight=False)
-    if not resume:
-        shutil.rmtree(working, ignore_errors=True)
-    elif not checkpoint.exists() and (out / CHECKPOINT).exists():
-        working.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / CHECKPOINT, checkpoint)
     share = settings.validation
     share = int(share) if share is not None and share >= 1 and share.is_integer() else share
-    history = fit(
-        program,
-        data.train,
-        validation="auto" if share is None else share or None,
-        elbo=elbo,
-        transform=_transform(settings.transform),
-        batch_size=settings.batch_size,
-        engine=settings.engine,
-        precision=settings.precision,
-        lr=settings.lr,
-        weight_prior=settings.weight_prior or None,
-        max_steps=settings.max_steps,
-        max_epochs=settings.max_epochs,
-        seed=settings.seed,
-        device=settings.device,
-        checkpoint=checkpoint,
-        resume=resume,
-    )
-    if not len(history):
+    working.parent.mkdir(parents=True, exist_ok=True)
+    with locked(working, wait=0.0):
+        _check_free(out, working, command, replaced=resume or overwrite)
+        if not resume:
+            shutil.rmtree(working, ignore_errors=True)
+        elif not checkpoint.exists() and (out / CHECKPOINT).exists():
+            with new_file(checkpoint) as beside:
+                shutil.copyfile(out / CHECKPOINT, beside)
+        history = fit(
+            program,
+            data.train,
+            validation="auto" if share is None else share or None,
+            elbo=elbo,
+            transform=_transform(settings.transform),
+            batch_size=settings.batch_size,
+            engine=settings.engine,
+            precision=settings.precision,
+            lr=settings.lr,
+            weight_prior=settings.weight_prior or None,
+            max_steps=settings.max_steps,
+            max_epochs=settings.max_epochs,
+            seed=settings.seed,
+            device=settings.device,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        if not len(history):
+            shutil.rmtree(working)
+            raise KeyboardInterrupt
+        rows, every_row = (
+            seen(part, settings.transform, settings.seed) for part in (data.test, data.rows)
+        )
+        judgement = Judgement.of(program, rows, settings.num_samples, settings.seed)
+        run = Run(settings, program, history, rows, every_row, data.labels, judgement, command)
+        with new_folder(out, overwrite=resume or overwrite) as folder:
+            run.write(folder, checkpoint)
         shutil.rmtree(working)
-        raise KeyboardInterrupt
-    rows, every_row = (
-        seen(part, settings.transform, settings.seed) for part in (data.test, data.rows)
-    )
-    judgement = Judgement.of(program, rows, settings.num_samples, settings.seed)
-    run = Run(settings, program, history, rows, every_row, data.labels, judgement, command)
-    with new_folder(out, overwrite=resume or overwrite) as folder:
-        run.write(folder, checkpoint)
-    shutil.rmtree(working)
     run.report(out, time.perf_counter() - start)
 
 
@@ -371,7 +385,8 @@ def _check_free(out: Path, working: Path, command: str, *, replaced: bool) -> No
         foreign = [] if path.is_dir() else [path.name]
         for file in path.rglob("*"):
             is_picture = file.suffix == ".png" and file.parent == path / PICTURES
-            if file.is_file() and not is_picture and file.name not in OURS:
+            is_ours = is_picture or file.name in OURS or is_temporary(file, OURS)
+            if file.is_file() and not is_ours:
                 foreign.append(str(file.relative_to(path)))
         if foreign:
             raise ValueError(
@@ -385,8 +400,20 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
     Arguments:
         folder: The folder.
+
+    Raises:
+        ValueError: If the file holds something else.
     """
-    return read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    file = standing(folder) / SETTINGS
+    if not file.exists():
+        return {}
+    content = {"settings": {}, "columns": None, "held_out_rows": [], **read_json(file)}
+    match content:
+        case {"settings": dict(given), "columns": list() | None, "held_out_rows": list()}:
+            texts = (given.get("data", ""), given.get("key") or "", given.get("transform") or "")
+            if all(isinstance(text, str) and "\0" not in text for text in texts):
+                return content
+    raise ValueError(f"Expected {file} to hold the settings of a run; got others.")
 
 
 def save_picture(figure: Any, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import functools
 import gzip
+import itertools
 import lzma
 import math
 import re
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from .cells import CellError
 from .checks import checked, checked_path, closest, part_size
+from .files import plain_file
 from .frames import labels_of, numeric
 from .rows import as_tensor
 from .tables import Layout, read_table
@@ -38,10 +41,13 @@ _Read: TypeAlias = tuple[Table, Labels | None, str]
 _NAMED = ("digits", "wine", "mnist", "fashion-mnist")
 _IDX = re.compile(r"[.-]idx\d-(ubyte|byte|short|int|float|double)$|\.idx$")
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+_PIECE = 2**20  # bytes that are read at a time
 _BROKEN = (
     EOFError,
     LookupError,
+    MemoryError,
     OSError,
+    OverflowError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -187,7 +193,7 @@ def load(
         _refuse("a text table", **vars(layout))
     if decimal not in (None, ".", ","):
         raise ValueError(f"Expected decimal to be '.' or ','; got {decimal!r}.")
-    return Dataset(path.name, *readers[0](path, _Options(key, label, layout)))
+    return Dataset(path.name, *readers[0](plain_file(path), _Options(key, label, layout)))
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -280,8 +286,9 @@ def _labels_of(array: np.ndarray, where: str) -> Labels:
 
 def _npy(path: Path, options: _Options) -> _Read:
     _refuse("an .npz or a table", key=options.key, label=options.label)
-    with path.open("rb") as file, _reading(path, "a NumPy array without pickled objects"):
-        array = np.lib.format.read_array(file, allow_pickle=False)
+    with path.open("rb"), _reading(path, "a NumPy array without pickled objects"):
+        # mapped, so that a header that promises more than the file holds allocates nothing
+        array = np.array(np.lib.format.open_memmap(path, mode="r"))
     return _rows_of(array, str(path)), None, ""
 
 
@@ -300,20 +307,27 @@ def _npz(path: Path, options: _Options) -> _Read:
         x = options.key or next((name for name in ("x", "images") if name in others), None)
         if x is None and len(others) != 1:
             with _reading(path, "an archive of NumPy arrays"):
-                others = [name for name in others if _is_wide(archive, name)] or others
+                others = [
+                    name for name in others if len(_promised(archive, name)[0]) > 1
+                ] or others
         if x is None and len(others) != 1:
             raise ValueError(f"Expected key= to name one of {others} of {path}; got None.")
         x = x or others[0]
         with _reading(path, what):
-            arrays = {name: np.asarray(archive[name]) for name in (x, y) if name is not None}
+            arrays = {}
+            for name in (x, y) if y is not None else (x,):
+                _, size, held = _promised(archive, name)
+                if size > held:
+                    raise ValueError(f"fewer than the {size} bytes that its header promises")
+                arrays[name] = np.asarray(archive[name])
     labels = None if y is None else _labels_of(arrays[y], f"{y} of {path}")
     return _rows_of(arrays[x], f"{x} of {path}"), labels, ""
 
 
-def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
-    """Reads from its header whether an array has two dims or more."""
+def _promised(archive: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], int, int]:
+    """Reads from its header the shape and the bytes of an array, and the bytes that are there."""
     if archive.zip is None or f"{name}.npy" not in archive.zip.namelist():
-        return False
+        return (), 0, 0
     with archive.zip.open(f"{name}.npy") as file:
         is_first = np.lib.format.read_magic(file) == (1, 0)
         read = (
@@ -321,7 +335,9 @@ def _is_wide(archive: np.lib.npyio.NpzFile, name: str) -> bool:
             if is_first
             else np.lib.format.read_array_header_2_0
         )
-        return len(read(file)[0]) >= 2
+        shape, _, dtype = read(file)
+    size = math.prod(shape) * dtype.itemsize
+    return shape, size, archive.zip.getinfo(f"{name}.npy").file_size
 
 
 def _csv(path: Path, options: _Options) -> _Read:
@@ -370,16 +386,17 @@ def _idx(path: Path, options: _Options) -> _Read:
 
 def _idx_array(path: Path) -> np.ndarray:
     with _open(path) as file, _reading(path, "an idx array"):
-        raw = file.read()
-        if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_DTYPES or raw[3] == 0:
-            raise ValueError(f"the magic number 0x{raw[:4].hex()}")
-        start = 4 + 4 * raw[3]
-        shape = [int(size) for size in np.frombuffer(raw[4:start], ">u4")]
-        dtype = np.dtype(_IDX_DTYPES[raw[2]])
-        size = start + dtype.itemsize * math.prod(shape)
-        if len(raw) != size:
-            raise ValueError(f"{len(raw)} bytes where its header promises {size}")
-        return np.frombuffer(raw, dtype, offset=start).reshape(shape)
+        magic = file.read(4)
+        if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_DTYPES or not magic[3]:
+            raise ValueError(f"the magic number 0x{magic.hex()}")
+        shape = [int(size) for size in np.frombuffer(file.read(4 * magic[3]), ">u4")]
+        dtype = np.dtype(_IDX_DTYPES[magic[2]])
+        size, start = dtype.itemsize * math.prod(shape), 4 + 4 * magic[3]
+        pieces = iter(functools.partial(file.read, _PIECE), b"")
+        raw = b"".join(itertools.islice(pieces, size // _PIECE + 1))  # not all of a bomb
+        if len(shape) < magic[3] or len(raw) != size:
+            raise ValueError(f"{start + len(raw)} bytes where its header promises {start + size}")
+        return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _named(name: str) -> _Read:

@@ -1,10 +1,17 @@
 """Checkpoints of a fit: its state between two epochs, written to one file and read again."""
 
+import copy
+import functools
+import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -12,16 +19,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..data.files import PathLike, load_state, read_tensors, write_tensors
+from ..data.files import PathLike, locked, read_tensors, write_tensors
+from ..programs.saving import differences, load_weights, units_part
+from ..programs.vae import VAE
 from .history import Record
 
 __all__ = [
     "Saved",
     "State",
     "call_of",
+    "callable_of",
+    "forms_of",
     "checkpoint_path",
     "generator_states",
     "joined_state",
+    "only_writer",
     "plain",
     "read_checkpoint",
     "set_generator_states",
@@ -29,8 +41,9 @@ __all__ = [
     "unplain",
 ]
 
-FORMAT = 2
+FORMAT = 3
 _PAIRS = "(pairs)"
+_CODE = "code of the transform"
 
 Identity: TypeAlias = dict[str, Any]
 
@@ -88,23 +101,31 @@ class State:
             "schedule": None if self.schedule is None else plain(self.schedule.state_dict()),
             "split_seed": self.split_seed,
             "has_recovered": self.has_recovered,
+            "units": units_part(self.program),
+            "degenerate": self.program.degenerate if isinstance(self.program, VAE) else {},
         }
         write_tensors(path, tensors, header)
 
-    def restore(self, saved: "Saved", identity: Identity, device: torch.device) -> None:
+    def restore(
+        self, saved: "Saved", identity: Identity, device: torch.device, num_checked: int
+    ) -> None:
         """Takes over the state of a checkpoint, with that of torch's generators.
 
         Arguments:
             saved: The content of the checkpoint.
             identity: What tells this fit from others.
             device: The device of the fit.
+            num_checked: The number of rows in a check.
 
         Raises:
             ValueError: If the checkpoint belongs to another fit. Nothing is changed then.
         """
         saved.check(identity)
         header = saved.header
-        load_state(self.program, saved.part("program", device), saved.path)
+        self._check(saved, num_checked)
+        load_weights(self.program, header["units"], saved.part("program", device), saved.path)
+        if isinstance(self.program, VAE):
+            self.program.degenerate = header["degenerate"]
         self.program.to(device)
         self.best = saved.part("best", device) or None
         self.best_epoch, self.records = header["best_epoch"], header["records"]
@@ -117,6 +138,76 @@ class State:
             self.schedule.load_state_dict(unplain(header["schedule"]))
         set_generator_states(saved.part("generator", "cpu"))
 
+    def _check(self, saved: "Saved", num_checked: int) -> None:
+        """Refuses a checkpoint that a step of this fit could not go on from."""
+        header, trained = saved.header, [p for p in self.program.parameters() if p.requires_grad]
+        probe = copy.deepcopy(self.optimizer)  # after one step it has a state of the right form
+        for group in probe.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        probe.step()
+        state, options = split_state(probe.state_dict())
+        schedule = None if self.schedule is None else plain(self.schedule.state_dict())
+        program, average, generator, optimizer = (
+            forms_of(saved.part(name, "cpu"))
+            for name in ("program", "average", "generator", "optimizer")
+        )
+        stepped = {key.split(".")[0] for key in [*optimizer, *header["optimizer"]["plain"]]}
+        expected = [
+            {key: value for key, value in part.items() if key.split(".")[0] in stepped}
+            for part in (forms_of(state), options["plain"])
+        ]
+        fits = {
+            "best weights": forms_of(saved.part("best", "cpu")) in ({}, program),
+            "averages": average in ({}, forms_of({str(i): p for i, p in enumerate(trained)})),
+            "generator": generator.get("cpu") == forms_of(generator_states())["cpu"],
+            "optimiser": optimizer == expected[0]
+            and _is_alike(header["optimizer"]["plain"], expected[1])
+            and _is_alike(header["optimizer"]["param_groups"], options["param_groups"])
+            and all(
+                then["params"] == now["params"]
+                for then, now in zip(
+                    header["optimizer"]["param_groups"], options["param_groups"], strict=True
+                )
+            ),
+            "schedule": _is_alike(header["schedule"], schedule),
+            "checks": all(
+                re.fullmatch(r"[1-9]\d*\.\d+\.(nan|inf|-?\d[\d.e+-]*)", name)
+                and form == (torch.Size([num_checked]), torch.float64)
+                for name, form in forms_of(saved.part("check", "cpu")).items()
+            ),
+        }
+        if wrong := [name for name, is_right in fits.items() if not is_right]:
+            raise ValueError(
+                f"Expected {saved.path} to be a checkpoint of this fit; got one with another form "
+                f"of its {', '.join(wrong)}."
+            )
+        try:
+            torch.Generator().set_state(saved.part("generator", "cpu")["cpu"])
+        except RuntimeError as error:
+            raise ValueError(f"Expected a generator in {saved.path}; got {error}.") from error
+
+
+def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Returns the shape and dtype of each tensor.
+
+    Arguments:
+        tensors: The tensors, of any shape, by name.
+    """
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _is_alike(then: Any, now: Any) -> bool:
+    """Whether a value of JSON differs from another one in numbers only."""
+    match then, now:
+        case dict(), dict():
+            return then.keys() >= now.keys() and all(_is_alike(then[k], now[k]) for k in now)
+        case list(), list():
+            return len(then) == len(now) and all(map(_is_alike, then, now))
+        case int() | float(), int() | float() if not {bool} & {type(then), type(now)}:
+            return True
+    return type(then) is type(now) and bool(then == now)
+
 
 @dataclass(frozen=True, eq=False)
 class Saved:
@@ -126,11 +217,13 @@ class Saved:
         path: The file.
         tensors: Its tensors, of any shape, by name.
         header: The rest.
+        stamp: What tells this version of the file from others.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     header: dict[str, Any]
+    stamp: tuple[int, int] | None
 
     def check(self, identity: Identity) -> None:
         """Refuses a fit that the checkpoint does not belong to.
@@ -142,7 +235,8 @@ class Saved:
             ValueError: If the checkpoint belongs to another fit; the message names the settings.
         """
         now, then = json.loads(json.dumps(identity)), self.header["fit"]
-        changes = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if now[k] != then.get(k)]
+        codes = [key for key in now if key.startswith(_CODE) and key not in then]
+        changes = differences(then, {k: v for k, v in now.items() if k not in codes})
         if changes:
             raise ValueError(
                 f"This checkpoint belongs to another fit: {'; '.join(changes)}. Use the old "
@@ -202,6 +296,7 @@ def read_checkpoint(path: Path | None) -> Saved | None:
     """
     if path is None or not path.exists():
         return None
+    stamp = _stamp(path)
     tensors, header = read_tensors(path)
     if header.get("kind") != "checkpoint":
         raise ValueError(f"Expected {path} to be a checkpoint; got {header.get('kind')}.")
@@ -211,7 +306,64 @@ def read_checkpoint(path: Path | None) -> Saved | None:
             f"pyro_vae reads format {FORMAT} only. Resume with the version that wrote it, or "
             "start again with another file."
         )
-    return Saved(path, tensors, header)
+    names = {"elbo", "reconstruction", "kl", "seconds"}
+    match header:
+        case {
+            "fit": {"warmup": int(warmup)},
+            "records": list(records),
+            "best_epoch": int(best_epoch),
+            "optimizer": {"plain": dict(), "param_groups": list()},
+            "schedule": dict() | None,
+            "split_seed": int(split_seed),
+            "has_recovered": bool(),
+            "units": dict() | None,
+            "degenerate": dict(),
+        } if (
+            warmup >= 0
+            and 0 <= best_epoch <= len(records)
+            and 0 <= split_seed < 2**63
+            and all(
+                isinstance(record, dict)
+                and names <= record.keys() == records[0].keys()
+                and all(type(value) in (int, float) for value in record.values())
+                for record in records
+            )
+        ):
+            return Saved(path, tensors, header, stamp)
+    raise ValueError(f"Expected {path} to be a checkpoint; got one with other entries.")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes if a file is replaced; `None` if there is none."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+@contextmanager
+def only_writer(path: Path | None, saved: Saved | None) -> Iterator[None]:
+    """Keeps other fits away from a checkpoint.
+
+    Arguments:
+        path: The file, or `None`.
+        saved: What was read from it, if it existed.
+
+    Raises:
+        ValueError: If another fit writes it, or has written it since it was read.
+        OSError: If the operating system cannot do it.
+    """
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path, wait=0.0):
+        if _stamp(path) != (None if saved is None else saved.stamp):
+            raise ValueError(
+                f"Another fit has written the checkpoint {path} meanwhile. Go on from it with "
+                "resume=True, or choose another file."
+            )
+        yield
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -311,6 +463,38 @@ def call_of(made: object, options: Mapping[str, Any]) -> str:
     """
     named = ", ".join(f"{name}={value}" for name, value in plain(dict(options)).items())
     return f"{type(made).__name__}({named})"
+
+
+def callable_of(function: Callable[..., Any]) -> Identity:
+    """Returns what tells a function from others: its name, arguments and code, by name.
+
+    The entry of the code names the version of Python, since other versions compile it to another
+    code. What the code refers to, such as global variables, is not compared.
+
+    Arguments:
+        function: A function, a `functools.partial` of one, or an object that can be called.
+
+    Example:
+        >>> list(callable_of(lambda x: x).values())[0]
+        '<lambda>'
+    """
+
+    def digest(code: CodeType) -> str:
+        constants = [digest(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        text = f"{code.co_code.hex()} {code.co_names} {constants}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    options: dict[str, Any] = {}
+    name, function = "", inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        options |= {"args": function.args, **function.keywords}
+        name, function = f"{name}partial of ", function.func
+    name += getattr(function, "__qualname__", type(function).__name__)
+    if options:
+        name += f", {', '.join(f'{k}={v}' for k, v in plain(options).items())}"
+    code = getattr(function, "__code__", None)
+    version = f"{_CODE} under Python {sys.version_info.major}.{sys.version_info.minor}"
+    return {"transform": name} | ({} if code is None else {version: digest(code)})
 
 
 def generator_states() -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from ..engine.running import (
 )
 from ..programs.vae import VAE
 from .callbacks import Callbacks, callback_of
-from .checkpoint import Saved, State, checkpoint_path, read_checkpoint
+from .checkpoint import Saved, State, checkpoint_path, only_writer, read_checkpoint
 from .history import History
 from .loop import Loop, Split, Transform
 from .settings import Settings
@@ -155,9 +155,12 @@ def fit(
         seed: The seed of everything random; torch's generators are restored after the fit. With
             `None` they go on from their state.
         progress: Whether to show a progress bar, on a terminal or in a notebook.
-        checkpoint: The file that the state is written to at the start and after each epoch.
+        checkpoint: The file that the state is written to at the start and after each epoch. Two
+            fits cannot write one file at the same time.
         resume: Whether to go on from that file, if it exists. On a CPU the final weights equal
-            those of an unbroken fit bit for bit.
+            those of an unbroken fit bit for bit. Settings, rows, members with their arguments, and
+            the classes and `extra_repr()` of your own modules must be the same. The code of your
+            own classes, and what a transform refers to, are not compared.
 
     Raises:
         ValueError: If an argument or the data are refused, before anything is computed.
@@ -203,7 +206,7 @@ def fit(
 
     loop = loop_of(parts, settings, path)
     start = {name: value.clone() for name, value in program.state_dict().items()} if refit else {}
-    with seeded(settings.seed):
+    with seeded(settings.seed), only_writer(path, saved):
         history = loop.run(saved, progress=progress)
     if refit and parts.held_out is not None and history.stopped != "interrupted":
         history = _refitted(loop, history, rows, start, loop_of, progress=progress)

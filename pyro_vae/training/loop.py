@@ -32,9 +32,10 @@ from ..elbos import Estimator
 from ..elbos.log_densities import Structure, programs_of
 from ..engine.progress import is_watched
 from ..engine.running import evaluating, kept_modes, local_parameters, seeded, unvalidated
+from ..programs.saving import described
 from ..programs.vae import VAE
 from .callbacks import Callback
-from .checkpoint import Identity, Saved, State, call_of
+from .checkpoint import Identity, Saved, State, call_of, callable_of
 from .convergence import DEAD, Check, Convergence
 from .history import History, NonFiniteError, Record
 from .settings import Settings
@@ -71,6 +72,12 @@ class Split:
         """Whether rows count N / B times in a minibatch, as there are sites outside the plate."""
         known = self.structure
         return bool(known.global_latents or known.global_observed) and not known.is_subsampled
+
+    @property
+    def checked(self) -> Rows:
+        """The rows on which the weights are checked."""
+        every = math.ceil(len(self.train) / CHECKED)
+        return self.train[::every] if self.held_out is None else self.held_out
 
     def to(self, device: torch.device) -> "Split":
         """Moves the rows to a device, as far as they fit into half of its free memory.
@@ -130,11 +137,9 @@ class Loop:
         """
         state = self.state
         if saved is not None:
-            saved.check(self.identity)
-        self._prepare()
-        if saved is not None:
-            state.restore(saved, self.identity, self.device)
+            state.restore(saved, self.identity, self.device, len(self.split.checked))
             self.convergence.restore(saved.part("check", "cpu"))
+        self._prepare()
         if self.path is not None and not state.records:
             state.write(self.path, self.identity)
         state.program.to(self.device)
@@ -249,10 +254,7 @@ class Loop:
     def _check(self, epoch: int) -> Record:
         """Scores rows at the averaged weights, keeps the weights if they are the best."""
         split, state, averaged = self.split, self.state, self.settings.averaged
-        rows = split.held_out
-        if rows is None:
-            every = math.ceil(len(split.train) / CHECKED)
-            rows = split.train[::every]
+        rows = split.checked
         trained = self._exchange(state.average) if averaged else []
         scores, totals = self._scores(rows)
         found = totals.summary(len(rows), len(split.train))
@@ -456,7 +458,8 @@ class Loop:
         return asked | {
             "rows": split.train.digest()[:16],
             "validation": None if split.held_out is None else split.held_out.digest()[:16],
-            "transform": getattr(transform, "__qualname__", type(transform).__name__),
+            **callable_of(transform),
+            "program": described(state.program),
             "elbo": repr(elbo) if is_ours else call_of(elbo, {k: getattr(elbo, k) for k in names}),
             "optimizer": call_of(state.optimizer, state.optimizer.defaults),
             "schedule": schedule and call_of(schedule, schedule.state_dict()),
