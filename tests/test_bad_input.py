@@ -154,7 +154,7 @@ DATA: dict[str, Case] = {
     "no columns": (lambda w: w.fit(x=ones(6, 0)), r"at least one row.* \(6, 0\)"),
     "an empty dict": (lambda w: w.fit(x={}), "at least one field"),
     "a scalar": (lambda w: w.fit(x=3.0), "rows along its first dim; got a scalar"),
-    "nothing": (lambda w: pv.fit(w.vae, None), "got a scalar"),
+    "nothing": (lambda w: pv.fit(w.vae, None), "got a NoneType"),
     "a string": (lambda w: w.fit(x="digits"), "numbers"),
     "strings": (lambda w: w.fit(x=np.full((9, 6), "a")), "numbers"),
     "a column of strings": (
@@ -184,7 +184,7 @@ DATA: dict[str, Case] = {
     ),
     "a field of strings": (
         lambda w: w.fit(Program(), {"a": ones(9, 2), "b": ["u"] * 9}),
-        "b to hold numbers",
+        "Expected numbers in column 0 .field 'b'.; got 'u' in row 0",
     ),
     "validation of another width": (
         lambda w: w.fit(validation=ones(9, 5)),
@@ -283,7 +283,7 @@ OPTIONS: dict[str, Case] = {
     ),
     "a transform that returns nothing": (
         lambda w: w.fit(transform=lambda x: None),
-        "got a scalar",
+        "got a NoneType",
     ),
     "a transform off the support": (
         lambda w: w.fit(transform=lambda x: x - 0.5),

@@ -36,11 +36,11 @@ from .log_densities import (
     RowTerms,
     Site,
     Structure,
+    faults_named,
     is_one_scale,
     plate_nesting,
     programs_of,
     row_terms_of,
-    structure,
 )
 
 __all__ = [
@@ -231,11 +231,10 @@ class Estimator(pyro.infer.ELBO):  # type: ignore[misc]
         pair = programs_of(program)
         rows = read(x, program, context=context, weights=weights, move=True)
         data = rows.head(len(rows))
-        self.check(structure(program, data))
         objective = Objective(*pair, self)
         module = _RowValues(objective)
         evaluate: Callable[[Row], Outputs] = module
-        with seeded(seed), evaluating(program):
+        with faults_named("the data"), seeded(seed), evaluating(program):
             objective.infer_plate_nesting(data)
             if num_repeats >= WORTH_TRACING and objective.is_traceable:
                 replayed = Replayed(module)

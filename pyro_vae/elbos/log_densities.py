@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -36,6 +36,7 @@ __all__ = [
     "Site",
     "Structure",
     "check_particles",
+    "faults_named",
     "densities",
     "draw",
     "is_one_scale",
@@ -191,6 +192,23 @@ def programs_of(program: nn.Module) -> tuple[Program, Program]:
     return model, guide
 
 
+@contextlib.contextmanager
+def faults_named(rows: str) -> Iterator[None]:
+    """Turns an error inside a user's program into one sentence.
+
+    Arguments:
+        rows: The rows on which it ran, in words.
+
+    Raises:
+        ValueError: If the program fails.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, LookupError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        raise ValueError(f"The model or the guide fails on {rows}: {reason}.") from error
+
+
 def structure(program: nn.Module, x: Row) -> Structure:
     """Finds the sites and plates of a program by running it on two rows.
 
@@ -210,14 +228,8 @@ def structure(program: nn.Module, x: Row) -> Structure:
     """
     pair = programs_of(program)
     few = read(x, program, check=False).head(2, program)
-    try:
-        with poutine.block(), evaluating(program), seeded(0):
-            guide, model = _traces(*pair, (few,))
-    except (RuntimeError, TypeError, LookupError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        raise ValueError(
-            f"The model or the guide fails on two rows of the data: {reason}."
-        ) from error
+    with faults_named("two rows of the data"), poutine.block(), evaluating(program), seeded(0):
+        guide, model = _traces(*pair, (few,))
     frames = [f for trace in (model, guide) for _, s in _samples(trace) for f in _frames(s)]
     dims = {frame.dim for frame in frames if frame.name == PLATE}
     if len(dims) != 1:
