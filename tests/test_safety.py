@@ -204,11 +204,6 @@ def test_a_second_fit_on_a_checkpoint_is_refused(tmp_path: Path) -> None:
     seen = []
 
     def second(record: object) -> None:
-        thread = threading.Thread(target=refused)
-        thread.start()
-        thread.join()
-
-    def refused() -> None:
         with pytest.raises(ValueError, match="^Another process or thread is writing") as caught:
             fit(made(), tmp_path / "run", resume=True)
         seen.append(caught)

@@ -341,7 +341,7 @@ def opened(
     record = settings_of(folder)
     fitted = record.get("settings", {})
     program = load(folder, device=device_of(device))
-    if isinstance(program, VAE) and "reason" in record:
+    if isinstance(program, VAE) and record.get("reason"):
         program.verdict = (record["converged"], record["reason"])
     path, path_of_fit = (Path(p).expanduser().resolve() for p in (data, fitted.get("data", "")))
     if path == path_of_fit:

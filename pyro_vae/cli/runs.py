@@ -330,13 +330,13 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
     for part in (data.train, data.test):
         program.check(seen(part, settings.transform, settings.seed))
     elbo = member(settings.elbo, "ELBO")
-    if data.note:
-        Console().print(f"{settings.data}: {data.note}.", markup=False, highlight=False)
     share = settings.validation
     share = int(share) if share is not None and share >= 1 and share.is_integer() else share
     working.parent.mkdir(parents=True, exist_ok=True)
     with locked(working, wait=0.0):
         _check_free(out, working, command, replaced=resume or overwrite)
+        if data.note:
+            Console().print(f"{settings.data}: {data.note}.", markup=False, highlight=False)
         if not resume:
             shutil.rmtree(working, ignore_errors=True)
         elif not checkpoint.exists() and (out / CHECKPOINT).exists():
@@ -408,9 +408,17 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     content = {"settings": {}, "columns": None, "held_out_rows": [], **read_json(file)}
+    content = {"converged": None, "reason": "", **content}
     match content:
-        case {"settings": dict(given), "columns": list() | None, "held_out_rows": list()}:
-            texts = (given.get("data", ""), given.get("key") or "", given.get("transform") or "")
+        case {
+            "settings": dict(given),
+            "columns": list() | None as columns,
+            "held_out_rows": list(),
+            "converged": bool() | None,
+            "reason": str(),
+        }:
+            names = ("data", "key", "transform", "separator", "decimal", "index")
+            texts = [given.get(name) or "" for name in names] + (columns or [])
             if all(isinstance(text, str) and "\0" not in text for text in texts):
                 return content
     raise ValueError(f"Expected {file} to hold the settings of a run; got others.")

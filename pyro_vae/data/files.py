@@ -196,7 +196,8 @@ def plain_file(path: PathLike) -> Path:
 def locked(path: PathLike, *, wait: float = WAIT) -> Iterator[None]:
     """Keeps other writers away from a name: other threads, and other processes.
 
-    A thread can lock a name several times. The lock of a process that was killed is free.
+    A thread can lock a name several times, if it is ready to wait. The lock of a process that was
+    killed is free.
 
     Arguments:
         path: The file or folder to write. Its folder must exist.
@@ -209,6 +210,8 @@ def locked(path: PathLike, *, wait: float = WAIT) -> Iterator[None]:
     path = Path(path).absolute()
     lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
     try:
+        if wait == 0.0 and lock.is_locked:
+            raise Timeout(lock.lock_file)
         lock.acquire(timeout=wait)
     except Timeout:
         raise ValueError(

@@ -385,10 +385,10 @@ def small_disks(root: Path) -> list[str]:
 
 
 def on_a_disk(size: int, work: Work, folder: Path, log: Path) -> None:
-    """The limit holds for the log too, so the text goes through a pipe."""
+    """The limit holds for the log too, so what is said of errors goes through a pipe."""
     reader, writer = os.pipe()
     os.dup2(writer, 2)
-    os.dup2(writer, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     code = 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
