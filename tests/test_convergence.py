@@ -71,6 +71,16 @@ def test_dead_latents_are_no_convergence_before_a_thousand_steps() -> None:
     assert verdict(means, kl=0.01)[1] == 3
 
 
+def test_a_flat_objective_has_not_converged_while_the_kl_still_falls() -> None:
+    for kls, checks in (([3.5, 2.4, 2.0, 1.9, 1.9, 1.9], 5), ([3.5] * 6, 3), ([math.nan] * 6, 3)):
+        convergence = Convergence(is_held_out=True)
+        for i, (steps, kl) in enumerate(zip(STEPS, kls, strict=False)):
+            convergence.checks.append(Check(steps, i, torch.full((9,), -5.0), kl))
+            if (found := convergence.verdict()) is not None:
+                break
+        assert (found, i + 1) == ((True, "held-out rows no longer gain"), checks)
+
+
 def test_a_check_of_nan_is_never_the_best_and_never_converged() -> None:
     assert verdict([-9.0, math.nan, math.nan, math.nan])[0][0] is None
     convergence = Convergence(is_held_out=True)

@@ -46,6 +46,16 @@ class Check:
             return float(gains.mean()), math.nan
         return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
 
+    def has_kl_of(self, other: "Check") -> bool:
+        """Whether the KL is that of an earlier check, up to a tenth of it and 0.1 nats.
+
+        After a warm-up the latents carry too much, and may lose it while the objective is flat.
+
+        Arguments:
+            other: The earlier check.
+        """
+        return not abs(self.kl - other.kl) > TOLERANCE * (1.0 + other.kl)
+
 
 @dataclass(eq=False)
 class Convergence:
@@ -53,8 +63,9 @@ class Convergence:
 
     The rows are checked after numbers of steps that grow by the square root of 3. The fit has
     converged at step t if, from t / 3 on, the mean gain per row plus two paired standard errors
-    is below 0.1 nats at both checks: three times as many steps brought nothing. If the rows were
-    held out, the same holds for the gain since the best check, if that was at t / 3 or before.
+    is below 0.1 nats at both checks, and the KL has settled: three times as many steps brought
+    nothing. If the rows were held out, the same holds for the gain since the best check, if that
+    was at t / 3 or before.
     Rows that have not gained since t / 3, but are too few for such an error, end the fit too, and
     whether it has converged is not known.
 
@@ -92,7 +103,8 @@ class Convergence:
         what = "held-out rows" if self.is_held_out else "the training rows"
         since = self.checks[self.checks.index(before[-1]) + 1 :]
         gains = [check.gain_over(before[-1]) for check in since]
-        if all(gain + 2.0 * error < TOLERANCE for gain, error in gains):
+        is_flat = all(gain + 2.0 * error < TOLERANCE for gain, error in gains)
+        if is_flat and now.has_kl_of(before[-1]):
             return True, f"{what} no longer gain"
         if best.steps > before[-1].steps:
             return None
@@ -100,7 +112,7 @@ class Convergence:
         if gain + 2.0 * error < 0.0:
             return True, f"{what} lose: more steps overfit"
         if gain + 2.0 * error < TOLERANCE:
-            return True, f"{what} no longer gain"
+            return (True, f"{what} no longer gain") if now.has_kl_of(before[-1]) else None
         return None, (
             f"{what} have not gained since step {best.steps} of {now.steps}, but the change since "
             f"then, {gain:.2g} +- {error:.1g} nats per row, is too uncertain to call the fit "
