@@ -102,6 +102,12 @@ BAD: dict[str, list[Any]] = {
     "max_seconds": NUMBER,
     "weight_prior": NUMBER,
     "max_grad_norm": NUMBER,
+    "refit": FLAG,
+    "separator": [3, None, [], ""],
+    "decimal": [3, None, ";", ""],
+    "index": [3, None, []],
+    "columns": [3, None, [], "no such column", [3], ["a", "a"]],
+    "drop": [3, None, "no such column", [3]],
     "threshold": [-1.0, NAN, "1", True, [1.0], None],
     "prob": [*NUMBER, 1.0, None],
     "progress": FLAG,
@@ -251,7 +257,9 @@ def is_right(call: str, name: str, value: Any) -> bool:
             | ("sample" | "plots.prior_samples", "x", None)
             | ("plots.prior_samples", "size", None)
             | ("plots.prior_samples", "data", None | Tensor())
-            | ("datasets.load", "header", None)
+            | ("datasets.load", "header" | "separator" | "decimal" | "index", None)
+            | ("datasets.load", "columns" | "drop", None)
+            | ("per_row", "program", Own(fault="observes nothing"))
             | ("SVI", "lr", 0)
             | ("save", "program", Own() | nn.Linear())
             | ("linear_gaussian", "program", Own())

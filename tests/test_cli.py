@@ -557,6 +557,11 @@ def test_embed_reconstruct_and_compare_write_what_python_returns(
     for seed in (1, 2, 3):
         options = ["--out", f"s{seed}", "--test", "3", "--seed", str(seed), *SMALL]
         assert run("fit", table, "--likelihood", "Normal", *options) == 0
+    assert run("fit", table, "--likelihood", "Normal", "--out", "d", "--drop", "age", *SMALL) == 0
+    capsys.readouterr()
+    assert run("embed", "d", table) == 0
+    assert capsys.readouterr().out.startswith("row,z[0] mean")
+    assert json.loads(Path("d/fit.json").read_text())["columns"] == ["height", "weight", "dose"]
     assert run("compare", table, "s1", "s2", "s3", *few) == 2
     assert "No row of table.csv was held out from all" in capsys.readouterr().err
 

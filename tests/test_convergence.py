@@ -108,7 +108,7 @@ def test_a_fit_that_was_cut_short_says_how_much_it_rose() -> None:
 
 def test_all_rows_are_used_after_the_rows_held_out_stopped_a_fit() -> None:
     x = torch.as_tensor(np.r_[IRIS, IRIS[:50] + 0.3])
-    options = QUICK | {"max_steps": 4000}
+    options = QUICK | {"max_steps": 1500}
     first, second, again = (pv.VAE(4, 2, pv.likelihoods.Normal(), seed=0) for _ in range(3))
     stopped = pv.fit(first, x, **options)
     history = pv.fit(second, x, refit=True, **options)

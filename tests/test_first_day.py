@@ -131,3 +131,38 @@ def test_python_and_the_command_line_have_the_same_defaults() -> None:
     assert {k: in_python[k] for k in shared} == {k: on_the_line[k] for k in shared}
     assert isinstance(member(on_the_line["posterior"], "posterior"), pv.posteriors.Normal)
     assert isinstance(priors.StandardNormal(2), pv.Prior)
+
+
+CHOICES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "all but the words": ({"drop": ["group"]}, ["age", "dose", "mass"]),
+    "as a text": ({"drop": "group, age"}, ["dose", "mass"]),
+    "in their order": ({"columns": ["mass", "age"]}, ["mass", "age"]),
+    "both": ({"columns": "mass,age,group", "drop": "group"}, ["mass", "age"]),
+}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_columns_are_chosen_by_name(name: str, ending: str, tmp_path: Path) -> None:
+    frame = pd.DataFrame(X.numpy(), columns=["age", "dose", "mass"])
+    frame["group"] = "high"
+    path = tmp_path / f"table.{ending}"
+    frame.to_csv(path, index=False) if ending == "csv" else frame.to_parquet(path)
+    options, wanted = CHOICES[name]
+    found = pv.datasets.load(path, **options).x
+    np.testing.assert_allclose(found, frame[wanted])
+    assert list(found) == wanted
+    with pytest.raises(ValueError, match="column 'group'"):
+        pv.datasets.load(path)
+    with pytest.raises(ValueError, match="perhaps 'dose'; got 'doses'"):
+        pv.datasets.load(path, columns=["doses"])
+    with pytest.raises(ValueError, match="Expected columns to keep"):
+        pv.datasets.load(path, drop=list(frame))
+
+
+def test_columns_of_a_named_data_set_are_chosen_and_images_have_none(tmp_path: Path) -> None:
+    wine = pv.datasets.load("wine", columns=["alcohol", "hue"])
+    assert (list(wine.x), len(wine.y)) == (["alcohol", "hue"], 178)
+    np.save(tmp_path / "x.npy", X.numpy())
+    with pytest.raises(ValueError, match="Expected drop= only with a table"):
+        pv.datasets.load(tmp_path / "x.npy", drop=["0"])

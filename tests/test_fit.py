@@ -1045,7 +1045,7 @@ def test_a_cell_that_has_no_density_is_named_by_row_and_column() -> None:
         index=[f"p{i}" for i in range(40)],
         columns=["age", "dose"],
     )
-    cell = "in row p17, column dose, at the value nan"
+    cell = "in row p17, column 'dose', at the value nan"
 
     def spoil(rows: Tensor) -> Tensor:
         is_cell = (rows - frame.loc["p17", "dose"]).abs() < 1e-6

@@ -41,9 +41,11 @@ from .runs import (
 )
 
 __all__ = [
+    "Columns",
     "Data",
     "Decimal",
     "Device",
+    "Drop",
     "Header",
     "Index",
     "Key",
@@ -138,6 +140,12 @@ Header = Annotated[
 Index = Annotated[
     str | None,
     typer.Option(help='Column of a text table with the row names; "": none. If omitted: found.'),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="Columns of a table to keep, separated by commas.")
+]
+Drop = Annotated[
+    str | None, typer.Option(help="Columns of a table to leave out, separated by commas.")
 ]
 MostRows = Annotated[
     int,
@@ -260,6 +268,8 @@ def _fit(
     decimal: Decimal = None,
     header: Header = None,
     index: Index = None,
+    columns: Columns = None,
+    drop: Drop = None,
     test: Test = 0.2,
     validation: Validation = None,
     batch_size: Annotated[int, typer.Option(help="Rows per minibatch.", min=1)] = 128,
@@ -304,6 +314,8 @@ def _evaluate(
     decimal: Decimal = None,
     header: Header = None,
     index: Index = None,
+    columns: Columns = None,
+    drop: Drop = None,
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
@@ -345,7 +357,7 @@ def opened(
         program.verdict = (record["converged"], record["reason"])
     path, path_of_fit = (Path(p).expanduser().resolve() for p in (data, fitted.get("data", "")))
     if path == path_of_fit:
-        layout = ("separator", "decimal", "header", "index")
+        layout = ("separator", "decimal", "header", "index", "columns", "drop")
         options |= {name: fitted.get(name) for name in layout if options[name] is None}
     loaded = datasets.load(data, **options)
     if loaded.note:
@@ -389,6 +401,8 @@ def _compare_elbos(
     decimal: Decimal = None,
     header: Header = None,
     index: Index = None,
+    columns: Columns = None,
+    drop: Drop = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:

@@ -17,9 +17,11 @@ from ..diagnostics import compare
 from ..diagnostics.compare import Ranking
 from ..prediction import reconstruct
 from .commands import (
+    Columns,
     Data,
     Decimal,
     Device,
+    Drop,
     Header,
     Index,
     Key,
@@ -58,6 +60,8 @@ def _embed(
     decimal: Decimal = None,
     header: Header = None,
     index: Index = None,
+    columns: Columns = None,
+    drop: Drop = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -80,6 +84,8 @@ def _reconstruct(
     decimal: Decimal = None,
     header: Header = None,
     index: Index = None,
+    columns: Columns = None,
+    drop: Drop = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -94,8 +100,8 @@ def _reconstruct(
     found = reconstruct(program, rows, progress=Console().is_terminal, **options)
     dims = [str(dim) for dim in found.dims if dim != "category"]
     found["observed"] = (dims, rows.field("x").cpu().numpy())
-    columns = {name: name.replace("x_dim_0", "column") for name in dims} | {"datum": "row"}
-    _write(found.rename(columns).to_dataframe(), out)
+    names = {name: name.replace("x_dim_0", "column") for name in dims} | {"datum": "row"}
+    _write(found.rename(names).to_dataframe(), out)
 
 
 @app.command("compare")
@@ -113,6 +119,8 @@ def _compare(
     decimal: Decimal = None,
     header: Header = None,
     index: Index = None,
+    columns: Columns = None,
+    drop: Drop = None,
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",

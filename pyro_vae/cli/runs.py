@@ -57,7 +57,7 @@ LATENTS = "latents.csv"
 OURS = {"spec.json", "weights.safetensors", CHECKPOINT, EVIDENCE, HISTORY, LATENTS, SETTINGS}
 OURS |= {POSTERIOR}
 
-LOADING = ("label", "key", "separator", "decimal", "header", "index")
+LOADING = ("label", "key", "separator", "decimal", "header", "index", "columns", "drop")
 MAX_DRAWS, MAX_PREDICTIVE, MAX_ROWS = 250, 25, 100
 MAX_ELEMENTS = 2**20
 MAX_POINTS = 2000
@@ -84,6 +84,8 @@ class Settings:
     decimal: str | None = None
     header: bool | None = None
     index: str | None = None
+    columns: str | None = None
+    drop: str | None = None
     test: float = 0.2
     validation: float | None = None
     batch_size: int = 128
@@ -417,8 +419,9 @@ def settings_of(folder: Path) -> dict[str, Any]:
             "converged": bool() | None,
             "reason": str(),
         }:
-            names = ("data", "key", "transform", "separator", "decimal", "index")
-            texts = [given.get(name) or "" for name in names] + (columns or [])
+            names = ("data", "transform", *LOADING)
+            texts = [given.get(name) or "" for name in names if name != "header"]
+            texts += columns or []
             if all(isinstance(text, str) and "\0" not in text for text in texts):
                 return content
     raise ValueError(f"Expected {file} to hold the settings of a run; got others.")

@@ -11,7 +11,7 @@ import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .cells import CellError
-from .checks import checked, checked_path, closest, part_size
+from .checks import checked, checked_path, closest, part_size, perhaps
 from .files import plain_file
 from .frames import labels_of, numeric
 from .rows import as_tensor
@@ -134,6 +134,8 @@ def load(
     decimal: str | None = None,
     header: bool | None = None,
     index: str | None = None,
+    columns: str | Sequence[str] | None = None,
+    drop: str | Sequence[str] | None = None,
 ) -> Dataset:
     """Loads a named data set or a file of numbers.
 
@@ -163,6 +165,9 @@ def load(
         decimal: The decimal mark of a text table, `"."` or `","`.
         header: Whether the first line of a text table names its columns.
         index: The column of a text table that names its rows; `""` if there is none.
+        columns: The columns of a table to keep, in their order: a list of names, or a text in
+            which commas separate them. `None` keeps all.
+        drop: The columns of a table to leave out, in the same form.
 
     Raises:
         ValueError: If no data set has this name, if the content of the file does not match its
@@ -176,7 +181,10 @@ def load(
     layout = Layout(separator, decimal, header, index)
     if isinstance(name, str) and name in _NAMED:
         _refuse("a file", key=key, label=label, **vars(layout))
-        return Dataset(name, *_named(name))
+        x, y, note = _named(name)
+        if columns is not None or drop is not None:
+            x = _chosen(pd.DataFrame(x), columns, drop, name)
+        return Dataset(name, x, y, note)
     path = Path(checked_path("name", name)).expanduser()
     file = path.name.lower()
     readers = [reader for ending, reader in _FILES.items() if file.endswith(ending)]
@@ -193,7 +201,9 @@ def load(
         _refuse("a text table", **vars(layout))
     if decimal not in (None, ".", ","):
         raise ValueError(f"Expected decimal to be '.' or ','; got {decimal!r}.")
-    return Dataset(path.name, *readers[0](plain_file(path), _Options(key, label, layout)))
+    return Dataset(
+        path.name, *readers[0](plain_file(path), _Options(key, label, layout, columns, drop))
+    )
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -239,6 +249,11 @@ class _Options(NamedTuple):
     key: str | None
     label: str | None
     layout: Layout
+    columns: str | Sequence[str] | None
+    drop: str | Sequence[str] | None
+
+    def refuse_columns(self) -> None:
+        _refuse("a table", columns=self.columns, drop=self.drop)
 
 
 def _refuse(what: str, **given: object) -> None:
@@ -285,6 +300,7 @@ def _labels_of(array: np.ndarray, where: str) -> Labels:
 
 
 def _npy(path: Path, options: _Options) -> _Read:
+    options.refuse_columns()
     _refuse("an .npz or a table", key=options.key, label=options.label)
     with path.open("rb"), _reading(path, "a NumPy array without pickled objects"):
         # mapped, so that a header that promises more than the file holds allocates nothing
@@ -293,6 +309,7 @@ def _npy(path: Path, options: _Options) -> _Read:
 
 
 def _npz(path: Path, options: _Options) -> _Read:
+    options.refuse_columns()
     what = "an archive of NumPy arrays without pickled objects"
     with path.open("rb") as file:
         with _reading(path, what):
@@ -344,20 +361,47 @@ def _csv(path: Path, options: _Options) -> _Read:
     _refuse("an .npz", key=options.key)
     with _open(path) as file, _reading(path, "a table"):
         frame, layout = read_table(file, options.layout, options.label)
-    return *_of_frame(frame, path, options.label), str(layout)
+    return *_of_frame(frame, path, options), str(layout)
 
 
 def _parquet(path: Path, options: _Options) -> _Read:
     _refuse("an .npz", key=options.key)
     with path.open("rb") as file, _reading(path, "a Parquet table"):
         frame = pd.read_parquet(file, engine="pyarrow")
-    return *_of_frame(frame, path, options.label), ""
+    return *_of_frame(frame, path, options), ""
+
+
+def _chosen(
+    frame: pd.DataFrame,
+    columns: str | Sequence[str] | None,
+    drop: str | Sequence[str] | None,
+    where: object,
+) -> pd.DataFrame:
+    """The columns of a table that were asked for, without those to drop."""
+    known = {str(name): name for name in frame.columns}
+    asked = {}
+    for option, given in {"columns": columns, "drop": drop}.items():
+        if not isinstance(given, Iterable | None):
+            raise ValueError(f"Expected {option} to be names of columns; got {given!r}.")
+        names = given.split(",") if isinstance(given, str) else given or ()
+        names = [name.strip() if isinstance(name, str) else name for name in names]
+        if unknown := [name for name in names if name not in known]:
+            near = perhaps(str(unknown[0]), known)
+            raise ValueError(
+                f"Expected {option} to name columns of {where}{near}; got {unknown[0]!r}."
+            )
+        asked[option] = names
+    wanted = known if columns is None else asked["columns"]
+    kept = [name for name in wanted if name not in asked["drop"]]
+    if not kept or len({*kept}) < len(kept):
+        raise ValueError(f"Expected columns to keep of {where}, each once; got {kept}.")
+    return frame[[known[name] for name in kept]]
 
 
 def _of_frame(
-    frame: pd.DataFrame, path: Path, label: str | None
+    frame: pd.DataFrame, path: Path, options: _Options
 ) -> tuple[pd.DataFrame, Labels | None]:
-    columns = {str(name): name for name in frame.columns}
+    label, columns = options.label, {str(name): name for name in frame.columns}
     if len(columns) != len(frame.columns):
         raise ValueError(f"Expected columns of different names in {path}; got {[*columns]}.")
     if label is not None and label not in columns:
@@ -366,6 +410,7 @@ def _of_frame(
     if label is not None:
         column = frame.pop(columns[label])
         labels = _labels_of(column.to_numpy(copy=True), f"column {label!r} of {path}")
+    frame = _chosen(frame, options.columns, options.drop, path)
     if frame.empty:
         raise ValueError(f"Expected rows and columns in {path}; got a table of {frame.shape}.")
     rows = labels_of(frame.index)
@@ -377,6 +422,7 @@ def _of_frame(
 
 
 def _idx(path: Path, options: _Options) -> _Read:
+    options.refuse_columns()
     _refuse("an .npz or a table", key=options.key, label=options.label)
     beside = path.with_name(re.sub(r"images([.-])idx3", r"labels\1idx1", path.name))
     has_labels = beside != path and beside.is_file()
