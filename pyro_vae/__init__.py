@@ -5,6 +5,12 @@ is a module that returns a distribution of Pyro, given features. See :class:`VAE
 :func:`log_evidence`, :func:`compare`.
 """
 
+import warnings as _warnings
+
+with _warnings.catch_warnings():  # Pyro imports tqdm, which asks for widgets in a notebook
+    _warnings.filterwarnings("ignore", message="IProgress not found")
+    import pyro as _pyro  # noqa: F401
+
 from . import diagnostics as diagnostics
 from . import elbos as elbos
 from . import evidence as evidence

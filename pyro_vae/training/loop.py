@@ -19,7 +19,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.cells import place_name
 from ..data.checks import warn_user
@@ -195,12 +195,14 @@ class Loop:
 
     def _epochs(self, bar: "tqdm[Any]", interrupted: threading.Event) -> str:
         """Runs epochs until there is a reason to stop, and returns it."""
+        shown: dict[str, str] = {}
         while (reason := self._reason_to_stop()) is None:
             record = self._epoch(interrupted)
             if record is None:
                 return "interrupted"
-            shown = [name for name in ("elbo", "validation_elbo") if name in record]
-            bar.set_postfix({name: f"{record[name]:.2f}" for name in shown})
+            found = {name: record.get(name, math.nan) for name in ("elbo", "validation_elbo")}
+            shown |= {name: f"{v:.2f}" for name, v in found.items() if math.isfinite(v)}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             if self.callback.on_epoch({"epoch": len(self.state.records), **record}):
                 return "callback"
