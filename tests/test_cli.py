@@ -608,3 +608,16 @@ def test_dates_name_the_rows_of_a_run(table: str, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert run("compare-elbos", "r", "days.parquet", "--elbos", "Trace_ELBO", "--rows", "5") == 0
     assert "5 held-out rows" in capsys.readouterr().out
+
+
+def test_the_advice_names_first_that_a_simple_model_is_better(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pd.read_csv(table, index_col=0).drop(columns="group").to_csv(table)
+    assert run("fit", table, "--likelihood", "Normal", "--out", "r", *SMALL) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "A simple model describes these rows better: its fit has not converged (stopped" in said
+    assert "richer posterior" not in said
+    assert "row names in the first column" in said
+    assert run("evaluate", "r", table, "--num-samples", "40") == 0
+    assert "better: its fit has not converged" in " ".join(capsys.readouterr().out.split())

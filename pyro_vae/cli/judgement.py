@@ -30,11 +30,13 @@ class Judgement:
         evidence: The result of `log_evidence`; `None` if the posterior is a point mass.
         active: The result of `active_units`.
         baselines: log p(x) of each row under the baselines of a VAE, by name.
+        advice: What to do first if a VAE is worse than a baseline.
     """
 
     evidence: Evidence | None
     active: pd.DataFrame
     baselines: dict[str, np.ndarray]
+    advice: str = ""
 
     @classmethod
     def of(cls, program: nn.Module, rows: Rows, num_samples: int, seed: int) -> "Judgement":
@@ -53,11 +55,12 @@ class Judgement:
         if has_density:
             shown = Console().is_terminal
             evidence = log_evidence(program, rows, num_samples, seed=seed, progress=shown)
-        baselines = {}
+        baselines, advice = {}, ""
         if isinstance(program, VAE) and program.is_initialized:
             scores = program.baselines(rows).items()
             baselines = {str(k).replace("_", " "): v.to_numpy() for k, v in scores}
-        return cls(evidence, active_units(program, rows, seed=seed), baselines)
+            advice = program.advice()
+        return cls(evidence, active_units(program, rows, seed=seed), baselines, advice)
 
     def frame(self) -> pd.DataFrame:
         """Returns the evidence, one line per row.
@@ -107,6 +110,8 @@ class Judgement:
                 meaning = f"{round(missing * rows)} of {rows} rows; it needs more than 20 draws"
                 table.add_row("Pareto k not known", f"{missing:.1%}", "", meaning)
             advice = _advice(over, missing)
+            if any(s.mean() > means["log_evidence"] for s in self.baselines.values()):
+                advice = f"A simple model describes these rows better: {self.advice}."
         used = f"{int(self.active['active'].sum())} of {len(self.active)}"
         table.add_row("active units", used, "", "dims that depend on the data")
         console.print(table)

@@ -16,7 +16,7 @@ _ADVICE = {
     "M": "Turn dates into numbers, such as days since a date.",
     "m": "Turn durations into numbers: column / pd.Timedelta(days=1).",
     "c": "Pass the real and the imaginary part as two columns.",
-    "O": "Leave the column out, or code it as numbers (pd.get_dummies codes words).",
+    "O": "Leave the column out (drop=, --drop), or code it as numbers (pd.get_dummies).",
 }
 
 

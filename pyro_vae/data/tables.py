@@ -14,6 +14,7 @@ __all__ = ["Layout", "has_header", "read_table", "separator_of"]
 
 SEPARATORS = ("\t", ";", "|", ",")
 SPACES = r"\s+"
+NAMELESS = "Unnamed: 0"  # what pandas calls a first column without a name
 HEAD = 2**16  # bytes, in which the separator and the header are looked for
 NUMBER_LIKE = r"[-+.,\d' ]*[.,\d][\d.,' ]*%?|<NA>"
 BLANK = {"", "na", "n/a", "nan", "null", "none"}
@@ -41,7 +42,8 @@ class Layout:
 
     def __str__(self) -> str:
         columns = "column names in the first line" if self.header else "no column names"
-        rows = f"row names in column {self.index!r}" if self.index else "no row names"
+        column = "the first column" if self.index == NAMELESS else f"column {self.index!r}"
+        rows = f"row names in {column}" if self.index else "no row names"
         separator = "spaces" if self.separator == SPACES else repr(self.separator)
         return f"separator {separator}, decimal mark {self.decimal!r}, {columns}, {rows}"
 
@@ -187,7 +189,7 @@ def _numeric(frame: pd.DataFrame) -> list[str]:
 def _index_of(frame: pd.DataFrame, label: str | None) -> str:
     """The first column, if it has no name, or alone holds words that are all different."""
     first = str(frame.columns[0])
-    if first == "Unnamed: 0":
+    if first == NAMELESS:
         return first
     others = {str(name) for name in frame.columns[1:]} - {label}
     if first == label or not others or not others <= {*_numeric(frame)} - {first}:
