@@ -419,8 +419,8 @@ def settings_of(folder: Path) -> dict[str, Any]:
             "converged": bool() | None,
             "reason": str(),
         }:
-            names = ("data", "transform", *LOADING)
-            texts = [given.get(name) or "" for name in names if name != "header"]
+            names = [name for name in ("transform", *LOADING) if name != "header"]
+            texts = [given.get("data", ""), *(given.get(name) or "" for name in names)]
             texts += columns or []
             if all(isinstance(text, str) and "\0" not in text for text in texts):
                 return content

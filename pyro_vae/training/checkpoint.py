@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 FORMAT = 3
+LARGEST = 1e300  # number that a checkpoint may hold in place of another one
 _PAIRS = "(pairs)"
 _CODE = "code of the transform"
 
@@ -162,6 +163,7 @@ class State:
             "averages": average in ({}, forms_of({str(i): p for i, p in enumerate(trained)})),
             "generator": generator.get("cpu") == forms_of(generator_states())["cpu"],
             "optimiser": optimizer == expected[0]
+            and header["optimizer"]["plain"].keys() == expected[1].keys()
             and _is_alike(header["optimizer"]["plain"], expected[1])
             and _is_alike(header["optimizer"]["param_groups"], options["param_groups"])
             and all(
@@ -205,7 +207,7 @@ def _is_alike(then: Any, now: Any) -> bool:
         case list(), list():
             return len(then) == len(now) and all(map(_is_alike, then, now))
         case int() | float(), int() | float() if not {bool} & {type(then), type(now)}:
-            return True
+            return then == now or abs(then) < LARGEST
     return type(then) is type(now) and bool(then == now)
 
 
