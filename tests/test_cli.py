@@ -562,6 +562,11 @@ def test_embed_reconstruct_and_compare_write_what_python_returns(
     assert run("embed", "d", table) == 0
     assert capsys.readouterr().out.startswith("row,z[0] mean")
     assert json.loads(Path("d/fit.json").read_text())["columns"] == ["height", "weight", "dose"]
+    record = json.loads(Path("b/fit.json").read_text())
+    record["settings"]["transform"] = "binarize"
+    Path("b/fit.json").write_text(json.dumps(record))
+    assert run("compare", table, "a", "b", *few) == 2
+    assert "the same --transform" in capsys.readouterr().err
     assert run("compare", table, "s1", "s2", "s3", *few) == 2
     assert "No row of table.csv was held out from all" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ from .commands import (
     new_picture,
     opened,
 )
-from .runs import LOADING, latents_of, save_picture
+from .runs import LOADING, latents_of, save_picture, settings_of
 
 __all__ = ["show_ranking"]
 
@@ -145,6 +145,12 @@ def _held_out(
     """The programs of runs by the name of the folder, and the rows that no run was fitted to."""
     programs: dict[str, torch.nn.Module] = {}
     kept: Rows | None = None
+    changes = {settings_of(f).get("settings", {}).get("transform") or "none" for f in folders}
+    if len(changes) > 1:
+        raise ValueError(
+            "Expected runs with the same --transform, since they score the same rows; got "
+            f"{' and '.join(sorted(changes))}."
+        )
     for folder in folders:
         name = folder.name if sum(f.name == folder.name for f in folders) == 1 else str(folder)
         programs[name], rows, held_out = opened(folder, data, dict(reading), seed, device)

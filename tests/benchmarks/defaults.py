@@ -358,10 +358,8 @@ def nested(*, quick: bool) -> bool:
     found["is own"] = found.larger == found.data
     found["small"] = found.difference.abs() < 0.1
     found["level"] = found.difference.abs() < np.maximum(2.0 * found.error, 0.05)
-    # a difference of log p under a Normal of data with heavy tails has an error of heavy tails
-    found["found"] = found.difference > 0.1
-    found["by 2 s.e."] = found.difference > 2.0 * found.error
-    columns = ["difference", "error", "small", "level", "found", "by 2 s.e."]
+    found["found"] = found.difference > 2.0 * found.error
+    columns = ["difference", "error", "small", "level", "found"]
     lines = found.groupby(["larger", "is own"])[columns].mean()
     print(lines.round(3).to_string())
     print(found[~found["is own"] & ~found.small].round(3).to_string(index=False))
