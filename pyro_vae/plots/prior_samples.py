@@ -131,7 +131,11 @@ def _columns(draws: np.ndarray, data: np.ndarray, names: list[str], ax: Axes | N
     shown, which = list(range(len(names))), "first"
     title = f"{len(draws)} prior predictive draws"
     if len(data):
-        shown.sort(key=lambda i: -_difference(data[:, i], draws[:, i]))
+        from scipy.stats import ks_2samp
+
+        pairs = [(data[:, i], np.nan_to_num(draws[:, i], nan=np.inf)) for i in shown]
+        gaps = [ks_2samp(*pair, method="asymp", nan_policy="omit").statistic for pair in pairs]
+        shown.sort(key=lambda i: -gaps[i])
         which = "worst fitting"
         title += f" (outlined) and {len(data)} rows of data (filled)"
     if len(names) > MOST_PANELS:
@@ -152,13 +156,6 @@ def _columns(draws: np.ndarray, data: np.ndarray, names: list[str], ax: Axes | N
         if beyond:
             axes.set_xlabel(f"{beyond:.1%} of draws beyond", fontsize="x-small")
     return figure
-
-
-def _difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Returns the largest difference of the distribution functions of two samples."""
-    both = np.concatenate([one, other])
-    shares = [np.searchsorted(np.sort(a), both, side="right") / len(a) for a in (one, other)]
-    return float(np.abs(shares[0] - shares[1]).max())
 
 
 def _bins(draws: np.ndarray, data: np.ndarray) -> tuple[np.ndarray, bool]:
