@@ -308,13 +308,15 @@ def latent_rows(rows: int, latents: int, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def drawn(kind: str, seed: int) -> np.ndarray:
-    """1500 rows of data: from the smaller model of a pair, or from the larger one."""
+    """3000 rows of data: from the smaller model of a pair, or from the larger one."""
     rng = np.random.default_rng(200 + seed)
-    predictor, noise = latent_rows(1500, 2, seed)
+    predictor, noise = latent_rows(3000, 4 if kind == "4 latents" else 2, seed)
     rate = np.exp(1.5 + 0.4 * predictor / np.sqrt(2))
     share = 1.0 / (1.0 + np.exp(-0.7 * predictor))
     data: dict[str, Callable[[], np.ndarray]] = {
         "Normal": lambda: 50.0 + 10.0 * (predictor + noise),
+        "2 latents": lambda: 50.0 + 10.0 * (predictor + 0.5 * noise),
+        "4 latents": lambda: 50.0 + 10.0 * (predictor + 0.5 * noise),
         "StudentT": lambda: 50.0 + 10.0 * (predictor + rng.standard_t(3.0, size=noise.shape)),
         "Poisson": lambda: rng.poisson(rate).astype(float),
         "NegativeBinomial": lambda: rng.negative_binomial(4.0, 4.0 / (4.0 + rate)).astype(float),
@@ -326,18 +328,29 @@ def drawn(kind: str, seed: int) -> np.ndarray:
     return data[kind]()
 
 
-PAIRS = {"StudentT": "Normal", "NegativeBinomial": "Poisson", "BetaBinomial": "Binomial"}
+PAIRS = {
+    "StudentT": "Normal",
+    "NegativeBinomial": "Poisson",
+    "BetaBinomial": "Binomial",
+    "4 latents": "2 latents",
+}
+
+
+def model_of(name: str, seed: int) -> pv.VAE:
+    if name.endswith("latents"):
+        return pv.VAE(6, int(name[0]), pv.likelihoods.Normal(), seed=seed)
+    options = {"total_count": 20} if name in {"Binomial", "BetaBinomial"} else {}
+    return pv.VAE(6, LATENTS, getattr(pv.likelihoods, name)(**options), seed=seed)
 
 
 def one_pair(job: tuple[str, str, int]) -> dict[str, Any]:
-    """The paired difference of the larger from the smaller model, on 500 rows held out."""
+    """The paired difference of the larger from the smaller model, on 2000 rows held out."""
     torch.set_num_threads(1)
     larger, source, seed = job
     x = drawn(source, seed)
     scores = []
     for name in (PAIRS[larger], larger):
-        options = {"total_count": 20} if "Binomial" in name and "Negative" not in name else {}
-        vae = pv.VAE(6, LATENTS, getattr(pv.likelihoods, name)(**options), seed=seed)
+        vae = model_of(name, seed)
         pv.fit(vae, x[:1000], seed=seed, device="cpu", progress=False)
         found = pv.log_evidence(vae, x[1000:], num_samples=NUM_SAMPLES, seed=0, progress=False)
         scores.append(found.log_evidence.to_numpy())
