@@ -176,6 +176,9 @@ BAD: dict[str, list[Any]] = {
     "nats": ["1", NAN, -1.0, True, None, [1.0]],
 }
 
+BAD["calibration_rows"] = BAD["x"]
+BAD["cells"] = [value for value in BAD["prob"] if value is not None]
+
 ASKED = {"program", "programs", "build", "x", "path"}
 FREE = {
     "figure": "an object of matplotlib",
@@ -200,6 +203,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "compare": (pv.compare, {"programs": {"a": vae(), "b": vae()}, "x": X}),
     "compare_elbos": (pv.compare_elbos, ROW | {"elbos": ELBOS}),
     "race": (pv.race, {"build": vae, "x": X, "elbos": ELBOS, "seeds": [0], "budget": 1}),
+    "conformal": (pv.conformal, {"program": vae(), "calibration_rows": X}),
     "plots.reconstructions": (pv.plots.reconstructions, ROW),
     "plots.latents": (pv.plots.latents, ROW),
     "plots.prior_samples": (pv.plots.prior_samples, {"program": vae()}),
