@@ -42,7 +42,9 @@ from .programs import Program as Program
 from .programs import load as load
 from .programs import save as save
 from .training import Callback as Callback
+from .training import Ensemble as Ensemble
 from .training import History as History
+from .training import ensemble as ensemble
 from .training import fit as fit
 from .training import svi as svi
 
@@ -68,7 +70,9 @@ __all__ = [
     "networks",
     # fitting
     "fit",
+    "ensemble",
     "History",
+    "Ensemble",
     "Callback",
     "elbos",
     "svi",

@@ -103,6 +103,7 @@ BAD: dict[str, list[Any]] = {
     "weight_prior": NUMBER,
     "max_grad_norm": NUMBER,
     "refit": FLAG,
+    "bootstrap": FLAG,
     "separator": [3, None, [], ""],
     "decimal": [3, None, ";", ""],
     "index": [3, None, []],
@@ -204,6 +205,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "compare_elbos": (pv.compare_elbos, ROW | {"elbos": ELBOS}),
     "race": (pv.race, {"build": vae, "x": X, "elbos": ELBOS, "seeds": [0], "budget": 1}),
     "conformal": (pv.conformal, {"program": vae(), "calibration_rows": X}),
+    "ensemble": (pv.ensemble, {"build": vae, "x": X, "seeds": [0], "max_epochs": 1}),
     "plots.reconstructions": (pv.plots.reconstructions, ROW),
     "plots.latents": (pv.plots.latents, ROW),
     "plots.prior_samples": (pv.plots.prior_samples, {"program": vae()}),
@@ -265,6 +267,7 @@ def is_right(call: str, name: str, value: Any) -> bool:
             | ("datasets.load", "columns" | "drop", None)
             | ("per_row", "program", Own(fault="observes nothing"))
             | ("SVI", "lr", 0)
+            | ("ensemble", "seeds", 3)
             | ("save", "program", Own() | nn.Linear())
             | ("linear_gaussian", "program", Own())
             | ("VampPrior", "data", _)

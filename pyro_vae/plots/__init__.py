@@ -7,6 +7,7 @@ changed.
 """
 
 from .conformal import conformal as conformal
+from .ensemble import ensemble as ensemble
 from .estimators import estimators as estimators
 from .history import history as history
 from .latents import latents as latents
