@@ -182,6 +182,14 @@ def test_one_member_has_no_spread() -> None:
     assert np.allclose(found.embed(X)["mean"][0], pv.embed(found.programs[0], X)["mean"])
 
 
+def test_an_impossible_row_has_no_spread_and_spoils_no_other() -> None:
+    x = X.clone()
+    x[3] = 0.5
+    found = ensemble().evidence(x, 50, on_invalid="inf", **QUIET)
+    assert np.flatnonzero(np.isnan(found["training_sd"])).tolist() == [3]
+    assert found.summary().attrs["log_evidence"] == -math.inf
+
+
 def test_the_same_seed_gives_the_same_numbers() -> None:
     found = ensemble()
     for call in (lambda s: found.evidence(X, 50, seed=s), lambda s: found.embed(X, seed=s)):

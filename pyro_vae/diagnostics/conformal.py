@@ -266,6 +266,7 @@ def conformal(
         raise ValueError(f"Expected prob with 0 < prob < 1; got {short(prob)}.")
     if cells is not None and (not is_number(cells) or not 0.0 < cells < 1.0):
         raise ValueError(f"Expected cells with 0 < cells < 1, or None; got {short(cells)}.")
+    prob = float(prob)
     programs_of(program)
     rows = read(calibration_rows, program, context=context, weights=weights)
     least = math.ceil(prob / (1.0 - prob) - ROUNDING)
@@ -289,7 +290,7 @@ def conformal(
                     f"the values of the site {attrs['site']!r} are others. Leave cells out."
                 )
             fill = torch.nanmedian(x.double(), 0).values.to(x.dtype)
-            hidden = (torch.rand(x.shape) < cells).numpy()
+            hidden = (torch.rand(x.shape) < float(cells)).numpy()
             rows, values = _hide(rows, hidden, fill), np.where(hidden, values, math.nan)
             attrs["cells"] = float(cells)
         found = _predicted(program, rows, attrs, None, progress=progress)

@@ -464,5 +464,6 @@ def _sd(values: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """The standard deviation along the first axis, after the variance of noise is taken out."""
     if len(values) < 2:
         return np.full(values.shape[1:], math.nan)
-    variance: np.ndarray = values.var(axis=0, ddof=1) - noise.mean(axis=0)
+    with np.errstate(invalid="ignore"):  # a row with a log p(x) of -inf
+        variance: np.ndarray = values.var(axis=0, ddof=1) - noise.mean(axis=0)
     return np.sqrt(np.maximum(variance, 0.0))

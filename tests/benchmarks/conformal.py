@@ -42,6 +42,11 @@ def draw_skewed(rows: int) -> Tensor:
     return torch.cat([z.exp(), 10.0 * z * torch.rand(rows, 1), 100.0 * torch.randn(rows, 1)], 1)
 
 
+def draw_counts(rows: int) -> Tensor:
+    """Small counts, whose scores tie."""
+    return torch.poisson((torch.randn(rows, 1) + torch.tensor([-1.0, 0.0, 1.0])).exp())
+
+
 def fitted() -> nn.Module:
     """A VAE fitted to skewed rows."""
     vae = pv.VAE(3, 2, pv.likelihoods.Normal(), None, pv.networks.MLP(8), seed=0)
@@ -59,10 +64,15 @@ def spoiled() -> nn.Module:
     return vae
 
 
+TIED = {"counts, not fitted"}  # where the exact value is a lower bound
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "exact guide": (lambda: LinearGaussian(WEIGHT), draw),
     "guide of a tenth of the width": (lambda: LinearGaussian(WEIGHT, factor=0.1), draw),
     "guide that does not look": (lambda: Blind(WEIGHT), draw),
+    "counts, not fitted": (
+        lambda: pv.VAE(3, 2, pv.likelihoods.Poisson(), seed=0),
+        draw_counts,
+    ),
     "fitted VAE": (fitted, draw_skewed),
     "fitted VAE, spoiled encoder": (spoiled, draw_skewed),
 }
@@ -92,7 +102,8 @@ def coverage(
             lower, upper = (result[f"{prefix}{side}"].to_numpy() for side in ("lower", "upper"))
             is_inside = (x.numpy() >= lower) & (x.numpy() <= upper)
             values.append(is_inside[missing.numpy()].mean())
-        exact.append(float(calibrated.table["coverage"].mean()))
+        count = calibrated.table["num_rows"].to_numpy() + 1
+        exact.append((np.ceil(count * prob - 1e-9) / count).mean())
     error = float(np.std(found, ddof=1) / math.sqrt(len(found)))
     mean, wanted = float(np.mean(found)), float(np.mean(exact))
     return {
@@ -119,7 +130,8 @@ def main() -> None:
             lines[name, 300, 0.9, "cells"] = coverage(name, 300, cells=0.2)
     table = pd.DataFrame(lines).T
     print(table.round(4).to_string())
-    missed = table[table["errors"].abs() > 3.0]
+    is_tied = table.index.get_level_values(0).isin(TIED)
+    missed = table[(table["errors"] < -3.0) | ((table["errors"] > 3.0) & ~is_tied)]
     print(f"{len(missed)} of {len(table)} lines are more than 3 s.e. from the exact value")
     sys.exit(len(missed) > 0)
 
