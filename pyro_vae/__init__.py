@@ -24,6 +24,7 @@ from .data.degenerate import DegenerateColumnsWarning as DegenerateColumnsWarnin
 from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
 from .diagnostics import conformal as conformal
+from .diagnostics import gaps as gaps
 from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
 from .distributions import ConditionalDistribution as ConditionalDistribution
@@ -85,6 +86,7 @@ __all__ = [
     "compare",
     "compare_elbos",
     "race",
+    "gaps",
     "conformal",
     "to_arviz",
     "diagnostics",

@@ -6,6 +6,8 @@ from .compare_elbos import Comparison as Comparison
 from .compare_elbos import compare_elbos as compare_elbos
 from .conformal import Conformal as Conformal
 from .conformal import conformal as conformal
+from .gaps import Gaps as Gaps
+from .gaps import gaps as gaps
 from .race import Race as Race
 from .race import race as race
 from .to_arviz import to_arviz as to_arviz

@@ -18,7 +18,7 @@ from torch.distributions import VonMises, biject_to
 from ..data.rows import PLATE
 from ..data.source import Row
 from ..distributions.links import base_of
-from ..elbos.log_densities import Particles, Program, Structure, programs_of
+from ..elbos.log_densities import Particles, Program, Structure, latent_sites, programs_of
 from ..engine.running import Site
 
 __all__ = ["Point", "Space"]
@@ -100,6 +100,24 @@ class Space:
     def size(self) -> int:
         """D, the number of unconstrained numbers of each row."""
         return sum(shape.numel() for shape in self.shapes.values())
+
+    def is_mean_field(self, few: Row) -> bool:
+        """Returns whether the guide draws one site, whose elements are independent given x.
+
+        Arguments:
+            few: Two rows.
+        """
+        with poutine.block():
+            trace: Any = poutine.trace(programs_of(self.program)[1]).get_trace(few)
+        trace = prune_subsample_sites(trace)
+        if len(self.shapes) != 1 or len(latent_sites(trace)) != 1:
+            return False
+        core = trace.nodes[next(iter(self.shapes))]["fn"]
+        while hasattr(core, "base_dist"):
+            if any(transform.domain.event_dim for transform in getattr(core, "transforms", ())):
+                return False
+            core = core.base_dist
+        return not core.event_shape
 
     def __call__(self, row: Row, u: Tensor) -> Point:
         """Evaluates the program at points.

@@ -9,6 +9,7 @@ changed.
 from .conformal import conformal as conformal
 from .ensemble import ensemble as ensemble
 from .estimators import estimators as estimators
+from .gaps import gaps as gaps
 from .history import history as history
 from .latents import latents as latents
 from .pareto_k import pareto_k as pareto_k
