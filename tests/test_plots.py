@@ -125,6 +125,12 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "latents, discrete": lambda: plots.latents(Mixture(), rows(1)[:, 0]),
     "reconstructions, one number": lambda: plots.reconstructions(SharedLevel(), rows(1)[:, 0]),
     "ranking": lambda: plots.ranking(RANKING),
+    "calibration": lambda: pv.calibrate(
+        vae(5), num_simulations=50, num_samples=10, seed=0, progress=False
+    ).plot(),
+    "calibration, near rows": lambda: pv.calibrate(
+        TwoLevels(), rows(2), num_simulations=50, num_samples=10, seed=0, progress=False
+    ).plot(),
     "pareto k": lambda: plots.pareto_k(evidence()),
     "pareto k, constant": lambda: plots.pareto_k(evidence() * np.nan),
 }

@@ -6,6 +6,7 @@ several panels take `figure=`, a figure or subfigure. Neither the state nor the 
 changed.
 """
 
+from .calibration import calibration as calibration
 from .estimators import estimators as estimators
 from .history import history as history
 from .latents import latents as latents
