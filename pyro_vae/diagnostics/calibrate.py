@@ -57,6 +57,10 @@ UNREADABLE = (
     "The data of the observed site {!r} are not columns of one field of a row, so simulated data "
     "cannot be given to the guide: pass rows that hold its values as they are."
 )
+NOT_SIMULATED = (
+    "A pyro.factor ({}) changes the density of the model but not its simulated rows, so the guide "
+    "cannot be tested by simulation: write it as a distribution of a latent or an observed site."
+)
 NOT_FINITE = (
     "The model simulates infinite or NaN values of {!r} in {} of {} rows, so its guide cannot be "
     "tested. Check the scale of the likelihood, or train longer."
@@ -328,11 +332,14 @@ class _Simulator:
         if rows is None:
             drawn = sample_sites(program, 2, x=None, seed=0)
             few: Row = next(iter(drawn.values())) if len(drawn) == 1 else drawn
-            known = structure(program, few)
-            return cls(program, rows, known, {})
-        known = structure(program, rows.head(2, program))
+        else:
+            few = rows.head(MATCHED, program)
+        known = structure(program, few)
         refuse_shared(known.global_latents + known.global_observed)
-        few = rows.head(MATCHED, program)
+        if factors := sorted({*known.observed} - {*data_sites(known)}):
+            raise ValueError(NOT_SIMULATED.format(", ".join(factors)))
+        if rows is None:
+            return cls(program, rows, known, {})
         nodes = trace_of(programs_of(program)[0], few).nodes
         given = few if isinstance(few, dict) else {"x": few}
         fields = {}

@@ -8,6 +8,7 @@ __all__ = ["band", "counts_below", "holm", "pit_of", "symmetry_p_value", "unifor
 
 STEPS = 100
 GRID = np.arange(1, STEPS) / STEPS
+TINY = 1e-10  # below it the bound of Bonferroni is used, since 1 - p is not exact enough
 ABOVE = 1 + 1e-9  # so that a bound excludes the count whose p-value it was made from
 
 
@@ -75,6 +76,8 @@ def uniformity_p_value(pit: np.ndarray) -> float:
     n, counts = len(pit), counts_below(pit)
     tails = np.minimum(binom.cdf(counts, n, GRID), binom.sf(counts - 1, n, GRID))
     level = min(1.0, 2 * float(tails.min()))
+    if level < TINY:
+        return level * len(GRID)
     return max(level, 1 - _stays_inside(*_bounds(n, level)))
 
 
