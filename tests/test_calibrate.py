@@ -164,7 +164,7 @@ CASES: dict[str, tuple[Callable[[float], pv.Program], Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("options", [{"near": False}, {}, {"max_elements": 5000}], ids=str)
+@pytest.mark.parametrize("options", [{"near": False}, {}, {"max_elements": 20_000}], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_exact_guides_of_any_program_pass_and_wide_ones_do_not(
     name: str, options: dict[str, Any]
@@ -212,14 +212,15 @@ def test_the_checks_flag_what_they_can_see(vae: pv.VAE, name: str) -> None:
 
 def test_p_values_of_the_exact_guide_are_uniform_near_the_data_too(vae: pv.VAE) -> None:
     x = near_data(vae)
-    small = {"num_simulations": 300, "num_samples": 20, "num_candidates": 1500}
+    small = {"num_simulations": 200, "num_samples": 20, "num_candidates": 1000}
     for given in (None, x):
         tables = [
             pv.calibrate(Guide(vae), given, **small, **QUIET | {"seed": seed}).table
             for seed in range(25)
         ]
         p_values = np.array([table["p_value"] for table in tables])
-        assert min(kstest(column, "uniform").pvalue for column in p_values.T) > SURE
+        smallest = min(kstest(column, "uniform").pvalue for column in p_values.T)
+        assert smallest > SURE / p_values.shape[1]
         assert sum(table["flagged"].any() for table in tables) <= 5
 
 
@@ -311,7 +312,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "the same without rows": (lambda: Faulty("autoregressive"), {}, "another log p"),
     "transformed without rows": (lambda: Faulty("transformed"), {}, "another log p"),
     "infinite data": (lambda: Faulty("infinite"), {}, "infinite or NaN values of 'x' in"),
-    "draws that are NaN": (lambda: Faulty("nan"), {}, "The guide draws NaN in"),
+    "draws that are NaN": (lambda: Faulty("nan"), {}, "The guide draws infinite or NaN"),
+    "draws near rows that are NaN": (
+        lambda: Faulty("nan"),
+        {"x": ROWS},
+        "The guide draws infinite or NaN",
+    ),
     "a factor": (lambda: Faulty("factor"), {"x": ROWS}, "pyro.factor"),
 }
 
