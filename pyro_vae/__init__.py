@@ -21,6 +21,7 @@ from . import posteriors as posteriors
 from . import priors as priors
 from .data import datasets as datasets
 from .data.degenerate import DegenerateColumnsWarning as DegenerateColumnsWarning
+from .diagnostics import calibrate as calibrate
 from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
 from .diagnostics import conformal as conformal
@@ -83,6 +84,7 @@ __all__ = [
     "sample",
     # judgement
     "log_evidence",
+    "calibrate",
     "compare",
     "compare_elbos",
     "race",

@@ -92,6 +92,9 @@ BAD: dict[str, list[Any]] = {
     "size": DRAWS,
     "num_particles": DRAWS,
     "num_bounds": DRAWS,
+    "num_simulations": DRAWS,
+    "num_candidates": [value for value in DRAWS if value is not None],
+    "near": FLAG,
     "max_elements": COUNT,
     "batch_size": COUNT,
     "max_steps": [value for value in COUNT if value is not None],
@@ -201,6 +204,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sample": (pv.sample, {"program": vae(), "num_rows": 3}),
     "active_units": (active_units, ROW),
     "to_arviz": (pv.to_arviz, ROW),
+    "calibrate": (pv.calibrate, ROW | {"num_simulations": 20, "num_samples": 4}),
     "compare": (pv.compare, {"programs": {"a": vae(), "b": vae()}, "x": X}),
     "compare_elbos": (pv.compare_elbos, ROW | {"elbos": ELBOS}),
     "race": (pv.race, {"build": vae, "x": X, "elbos": ELBOS, "seeds": [0], "budget": 1}),
@@ -260,7 +264,7 @@ def is_right(call: str, name: str, value: Any) -> bool:
         case (
             ("elbos.TotalCorrelation", "num_rows", None | 1000000000000)
             | ("elbos.BetaELBO", "elbo", None)
-            | ("sample" | "plots.prior_samples", "x", None)
+            | ("sample" | "plots.prior_samples" | "calibrate", "x", None)
             | ("plots.prior_samples", "size", None)
             | ("plots.prior_samples", "data", None | Tensor())
             | ("datasets.load", "header" | "separator" | "decimal" | "index", None)

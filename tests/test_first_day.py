@@ -50,6 +50,7 @@ TABLES: dict[str, Callable[[pd.DataFrame], Any]] = {
     "evidence": lambda _: pv.log_evidence(vae(), X, 50, **QUIET).summary(),
     "active units": lambda _: pv.diagnostics.active_units(vae(), X, seed=0),
     "history": lambda _: pv.fit(vae(), X, max_epochs=1, device="cpu", **QUIET).table,
+    "calibration": lambda _: pv.calibrate(vae(), num_simulations=30, **QUIET).table,
     "estimators": lambda _: (
         pv.compare_elbos(vae(), X, {"IWAE_2": pv.elbos.IWAE(2)}, num_repeats=4, **QUIET).table
     ),

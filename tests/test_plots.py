@@ -135,6 +135,12 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "conformal, infinite": lambda: plots.conformal(FACTORS.where(FACTORS["factor"] < 2.0, np.inf)),
     "ensemble": lambda: plots.ensemble(MEMBERS),
     "ensemble, many": lambda: plots.ensemble(MANY),
+    "calibration": lambda: pv.calibrate(
+        vae(5), num_simulations=50, num_samples=10, seed=0, progress=False
+    ).plot(),
+    "calibration, near rows": lambda: pv.calibrate(
+        TwoLevels(), rows(2), num_simulations=50, num_samples=10, seed=0, progress=False
+    ).plot(),
     "pareto k": lambda: plots.pareto_k(evidence()),
     "pareto k, constant": lambda: plots.pareto_k(evidence() * np.nan),
 }

@@ -68,6 +68,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "linear_gaussian": lambda: linear_gaussian(LINEAR, X),
     "per_row": lambda: torch.stack([*pv.elbos.IWAE(3).per_row(VAE, X, seed=0)]),
     "active_units": lambda: active_units(VAE, X, 20, **QUIET),
+    "calibrate": lambda: pv.calibrate(VAE, X, num_simulations=30, num_samples=5, **QUIET).pit,
     "to_arviz": lambda: np.asarray(pv.to_arviz(VAE, X, 10, seed=0)["posterior"]["z"]),
     "compare": lambda: pv.compare({"a": VAE, "b": VAE}, X, 50, **QUIET).drop(columns="note"),
     "compare_elbos": lambda: pv.compare_elbos(

@@ -1,6 +1,8 @@
-"""Comparisons of models and of estimators, active units, and the export to ArviZ."""
+"""Comparisons of models and of estimators, active units, calibration, and the export to ArviZ."""
 
 from .active_units import active_units as active_units
+from .calibrate import Calibration as Calibration
+from .calibrate import calibrate as calibrate
 from .compare import compare as compare
 from .compare_elbos import Comparison as Comparison
 from .compare_elbos import compare_elbos as compare_elbos

@@ -6,6 +6,7 @@ several panels take `figure=`, a figure or subfigure. Neither the state nor the 
 changed.
 """
 
+from .calibration import calibration as calibration
 from .conformal import conformal as conformal
 from .ensemble import ensemble as ensemble
 from .estimators import estimators as estimators
