@@ -1,5 +1,6 @@
 """The ArviZ tree, the comparison of models, and active units."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,17 @@ import pytest
 import torch
 import xarray as xr
 from programs import Grid, LinearGaussian, linear_gaussian
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+from scipy.stats import norm
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import active_units, compare, to_arviz
+from pyro_vae.diagnostics.stacking import stacking_weights
+from pyro_vae.evidence import Evidence
 
+comparing = sys.modules[compare.__module__]
 MODERN = int(az.__version__.split(".")[0]) >= 1
 GROUPS = {
     "posterior",
@@ -335,6 +342,145 @@ def test_compare_draws_a_seed_of_its_own() -> None:
     assert one.attrs["seed"] != two.attrs["seed"]
     again = compare(narrow, x, 16, seed=one.attrs["seed"])
     pd.testing.assert_frame_equal(again, one)
+
+
+def scored(scores: dict[str, Any], k: float = 0.1) -> dict[str, Evidence]:
+    """What `log_evidence` returns of given log p(x), by the name of the program."""
+    names = ("log_evidence", "log_evidence_quarter", "elbo")
+    attrs = {"num_samples": 1000, "good_k": 0.67, "seed": 0}
+    return {
+        name: Evidence(
+            {n: ("datum", np.asarray(own, dtype=float)) for n in names}
+            | {"pareto_k": ("datum", np.full(len(own), k))},
+            {"datum": np.arange(len(own)), "note": ("datum", ["ok"] * len(own))},
+            attrs,
+        )
+        for name, own in scores.items()
+    }
+
+
+def ranked(monkeypatch: pytest.MonkeyPatch, scores: dict[str, Any]) -> Any:
+    """The ranking of programs whose log p(x) of each row is given."""
+    program, x = linear_gaussian(rows=len(next(iter(scores.values()))))
+    programs = {name: LinearGaussian(program.weight.detach()) for name in scores}
+    found = iter(scored(scores).values())
+    monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(found))
+    return compare(programs, x, 1000, seed=0)
+
+
+NOISE = np.random.default_rng(0).normal(size=(3, 400))
+NOISE -= NOISE.mean(1, keepdims=True)
+ENOUGH = 2 * NOISE[1].std(ddof=1) / 20  # two standard errors of the mean of NOISE[1]
+WITHIN: dict[str, tuple[Any, Any, bool]] = {
+    "equal": (NOISE[0], NOISE[0], True),
+    "just within": (NOISE[0], NOISE[0] + NOISE[1] - 0.99 * ENOUGH, True),
+    "just without": (NOISE[0], NOISE[0] + NOISE[1] - 1.01 * ENOUGH, False),
+    "always a little less": (NOISE[0], NOISE[0] - 1e-6, False),
+    "impossible": (NOISE[0], np.full(400, -np.inf), False),
+    "not a number": (NOISE[0], np.full(400, np.nan), False),
+    "one row": (NOISE[0, :1], NOISE[0, :1] - 1, False),
+    "one row, equal": (NOISE[0, :1], NOISE[0, :1], True),
+}
+
+
+@pytest.mark.parametrize("case", WITHIN)
+def test_models_within_two_standard_errors_are_marked(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, other, is_within = WITHIN[case]
+    table = ranked(monkeypatch, {"other": other, "best": best})
+    assert table["within_error"].to_dict() == {"best": True, "other": is_within}
+    sentence = "below it, which is within two standard errors."
+    assert (sentence in table.summary()) == is_within
+    marked = repr(table).split("standard errors of the best: ")[1].splitlines()[0]
+    assert set(marked.split(", ")) == ({"best", "other"} if is_within else {"best"})
+
+
+@pytest.mark.parametrize("level", [0.0, -900.0, 900.0, -1e5])
+def test_stacking_weights_do_not_depend_on_the_level(
+    level: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tops = np.where(np.arange(400) < 300, 2.0, -2.0)
+    scores = {"a": tops, "b": -tops, "c": np.full(400, -50.0)}
+    table = ranked(monkeypatch, {name: own + level for name, own in scores.items()})
+    found = minimize(
+        lambda w: -np.log(w * np.exp(tops) + (1 - w) * np.exp(-tops)).sum(), 0.5, bounds=[(0, 1)]
+    )
+    np.testing.assert_allclose(table["weight"], [found.x[0], 1 - found.x[0], 0.0], atol=2e-3)
+    assert f"Stacking weights: 'a' {found.x[0]:.2f}, 'b'" in table.summary()
+
+
+WEIGHTS: dict[str, tuple[list[list[float]], list[float]]] = {
+    "twins": ([[-1.0, -1.0], [-2.0, -2.0]], [0.5, 0.5]),
+    "one model": ([[-1.0], [-2.0]], [1.0]),
+    "a row that no model can produce": ([[-np.inf, -np.inf], [-1.0, -99.0]], [1.0, 0.0]),
+    "a row that one model cannot produce": ([[-np.inf, -1.0], [-1.0, -np.inf]], [0.5, 0.5]),
+    "not a number": ([[np.nan, -1.0], [np.nan, -3.0]], [0.0, 1.0]),
+    "nothing possible": ([[-np.inf, np.nan]], [np.nan, np.nan]),
+    "far apart": ([[-900.0, -1e6], [900.0, -1e6]], [1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_stacking_weights_of_hard_cases(case: str) -> None:
+    log_evidence, expected = WEIGHTS[case]
+    np.testing.assert_allclose(stacking_weights(np.array(log_evidence)), expected, atol=1e-4)
+
+
+def test_stacking_weights_come_near_the_largest_log_score() -> None:
+    log_evidence = np.random.default_rng(0).normal(size=(300, 4)) * 0.5 - [0.0, 0.1, 0.2, 1.0]
+    densities = np.exp(log_evidence)
+    found = minimize(lambda v: -np.log(densities @ np.exp(v - logsumexp(v))).mean(), np.zeros(4))
+    weights = stacking_weights(log_evidence - 900)
+    assert np.log(densities @ weights).mean() > -found.fun - 2e-5
+
+
+def test_the_error_of_an_ensemble_covers_its_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"a": NOISE[0], "b": NOISE[0] + NOISE[1] - 0.1}
+    members = scored({"a1": NOISE[0] + 0.2, "a2": NOISE[0] - 0.2}) | scored({"b": scores["b"]})
+    found = iter(members.values())
+    monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(found))
+    monkeypatch.setattr(comparing, "_members", lambda given: list(given))
+    program, x = linear_gaussian(rows=400)
+    given: Any = {"a": [program, program], "b": [program]}
+    table = compare(given, x, 1000, seed=0)
+    sd = np.std([0.2, -0.2], ddof=1)
+    np.testing.assert_allclose(table["training_sd"], [sd, np.nan])
+    rows = NOISE[1].std(ddof=1) / 20
+    np.testing.assert_allclose(table["difference_se"], [0, np.hypot(rows, sd / np.sqrt(2))])
+    np.testing.assert_allclose(table.evidence["log_evidence"][0], NOISE[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("num_samples", [20, 400])
+def test_arviz_compares_and_plots_a_ranking(num_samples: int, quiet: None) -> None:
+    programs, x = true_and_wrong()
+    programs["narrow"] = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
+    table = compare(programs, x, num_samples, seed=0)
+    elpd = table.to_arviz_elpd()
+    assert list(elpd) == table.index.to_list()
+    found = az.compare(elpd, **({"round_to": "none"} if MODERN else {}))
+    assert found.index.to_list() == list(elpd)
+    name = "elpd" if MODERN else "elpd_loo"
+    np.testing.assert_allclose(found[name], 60 * table["log_evidence"])
+    np.testing.assert_allclose(found["elpd_diff"].abs(), -60 * table["difference"], atol=1e-9)
+    np.testing.assert_allclose(found["dse"], np.sqrt(60 * 59) * table["difference_se"], atol=1e-9)
+    if num_samples == 400:  # twins may share their weight in any way
+        np.testing.assert_allclose(found["weight"]["wrong"], table["weight"]["wrong"], atol=0.01)
+    for own in elpd.values():
+        assert "60" in str(own)
+        az.plot_khat(own)
+    az.plot_compare(found)
+    assert elpd["true"].good_k == table.attrs["good_k"]
+
+
+def test_arviz_draws_the_ecdf_of_a_tree(tree: Any, quiet: None) -> None:
+    pit = dataset(tree, "prior")["z"].copy(data=norm.cdf(dataset(tree, "prior")["z"]))
+    pit = pit.isel(datum=0, drop=True)
+    if MODERN:
+        az.plot_ecdf_pit(xr.DataTree.from_dict({"prior_sbc": pit.to_dataset(name="z")}))
+    else:
+        uniform = {"cdf": lambda u: u, "difference": True, "confidence_bands": "simulated"}
+        az.plot_ecdf(pit.sel(z_dim_0=0).to_numpy().ravel(), **uniform)
 
 
 def test_compare_of_one() -> None:
