@@ -189,9 +189,9 @@ def compare(
         `good_k`; `pareto_k_missing`, the share of rows whose k is NaN, as with 20 draws or fewer;
         and a `note`: in how many rows the error of log p(x) is unknown, or k is not known;
         `below`: which baselines of the VAE (:meth:`pyro_vae.VAE.baselines`) have a larger mean
-        log p(x), and the `advice` then. Its `attrs` hold `num_samples`, `seed`, `num_rows`, `good_k`, a
-        `remark` and the `baselines`, their means and standard errors by name. Its attribute
-        `evidence` holds log p(x) of each row. It has the methods :meth:`Ranking.summary`,
+        log p(x), and the `advice` then. Its `attrs` hold `num_samples`, `seed`, `num_rows`,
+        `good_k`, a `remark` and the `baselines`, their means and standard errors by name. Its
+        attribute `evidence` holds log p(x) of each row. It has the methods :meth:`Ranking.summary`,
         :meth:`Ranking.plot` and :meth:`Ranking.to_arviz_elpd`.
 
         `trend` is the change from S / 4 to S draws: of log p(x) itself for the best program, of
@@ -237,7 +237,7 @@ def compare(
         table = _table(evidence)
     baselines = _baselines(members, x, table)
     table.attrs = {
-        **next(iter(evidence.values()))[0].attrs,
+        **table.evidence.attrs,
         "num_rows": table.evidence.sizes["datum"],
         "remark": REMARK,
         "baselines": baselines,
@@ -254,14 +254,15 @@ def _members(program: nn.Module) -> list[nn.Module]:
 
 def _averaged(members: list[Evidence]) -> Evidence:
     """Means over the members of an ensemble, and the largest Pareto k of each row."""
-    first = members[0]
-    means = {
-        name: first[name].copy(data=np.mean([m[name].to_numpy() for m in members], axis=0))
+    values = {
+        name: np.mean([member[name].to_numpy() for member in members], axis=0)
         for name in ("log_evidence", "log_evidence_quarter", "elbo")
     }
-    largest = np.fmax.reduce([m["pareto_k"].to_numpy() for m in members])
-    columns = means | {"pareto_k": first["pareto_k"].copy(data=largest)}
-    return Evidence(columns, attrs=first.attrs).drop_vars("note")
+    values["pareto_k"] = np.fmax.reduce([member["pareto_k"].to_numpy() for member in members])
+    first = members[0]
+    columns = {name: ("datum", own, first[name].attrs) for name, own in values.items()}
+    attrs = {name: first.attrs[name] for name in ("num_samples", "seed", "good_k")}
+    return Evidence(columns, {"datum": first["datum"]}, attrs)
 
 
 def _table(found: dict[str, list[Evidence]]) -> Ranking:
