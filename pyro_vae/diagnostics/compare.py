@@ -191,8 +191,8 @@ def compare(
         `below`: which baselines of the VAE (:meth:`pyro_vae.VAE.baselines`) have a larger mean
         log p(x), and the `advice` then. Its `attrs` hold `num_samples`, `seed`, `num_rows`,
         `good_k`, a `remark` and the `baselines`, their means and standard errors by name. Its
-        attribute `evidence` holds log p(x) of each row. It has the methods :meth:`Ranking.summary`,
-        :meth:`Ranking.plot` and :meth:`Ranking.to_arviz_elpd`.
+        attribute `evidence` holds log p(x) of each row. It has the methods
+        :meth:`Ranking.summary`, :meth:`Ranking.plot` and :meth:`Ranking.to_arviz_elpd`.
 
         `trend` is the change from S / 4 to S draws: of log p(x) itself for the best program, of
         the difference from it for the others. A trend larger than its error means: draw more
@@ -262,7 +262,7 @@ def _averaged(members: list[Evidence]) -> Evidence:
     first = members[0]
     columns = {name: ("datum", own, first[name].attrs) for name, own in values.items()}
     attrs = {name: first.attrs[name] for name in ("num_samples", "seed", "good_k")}
-    return Evidence(columns, {"datum": first["datum"]}, attrs)
+    return Evidence(columns, {"datum": first["datum"].to_numpy()}, attrs)
 
 
 def _table(found: dict[str, list[Evidence]]) -> Ranking:
