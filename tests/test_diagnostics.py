@@ -384,16 +384,30 @@ WITHIN: dict[str, tuple[Any, Any, bool]] = {
 
 
 @pytest.mark.parametrize("case", WITHIN)
-def test_models_within_two_standard_errors_are_marked(
+def test_models_that_equal_the_best_within_error_are_marked(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best, other, is_within = WITHIN[case]
     table = ranked(monkeypatch, {"other": other, "best": best})
     assert table["within_error"].to_dict() == {"best": True, "other": is_within}
-    sentence = "below it, which is within two standard errors."
+    sentence = "below it, which is within error."
     assert (sentence in table.summary()) == is_within
-    marked = repr(table).split("standard errors of the best: ")[1].splitlines()[0]
+    marked = repr(table).split("the best within error: ")[1].splitlines()[0]
     assert set(marked.split(", ")) == ({"best", "other"} if is_within else {"best"})
+
+
+@pytest.mark.parametrize(("size", "is_within"), [(0.5, False), (1.1, True)])
+def test_a_difference_that_the_guides_make_is_within_error(
+    size: float, is_within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = scored({"best": NOISE[0], "other": NOISE[0] - 1})
+    found["other"]["log_evidence_quarter"] = found["other"]["log_evidence"] - size
+    values = iter(found.values())
+    monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(values))
+    program, x = linear_gaussian(rows=400)
+    with pytest.warns(UserWarning, match="for 'other'"):
+        table = compare({"best": program, "other": program}, x, 1000, seed=0)
+    assert table["within_error"].to_list() == [True, is_within]
 
 
 @pytest.mark.parametrize("level", [0.0, -900.0, 900.0, -1e5])

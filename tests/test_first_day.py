@@ -40,7 +40,7 @@ def test_a_ranking_shows_the_difference_and_its_error_at_any_width(
     assert first.split()[0] == "difference"
     assert width < 70 or first.split()[1] == "difference_se"
     assert "columns not shown: within_error, weight, training_sd, trend" in text[-1]
-    assert "within two standard errors of the best: " in text[-2]
+    assert "equal to the best within error: " in text[-2]
     assert list(ranking)[:2] == ["difference", "difference_se"]
 
 

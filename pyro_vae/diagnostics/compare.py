@@ -60,7 +60,7 @@ class Ranking(Table):
         others = ", ".join(column for column in map(str, self) if column not in shown)
         equal = ", ".join(map(str, self.index[self["within_error"]]))
         return (
-            f"{text}\n\nwithin two standard errors of the best: {equal}\n"
+            f"{text}\n\nequal to the best within error: {equal}\n"
             f"in nats per row; columns not shown: {others}"
         )
 
@@ -73,7 +73,7 @@ class Ranking(Table):
         ]
         for name, line in self.iloc[1:].iterrows():
             below, error = abs(line["difference"]), line["difference_se"]
-            note = ", which is within two standard errors" if line["within_error"] else ""
+            note = ", which is within error" if line["within_error"] else ""
             lines.append(
                 f"{name!r} is {below:.3f} (s.e. {error:.3f}) nats per row below it{note}."
             )
@@ -160,7 +160,9 @@ def compare(
     error of the difference, a warning says so. All numbers are in nats per row.
 
     Several models are often equal within error, and the best line alone is a poor choice of a
-    model: choose the simplest of those `within_error`. The squared `difference_se` is
+    model: choose the simplest of those `within_error`. Their difference from the best is at most
+    two standard errors plus its change from S / 4 to S draws, which is the work of the guides.
+    The squared `difference_se` is
 
     .. math:: \frac{\mathrm{var}_i(d_i)}{N} + \frac{t_a^2}{M_a} + \frac{t_b^2}{M_b},
 
@@ -181,10 +183,11 @@ def compare(
     Returns:
         A table with one line a program, the best first, and equal ones in the order given:
         `difference` from the best, row by row, and its `difference_se`; `within_error`, whether
-        the difference is at most two of these; `weight`, the share of the model in the mixture
-        that predicts these rows best (stacking); `log_evidence` and its standard error `se` over
-        rows; `training_sd`, the standard deviation of `log_evidence` over the members of an
-        ensemble, NaN for a single program; `trend` and its `trend_se`; `elbo` and its standard
+        the difference is at most two of these plus the size of `trend`; `weight`, the share of
+        the model in the mixture that predicts these rows best (stacking); `log_evidence` and its
+        standard error `se` over rows; `training_sd`, the standard deviation of `log_evidence`
+        over the members of an ensemble, NaN for a single program; `trend` and its `trend_se`;
+        `elbo` and its standard
         error `elbo_se` over rows; `pareto_k_over`, the share of rows whose Pareto k is over
         `good_k`; `pareto_k_missing`, the share of rows whose k is NaN, as with 20 draws or fewer;
         and a `note`: in how many rows the error of log p(x) is unknown, or k is not known;
@@ -276,15 +279,16 @@ def _table(found: dict[str, list[Evidence]]) -> Ranking:
         full, elbo = data["log_evidence"].to_numpy(), data["elbo"].to_numpy()
         difference = full - best["log_evidence"].to_numpy()
         trend = full - data["log_evidence_quarter"].to_numpy()
-        from_training = 0.0
+        error = allowed = 0.0
         if name != order[0]:
             trend = trend - (best["log_evidence"] - best["log_evidence_quarter"]).to_numpy()
             from_training = np.hypot(training_se, training[order[0]][1])
-        error = float(np.hypot(standard_error(difference), from_training))
+            error = float(np.hypot(standard_error(difference), from_training))
+            allowed = float(np.nan_to_num(2 * error + abs(trend.mean())))
         lines[name] = {
             "difference": difference.mean(),
             "difference_se": error,
-            "within_error": bool(abs(difference.mean()) <= 2 * np.nan_to_num(error)),
+            "within_error": name == order[0] or bool(abs(difference.mean()) <= allowed),
             "weight": np.nan,
             "log_evidence": full.mean(),
             "se": standard_error(full),

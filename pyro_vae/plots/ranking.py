@@ -20,7 +20,7 @@ __all__ = ["ranking"]
 def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     """Plots the difference of each model from the best in mean log p(x), ± 2 standard errors.
 
-    Filled dots are the models within two standard errors of the best, empty ones the others.
+    Filled dots are the models that equal the best within error, empty ones the others.
 
     Arguments:
         table: The result of `compare`.
@@ -40,7 +40,7 @@ def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     bars = 2 * table["difference_se"].to_numpy()
     is_equal = table["within_error"].to_numpy(dtype=bool)
     for mask, fill, label in (
-        (is_equal, "full", "equal within 2 s.e."),
+        (is_equal, "full", "equal within error"),
         (~is_equal, "none", "worse"),
     ):
         if mask.any():
