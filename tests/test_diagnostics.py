@@ -266,8 +266,7 @@ def test_arviz_reads_it(tree: Any, quiet: None) -> None:
 @pytest.fixture
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        if not MODERN:
-            warnings.filterwarnings("ignore", module=r"arviz\..*")
+        warnings.filterwarnings("ignore", module=r"arviz[._].*")
         yield
 
 
