@@ -23,6 +23,7 @@ from .data import datasets as datasets
 from .data.degenerate import DegenerateColumnsWarning as DegenerateColumnsWarning
 from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
+from .diagnostics import conformal as conformal
 from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
 from .distributions import ConditionalDistribution as ConditionalDistribution
@@ -41,7 +42,9 @@ from .programs import Program as Program
 from .programs import load as load
 from .programs import save as save
 from .training import Callback as Callback
+from .training import Ensemble as Ensemble
 from .training import History as History
+from .training import ensemble as ensemble
 from .training import fit as fit
 from .training import svi as svi
 
@@ -67,7 +70,9 @@ __all__ = [
     "networks",
     # fitting
     "fit",
+    "ensemble",
     "History",
+    "Ensemble",
     "Callback",
     "elbos",
     "svi",
@@ -80,6 +85,7 @@ __all__ = [
     "compare",
     "compare_elbos",
     "race",
+    "conformal",
     "to_arviz",
     "diagnostics",
     "evidence",

@@ -103,6 +103,7 @@ BAD: dict[str, list[Any]] = {
     "weight_prior": NUMBER,
     "max_grad_norm": NUMBER,
     "refit": FLAG,
+    "bootstrap": FLAG,
     "separator": [3, None, [], ""],
     "decimal": [3, None, ";", ""],
     "index": [3, None, []],
@@ -176,6 +177,9 @@ BAD: dict[str, list[Any]] = {
     "nats": ["1", NAN, -1.0, True, None, [1.0]],
 }
 
+BAD["calibration_rows"] = BAD["x"]
+BAD["cells"] = [value for value in BAD["prob"] if value is not None]
+
 ASKED = {"program", "programs", "build", "x", "path"}
 FREE = {
     "figure": "an object of matplotlib",
@@ -200,6 +204,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "compare": (pv.compare, {"programs": {"a": vae(), "b": vae()}, "x": X}),
     "compare_elbos": (pv.compare_elbos, ROW | {"elbos": ELBOS}),
     "race": (pv.race, {"build": vae, "x": X, "elbos": ELBOS, "seeds": [0], "budget": 1}),
+    "conformal": (pv.conformal, {"program": vae(), "calibration_rows": X}),
+    "ensemble": (pv.ensemble, {"build": vae, "x": X, "seeds": [0], "max_epochs": 1}),
     "plots.reconstructions": (pv.plots.reconstructions, ROW),
     "plots.latents": (pv.plots.latents, ROW),
     "plots.prior_samples": (pv.plots.prior_samples, {"program": vae()}),
@@ -261,6 +267,7 @@ def is_right(call: str, name: str, value: Any) -> bool:
             | ("datasets.load", "columns" | "drop", None)
             | ("per_row", "program", Own(fault="observes nothing"))
             | ("SVI", "lr", 0)
+            | ("ensemble", "seeds", 3)
             | ("save", "program", Own() | nn.Linear())
             | ("linear_gaussian", "program", Own())
             | ("VampPrior", "data", _)

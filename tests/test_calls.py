@@ -43,6 +43,7 @@ TRAINING: dict[str, Callable[[Any], object]] = {
     "fit": lambda program: pv.fit(program, X, max_epochs=1, **FIT),
     "SVI.step": stepped,
     "race": lambda _: pv.race(vae, X, ELBOS, [0], 1, num_samples=10, seed=0, progress=False),
+    "ensemble": lambda _: pv.ensemble(vae, X, seeds=1, max_epochs=1, device="cpu"),
 }
 DIFFERENTIATING = TRAINING | {
     "compare_elbos": lambda program: pv.compare_elbos(program, X, ELBOS, **FEW),
@@ -60,7 +61,7 @@ def test_training_without_gradients_is_refused(call: str) -> None:
 def test_gradients_under_inference_mode_are_refused(call: str) -> None:
     with torch.inference_mode(), pytest.raises(ValueError, match="under torch.inference_mode"):
         DIFFERENTIATING[call](vae())
-    if call not in ("race", "curves"):
+    if call not in ("race", "ensemble", "curves"):
         with torch.inference_mode():
             program = vae()
         with pytest.raises(ValueError, match="under torch.inference_mode"):

@@ -68,6 +68,11 @@ RANKING = pd.DataFrame(
     },
     index=pd.Index(["binomial", "beta-binomial", "poisson"], name="model"),
 )
+FACTORS = xr.Dataset(
+    {"factor": ("x_dim_0", [0.9, 1.4, 2.0])}, {"x_dim_0": ["age", "dose", "pulse"]}, {"prob": 0.9}
+)
+MEMBERS = SimpleNamespace(histories=[pv.History(TABLE, 38, "")] * 3, seeds=[0, 1, 2], training="")
+MANY = SimpleNamespace(histories=[pv.History(ALONE, 38, "")] * 12, seeds=range(12), training="")
 LABELS = np.arange(30) % 3
 WORDS = np.array(["ash", "oak", "elm"])[LABELS]
 PICTURES: dict[str, Callable[[], Picture]] = {
@@ -129,6 +134,11 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "latents, discrete": lambda: plots.latents(Mixture(), rows(1)[:, 0]),
     "reconstructions, one number": lambda: plots.reconstructions(SharedLevel(), rows(1)[:, 0]),
     "ranking": lambda: plots.ranking(RANKING),
+    "conformal": lambda: plots.conformal(FACTORS),
+    "conformal, images": lambda: plots.conformal(FACTORS.rename(x_dim_0="i").expand_dims(j=3)),
+    "conformal, infinite": lambda: plots.conformal(FACTORS.where(FACTORS["factor"] < 2.0, np.inf)),
+    "ensemble": lambda: plots.ensemble(MEMBERS),
+    "ensemble, many": lambda: plots.ensemble(MANY),
     "pareto k": lambda: plots.pareto_k(evidence()),
     "pareto k, constant": lambda: plots.pareto_k(evidence() * np.nan),
 }

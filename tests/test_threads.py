@@ -73,6 +73,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "compare_elbos": lambda: pv.compare_elbos(
         VAE, X, ELBOS, num_repeats=4, reference=16, **QUIET
     ).table.filter(regex="^(sd|snr|grad)"),
+    "conformal": lambda: pv.conformal(VAE, X, **QUIET).table,
+    "ensemble": lambda: pv.ensemble(new, X, seeds=1, max_epochs=1, device="cpu").programs[0],
     "race": lambda: pv.race(new, X, ELBOS, [0], 1, num_samples=10, **QUIET).table[["elbo"]],
 }
 

@@ -4,6 +4,8 @@ from .active_units import active_units as active_units
 from .compare import compare as compare
 from .compare_elbos import Comparison as Comparison
 from .compare_elbos import compare_elbos as compare_elbos
+from .conformal import Conformal as Conformal
+from .conformal import conformal as conformal
 from .race import Race as Race
 from .race import race as race
 from .to_arviz import to_arviz as to_arviz

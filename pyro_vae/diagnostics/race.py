@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import plots
-from ..data.checks import checked_count, checked_draws, short, warn_user
+from ..data.checks import checked_count, checked_draws, warn_user
 from ..data.read import check_rows, read, transformed
 from ..data.rows import Rows
 from ..data.split import split
@@ -29,6 +29,7 @@ from ..engine.progress import progress_bar
 from ..engine.running import public, seeded
 from ..evidence.log_evidence import Evidence, log_evidence
 from ..evidence.pareto_k import good_k
+from ..training.builds import Build, built, checked_build, checked_seeds
 from ..training.fit import Transform, fit
 from ..training.history import History, NonFiniteError
 from .naming import checked_names, naming
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Race", "race"]
 
-Build: TypeAlias = Callable[[int], nn.Module]
 Budget: TypeAlias = int | datetime.timedelta
 
 UNLIMITED = 2**31
@@ -230,7 +230,7 @@ def race(
     entrants = _Entrants(
         build=build,
         elbos=checked_names("estimators", elbos),
-        seeds=_checked_seeds(seeds),
+        seeds=checked_seeds(seeds),
         budget=_checked_budget(budget),
         num_samples=checked_draws("num_samples", num_samples, least=4),
         seed=checked_count("seed", seed, least=0),
@@ -239,7 +239,7 @@ def race(
         lr=lr,
         device=device,
     )
-    program = entrants.checked_program()
+    program = checked_build(build, entrants.seeds[0])
     given = read(x, program, check=False, context=context, weights=weights)
     train, rows = entrants.checked_rows(program, given, held_out)
     results = _Results(entrants, len(rows))
@@ -316,28 +316,6 @@ class _Entrants:
     lr: float
     device: str | torch.device
 
-    def program(self, seed: int) -> nn.Module:
-        with seeded(seed):
-            return self.build(seed)
-
-    def checked_program(self) -> nn.Module:
-        """Checks that `build` returns new programs with the same weights, and returns one."""
-        if not callable(self.build) or isinstance(self.build, nn.Module):
-            raise ValueError(f"Expected a function of a seed as build; got {short(self.build)}.")
-        program, again = (self.program(self.seeds[0]) for _ in range(2))
-        programs_of(program)
-        if program is again:
-            raise ValueError(
-                "The function build returned the same program twice. Make a new program in it."
-            )
-        one, other = program.state_dict(), again.state_dict()
-        if one.keys() != other.keys() or not all(torch.equal(one[k], other[k]) for k in one):
-            raise ValueError(
-                "The function build returned other weights for the same seed. Use the seed, or "
-                "torch's generator, for all random numbers in it."
-            )
-        return program
-
     def checked_rows(self, program: nn.Module, given: Rows, held_out: object) -> tuple[Rows, Rows]:
         """Checks data and estimators, and returns the rows to train on and those held out."""
         train, kept = split(given, held_out, program, seed=self.seed)
@@ -352,13 +330,13 @@ class _Entrants:
                 Objective(*programs_of(program), elbo).check(known)
         log_evidence(program, rows[:2], 4, seed=self.seed, progress=False)
         if len(self.seeds) > 1:
-            programs = {f"seed {s}": self.program(s) for s in self.seeds}
+            programs = {f"seed {s}": built(self.build, s) for s in self.seeds}
             found = {n: Observed.of(p, rows, MAX_ELEMENTS) for n, p in programs.items()}
             check_same_data(found, rows.labels)
         return train, rows
 
     def run(self, name: str, seed: int, train: Rows, rows: Rows) -> _Run:
-        program = self.program(seed)
+        program = built(self.build, seed)
         try:
             history = fit(
                 program,
@@ -454,15 +432,6 @@ def crossed_error(values: np.ndarray) -> float:
             unexplained = np.square(rest).sum() / ((seeds - 1) * (rows - 1))
             variance += max(0.0, by_seed.var(ddof=1) / seeds - unexplained / (seeds * rows))
     return math.sqrt(variance)
-
-
-def _checked_seeds(seeds: Iterable[int]) -> list[int]:
-    if not isinstance(seeds, Iterable):
-        raise ValueError(f"Expected seeds to be a list of integers; got {seeds!r}.")
-    checked = [checked_count("each seed", s, least=0) for s in seeds]
-    if not checked or len(set(checked)) < len(checked):
-        raise ValueError(f"Expected one seed or more, each of them once; got {checked}.")
-    return checked
 
 
 def _checked_budget(budget: Budget) -> _Limits:

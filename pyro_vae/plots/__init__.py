@@ -6,6 +6,8 @@ several panels take `figure=`, a figure or subfigure. Neither the state nor the 
 changed.
 """
 
+from .conformal import conformal as conformal
+from .ensemble import ensemble as ensemble
 from .estimators import estimators as estimators
 from .history import history as history
 from .latents import latents as latents

@@ -68,6 +68,8 @@ def save(program: nn.Module, path: PathLike, *, overwrite: bool = False) -> Path
     The specification names the members and their arguments, the dtype, the versions and the
     SHA-256 of every file. All files are written to a temporary folder first,
     which is renamed at the end. A second process that writes the same folder waits for the first.
+    The digests of the rows of the fit, which :func:`pyro_vae.conformal` compares, are not written:
+    with them a reader of the folder could test whether a person is in the data.
 
     Arguments:
         program: A :class:`pyro_vae.VAE`, or another module, of which only the weights are saved:
@@ -198,6 +200,7 @@ def load(
     columns = _checked_columns(spec["parts"].get("columns", {}).get("names", {}), folder)
     load_weights(program, spec["parts"].get("units"), state, folder)
     vars(program)["fitted_columns"] = columns
+    vars(program)["fitted_rows"] = None  # not known
     return program
 
 

@@ -87,7 +87,9 @@ def fit(
     A :class:`pyro_vae.VAE` learns units and a start from the training rows first, unless
     `initialize` was called before. A second fit continues the first. The program keeps the names
     of the columns as `fitted_columns`: the columns of other rows, and of `validation`, are matched
-    to them by name, and columns without names are taken as they stand.
+    to them by name, and columns without names are taken as they stand. It keeps a 64-bit digest of
+    each row, those held out included, as `fitted_rows`, which are not saved with the program
+    (`None` if there is a transform).
 
     The program gets averages of the weights over the last steps, weighted by polynomial decay
     (Shamir & Zhang, 2013, arXiv 1212.1824), which takes the noise of the learning rate out. They

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
@@ -31,6 +32,7 @@ from ..distributions.units import Affine
 from ..elbos import Estimator
 from ..elbos.log_densities import Structure, programs_of
 from ..engine.progress import is_watched
+from ..engine.row_noise import row_digests
 from ..engine.running import evaluating, kept_modes, local_parameters, seeded, unvalidated
 from ..programs.saving import described
 from ..programs.vae import VAE
@@ -48,6 +50,7 @@ Transform: TypeAlias = Callable[[Any], Any]
 MAY_CHANGE = ("max_steps", "max_epochs", "max_seconds")
 AVERAGED = 5.0  # the exponent of polynomial-decay averaging (Shamir & Zhang, 2013)
 DRAWS = 16  # of each row in a check
+NONE = np.zeros(0, dtype=np.uint64)  # digests of rows, before the first fit
 CHECKED = 4096  # training rows in a check, if no rows are held out
 
 
@@ -177,13 +180,20 @@ class Loop:
         return history
 
     def _prepare(self) -> None:
-        """Keeps the names of columns; a VAE learns its units, and its weights get their prior."""
+        """Keeps names of columns and digests of rows; a VAE learns its units, and gets a prior."""
         rows, settings, vae = self.split.train, self.settings, self.state.program
         with seeded(self.state.split_seed):
             few = read(self.split.transform(rows.head(2, vae)), check=False)
         new, old = few.event_shapes(), rows.event_shapes()
         names = {k: v for k, v in rows.names().items() if new.get(k) == old[k]}
         vars(vae).setdefault("fitted_columns", {}).update(names)
+        is_changed = few.digest() != read(rows.head(2, vae), check=False).digest()
+        known = None if is_changed else vars(vae).get("fitted_rows", NONE)
+        if known is not None:
+            parts = [rows] if self.split.held_out is None else [rows, self.split.held_out]
+            digests = np.concatenate([row_digests(part) for part in parts])
+            known = np.concatenate([known[~np.isin(known, digests)], digests])
+        vars(vae)["fitted_rows"] = known  # None: not known
         if not isinstance(vae, VAE):
             return
         if not vae.is_initialized:
