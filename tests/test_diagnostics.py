@@ -24,6 +24,7 @@ import pyro_vae as pv
 from pyro_vae.diagnostics import active_units, compare, to_arviz
 from pyro_vae.diagnostics.stacking import stacking_weights
 from pyro_vae.evidence import Evidence
+from pyro_vae.training.ensemble import Ensemble
 
 comparing = sys.modules[compare.__module__]
 MODERN = int(az.__version__.split(".")[0]) >= 1
@@ -449,19 +450,27 @@ def test_stacking_weights_come_near_the_largest_log_score() -> None:
 
 
 def test_the_error_of_an_ensemble_covers_its_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = {"a": NOISE[0], "b": NOISE[0] + NOISE[1] - 0.1}
-    members = scored({"a1": NOISE[0] + 0.2, "a2": NOISE[0] - 0.2}) | scored({"b": scores["b"]})
-    found = iter(members.values())
+    scores = {"a1": NOISE[0] + 0.2, "a2": NOISE[0] - 0.2, "b": NOISE[0] + NOISE[1] - 0.1}
+    found = iter((scored(scores) | scored({"a1": scores["a1"]}, 0.9)).values())
     monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(found))
-    monkeypatch.setattr(comparing, "_members", lambda given: list(given))
     program, x = linear_gaussian(rows=400)
-    given: Any = {"a": [program, program], "b": [program]}
-    table = compare(given, x, 1000, seed=0)
+    table = compare({"a": Ensemble([program, program]), "b": program}, x, 1000, seed=0)
     sd = np.std([0.2, -0.2], ddof=1)
     np.testing.assert_allclose(table["training_sd"], [sd, np.nan])
     rows = NOISE[1].std(ddof=1) / 20
     np.testing.assert_allclose(table["difference_se"], [0, np.hypot(rows, sd / np.sqrt(2))])
     np.testing.assert_allclose(table.evidence["log_evidence"][0], NOISE[0], atol=1e-12)
+    assert table["pareto_k_over"].to_list() == [1, 0]  # if it is over the limit in one member
+    assert f"From one fit of 'a' to another the mean has a standard deviation of {sd:.3f}." in (
+        table.summary()
+    )
+
+
+def test_an_ensemble_of_one_fit_is_that_fit() -> None:
+    programs, x = true_and_wrong()
+    one = compare(programs, x, 50, seed=0)
+    other = compare({name: Ensemble([own]) for name, own in programs.items()}, x, 50, seed=0)
+    pd.testing.assert_frame_equal(one, other)
 
 
 @pytest.mark.parametrize("num_samples", [20, 400])
@@ -545,6 +554,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: compare({}, COUNTS), "dict of programs"),
     "a list": (lambda: compare([vae()], COUNTS), "dict of programs"),  # type: ignore[arg-type]
     "no program": (lambda: compare({"net": nn.Linear(5, 2)}, COUNTS), "program.*'net'"),
+    "an empty ensemble": (lambda: compare({"a": Ensemble()}, COUNTS), "one fit or more.*'a'"),
+    "no program in an ensemble": (
+        lambda: compare({"nets": Ensemble([vae(), nn.Linear(5, 2)])}, COUNTS),
+        "program.*'nets'",
+    ),
     "few draws": (lambda: compare({"a": vae()}, COUNTS, 2), "num_samples"),
     "a point mass": (lambda: compare({"a": vae(), "ae": delta()}, COUNTS), "Delta.*'ae'"),
     "bad data": (lambda: compare({"a": vae()}, COUNTS - 9), "'a'"),

@@ -21,6 +21,7 @@ from ..elbos.log_densities import programs_of
 from ..engine.running import public
 from ..evidence.log_evidence import Evidence, log_evidence, standard_error
 from ..programs.vae import VAE
+from ..training.ensemble import Ensemble
 from .naming import checked_names, naming
 from .observed import Observed, check_same_data
 from .stacking import stacking_weights
@@ -35,7 +36,7 @@ __all__ = ["Ranking", "compare"]
 
 REMARK = (
     "The standard errors are over rows and draws, at these weights of the programs. How much a "
-    "model changes from one training seed to another is not in them."
+    "model changes from one training seed to another is in those of an ensemble alone."
 )
 
 
@@ -80,6 +81,11 @@ class Ranking(Table):
         if len(self) > 1:
             weights = ", ".join(f"{name!r} {w:.2f}" for name, w in self["weight"].items())
             lines.append(f"Stacking weights: {weights}.")
+        for name, spread in self["training_sd"].dropna().items():
+            lines.append(
+                f"From one fit of {name!r} to another the mean has a standard deviation of "
+                f"{spread:.3f}."
+            )
         lines.append(_trend_sentence(self))
         for name, (mean, error) in self.attrs.get("baselines", {}).items():
             lines.append(f"For comparison, {name}: {mean:.3f} (s.e. {error:.3f}) nats per row.")
@@ -138,7 +144,7 @@ class Ranking(Table):
 
 @public
 def compare(
-    programs: Mapping[str, nn.Module],
+    programs: Mapping[str, nn.Module | Ensemble],
     x: object,
     num_samples: int = 1000,
     *,
@@ -170,7 +176,9 @@ def compare(
     single program has no such term.
 
     Arguments:
-        programs: Modules with methods `model(x)` and `guide(x)`, by name.
+        programs: By name, modules with methods `model(x)` and `guide(x)`, or ensembles
+            (:func:`pyro_vae.ensemble`): log p(x) of a row is then the mean over the members, and
+            Pareto k the largest.
         x: The data, the same for all programs.
         num_samples: The number of draws S of each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of a program.
@@ -218,10 +226,15 @@ def compare(
         'binomial' has the largest mean log p(x):
     """
     num_samples = checked_draws("num_samples", num_samples, least=4)
-    members = {n: _members(given) for n, given in checked_names("programs", programs).items()}
+    members = {
+        name: given.programs if isinstance(given, Ensemble) else [given]
+        for name, given in checked_names("programs", programs).items()
+    }
     found = {}
     for name, fitted in members.items():
         with naming(f"program {name!r}"):
+            if not fitted:
+                raise ValueError("Expected an ensemble of one fit or more; got none.")
             for program in fitted:
                 programs_of(program)
             rows = read(x, fitted[0], context=context, weights=weights)
@@ -248,11 +261,6 @@ def compare(
     if _doubtful(table):
         warn_user(_trend_sentence(table))
     return table
-
-
-def _members(program: nn.Module) -> list[nn.Module]:
-    """The programs of one name. An ensemble will have several: here `.programs` is read."""
-    return [program]
 
 
 def _averaged(members: list[Evidence]) -> Evidence:
