@@ -429,16 +429,25 @@ class Particles:
         for name, site in latent_sites(self.guide):
             if name not in self.model.nodes:
                 continue
-            value, events = site["value"], len(site["fn"].event_shape)
-            batch = value.shape[: value.ndim - events]
-            value = value.reshape((1,) * (-self.dim - len(batch)) + value.shape)
-            inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, self.dim}
-            sizes = [value.shape[dim - events] for dim in sorted(inner)]
-            rest = (*sizes, *value.shape[value.ndim - events :])
-            value = value.movedim(self.rows_dim - events, 1)
-            value = value.reshape(*value.shape[:2], *rest)
-            values[name] = value.expand(self.num_particles, self.num_rows, *rest)
+            values[name] = self.by_row(site["value"], len(site["fn"].event_shape), site)
         return Densities(model, guide, values)
+
+    def by_row(self, value: Tensor, events: int, site: Site) -> Tensor:
+        """Moves draws and rows to the front: (num_particles, rows, *plates, *event).
+
+        Arguments:
+            value: Values over the plates of a site.
+            events: The number of their event dims.
+            site: The site.
+        """
+        batch = value.shape[: value.ndim - events]
+        value = value.reshape((1,) * (-self.dim - len(batch)) + value.shape)
+        inner = {frame.dim for frame in _frames(site)} - {self.rows_dim, self.dim}
+        sizes = [value.shape[dim - events] for dim in sorted(inner)]
+        rest = (*sizes, *value.shape[value.ndim - events :])
+        value = value.movedim(self.rows_dim - events, 1)
+        value = value.reshape(*value.shape[:2], *rest)
+        return value.expand(self.num_particles, self.num_rows, *rest)
 
     def scale(self) -> Scale:
         """Returns the scale that all sites have in common, such as N / B of a subsample.

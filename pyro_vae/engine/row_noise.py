@@ -13,7 +13,14 @@ from torch.overrides import TorchFunctionMode
 from ..data.rows import PLATE, Rows
 from .running import Site
 
-__all__ = ["Noise", "ReadFields", "RowNoise", "row_digests", "row_keys"]
+__all__ = [
+    "Noise",
+    "ReadFields",
+    "RowNoise",
+    "row_digests",
+    "row_keys",
+    "standard_normal",
+]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -130,6 +137,18 @@ def _hashed(rows: Rows, names: Collection[str]) -> np.ndarray:
             hashed = _mixed(np.ascontiguousarray(values).view(np.uint64) ^ columns).sum(axis=1)
             keys[piece] = _mixed(keys[piece] + GOLDEN + hashed.astype(np.uint64))
     return keys
+
+
+def standard_normal(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turns uniform 32-bit integers into standard normal numbers of the same shape.
+
+    Arguments:
+        integers: The integers.
+        dtype: The type of the result.
+    """
+    below_one = 1.0 - torch.finfo(dtype).eps / 2.0
+    symmetric = ((integers.to(dtype) + 0.5) * 2.0**-31).clamp(-below_one, below_one)
+    return torch.erfinv(symmetric) * ROOT_TWO
 
 
 class Noise:
@@ -251,9 +270,7 @@ class _Replaced(TorchFunctionMode):
         integers = self.noise.integers(like.shape, self.batch)
         if integers is None:
             return None
-        below_one = 1.0 - torch.finfo(like.dtype).eps / 2.0
-        symmetric = ((integers.to(like.dtype) + 0.5) * 2.0**-31).clamp(-below_one, below_one)
-        return torch.erfinv(symmetric) * ROOT_TWO
+        return standard_normal(integers, like.dtype)
 
     def uniform(self, like: Tensor) -> Tensor | None:
         """Numbers between 0 and 1, both excluded, with a relative resolution near 0."""

@@ -1,6 +1,7 @@
 """The proposal of importance sampling: the guide, and a part of the prior if z is constrained."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,22 @@ from torch import Tensor, nn
 from ..data.source import Row
 from ..elbos.log_densities import Densities, Structure, log_densities, prior_densities
 from ..engine.row_noise import Noise, RowNoise
+from .scoring import Stratum
 
-__all__ = ["Proposal"]
+__all__ = ["PRIOR_SHARE", "Proposal", "spread_out"]
 
 PRIOR_SHARE = 0.05
+
+
+def spread_out(few: int, count: int) -> np.ndarray:
+    """Marks `few` of `count` places, at even distances, shape (count,).
+
+    Arguments:
+        few: How many places are marked.
+        count: The number of places.
+    """
+    places = (np.arange(few) + 0.5) * count / max(few, 1)
+    return np.isin(np.arange(count), places.astype(int))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +63,10 @@ class Proposal:
     @property
     def is_prior(self) -> np.ndarray:
         """Whether each draw comes from the prior, shape (num_samples,), at even distances."""
-        places = (np.arange(self.num_prior) + 0.5) * self.num_samples / max(self.num_prior, 1)
-        return np.isin(np.arange(self.num_samples), places.astype(int))
+        return spread_out(self.num_prior, self.num_samples)
 
-    def noises(self, few: Row, seed: int) -> tuple[Noise, Noise]:
-        """Returns the random numbers of the draws from the guide and of those from the prior.
+    def strata(self, few: Row, seed: int) -> list[Stratum]:
+        """Returns the draws from the guide, and those from the prior if there are any.
 
         Arguments:
             few: A few rows, with which the operations that need random numbers are recorded.
@@ -64,10 +76,15 @@ class Proposal:
             log_densities(self.program, few, 2, known=self.known)
         guided = Noise(of_guide.sizes, self.num_samples - self.num_prior, seed)
         if not self.num_prior:
-            return guided, Noise((), 0, seed)
+            return [Stratum(self.from_guide, guided)]
         with RowNoise(self.known.rows_dim) as of_prior:
             prior_densities(self.program, few, 2, known=self.known)
-        return guided, Noise(of_prior.sizes, self.num_prior, seed + 1, is_stratified=True)
+        spread = Noise(of_prior.sizes, self.num_prior, seed + 1, is_stratified=True)
+        return [Stratum(self.from_guide, guided), Stratum(self.from_prior, spread)]
+
+    def of_rows(self, piece: slice) -> Mapping[str, Tensor]:  # noqa: ARG002
+        """The guide needs the data of the rows alone."""
+        return {}
 
     def from_guide(self, x: Any, count: int) -> dict[str, Tensor]:
         """Draws z from the guide.

@@ -1,0 +1,123 @@
+"""Rows scored by the guide, and by proposals of their own where the guide does not do."""
+
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.rows import Rows
+from ..elbos.chunks import Plan, point_masses
+from ..engine.progress import progress_bar
+from ..engine.row_noise import ReadFields, row_keys
+from .evidence import ATTRIBUTES
+from .pareto_k import good_k
+from .proposal import Proposal
+from .refined import PerRow, Refined, Stage, refined, rows_of
+from .scoring import Drawable, elements_at_once, scores
+from .unconstrained import Space
+
+__all__ = ["STAGES", "Scorer", "later"]
+
+LEAST_PILOT, MOST_PILOT = 100, 1000
+CERTAIN_K = 0.3  # an estimate of k has an error of 0.13 to 0.2; a true k over 0.7 is rarely under
+OF_OWN = [name for name in ATTRIBUTES if name not in ("elbo", "elbo_mcse", "pareto_k_guide")]
+STAGES = Stage(150, 16, 0.1), Stage(300, 32, 0.05), Stage(600, 32, 0.05)
+BLOCK = 2**24  # numbers in the covariances of the rows that are refined together
+
+
+class Scorer:
+    """Scores rows by the guide, and by proposals of their own where the guide does not do."""
+
+    def __init__(
+        self,
+        program: nn.Module,
+        rows: Rows,
+        num_samples: int,
+        max_elements: int,
+        seed: int | None,
+        *,
+        progress: bool,
+    ) -> None:
+        if points := point_masses(program, rows):
+            raise ValueError(
+                "A guide of point masses (Delta) has no importance weights, so log p(x) cannot be "
+                f"estimated; the guide has them at {', '.join(points)}."
+            )
+        self.program, self.rows, self.num_samples = program, rows, num_samples
+        self.max_elements = elements_at_once(program, max_elements)
+        self.known = Plan.of(program, rows, num_samples, self.max_elements).structure
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        few = rows.head(2, program)
+        read_fields = ReadFields(few) if isinstance(few, dict) else None
+        asked = few if read_fields is None else read_fields
+        Proposal(program, self.known, num_samples).strata(asked, self.seed)
+        self.keys = row_keys(rows, () if read_fields is None else read_fields.names)
+        self.space = Space.of(program, self.known, few)
+        self.is_refined, self.seconds = np.zeros(len(rows), dtype=bool), 0.0
+        self.bar = progress_bar(len(rows) * num_samples, "evidence", " draws", progress=progress)
+
+    def run(self, *, refine: bool | str) -> dict[str, np.ndarray]:
+        """Returns the evidence and its diagnostics by name, each of shape (rows,)."""
+        every = np.arange(len(self.rows))
+        if refine is False or not self.space.shapes:
+            return self.by_guide(every, self.num_samples, self.seed)
+        pilot = min(max(LEAST_PILOT, self.num_samples // 4), MOST_PILOT)
+        self.bar.total += len(every) * pilot
+        found = self.by_guide(every, pilot, later(self.seed, 1))
+        is_over = ~(found["pareto_k"] <= CERTAIN_K) | (refine is True)
+        if not is_over.all():
+            good = every[~is_over]
+            for name, values in self.by_guide(good, self.num_samples, self.seed).items():
+                found[name][good] = values
+            is_over |= found["pareto_k"] > CERTAIN_K
+        start = time.perf_counter()
+        at_once = max(1, BLOCK // self.space.size**2)
+        over = every[is_over]
+        for first in range(0, len(over), at_once):
+            self.by_own(over[first : first + at_once], found)
+        self.is_refined, self.seconds = is_over, time.perf_counter() - start
+        return found
+
+    def by_guide(self, index: np.ndarray, size: int, seed: int) -> dict[str, np.ndarray]:
+        """Scores some rows by draws from the guide."""
+        rows = self.part(index)
+        plan = Plan.of(self.program, rows, size, self.max_elements)
+        proposal = Proposal(self.program, self.known, size)
+        return self.scores(rows, index, proposal, plan, seed)
+
+    def by_own(self, index: np.ndarray, found: dict[str, np.ndarray]) -> None:
+        """Replaces the scores of some rows by those of proposals of their own."""
+        normal: PerRow | None = None
+        for number, stage in enumerate(STAGES, start=1):
+            rows, seed = self.part(index), later(self.seed, 2 * number)
+            normal = refined(
+                self.space, rows, self.keys[index], stage, seed, self.max_elements, normal
+            )
+            plan = Plan.of(self.program, rows, self.num_samples, self.max_elements)
+            proposal = Refined(self.space, normal, self.num_samples)
+            scores = self.scores(rows, index, proposal, plan, later(seed, 1))
+            for name in OF_OWN:
+                found[name][index] = scores[name]
+            is_over = ~(scores["pareto_k"] <= good_k(self.num_samples))
+            if not is_over.any() or self.num_samples < LEAST_PILOT:
+                return
+            index, normal = index[is_over], rows_of(normal, torch.from_numpy(is_over))
+
+    def scores(
+        self, rows: Rows, index: np.ndarray, proposal: Drawable, plan: Plan, seed: int
+    ) -> dict[str, np.ndarray]:
+        """Scores some rows by a proposal."""
+        keys = self.keys[index]
+        return scores(self.program, rows, proposal, plan, keys, seed, self.bar.update)
+
+    def part(self, index: np.ndarray) -> Rows:
+        """Returns some rows."""
+        if len(index) == len(self.rows):
+            return self.rows
+        return self.rows[torch.from_numpy(index).to(self.rows.device)]
+
+
+def later(seed: int, number: int) -> int:
+    """Returns another seed for a later part of the draws."""
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**63
