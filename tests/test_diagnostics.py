@@ -320,8 +320,8 @@ def test_a_ranking_says_where_the_error_is_unknown() -> None:
     bad = LinearGaussian(programs["true"].weight.detach(), factor=0.4)
     given = {"exact": programs["true"], "bad": bad}
     with pytest.warns(UserWarning, match="for 'bad'"):
-        table = compare(given, x, 400, seed=0, progress=False)
-    over = int(pv.log_evidence(bad, x, 400, seed=0, progress=False).is_over().sum())
+        table = compare(given, x, 400, refine=False, seed=0, progress=False)
+    over = int(pv.log_evidence(bad, x, 400, refine=False, seed=0, progress=False).is_over().sum())
     assert over > 30
     note = f"error unknown in {over} of 60 rows"
     assert table["note"].to_dict() == {"exact": "", "bad": note}
@@ -330,7 +330,7 @@ def test_a_ranking_says_where_the_error_is_unknown() -> None:
     few = compare({"exact": programs["true"], "again": programs["true"]}, x, 20, seed=0)
     assert (few["pareto_k_over"] == 0).all()  # the weights of the posterior itself are constant
     narrow = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
-    few = compare({"narrow": narrow}, x, 20, seed=0)
+    few = compare({"narrow": narrow}, x, 20, refine=False, seed=0)
     assert (few.loc["narrow", "pareto_k_over"], few.loc["narrow", "pareto_k_missing"]) == (0, 1)
     assert "Notes on log p(x): 'narrow': k not known in 60 of 60 rows." in few.summary()
 
@@ -466,6 +466,18 @@ def test_the_error_of_an_ensemble_covers_its_training(monkeypatch: pytest.Monkey
     )
 
 
+def test_refined_rows_have_the_evidence_of_the_model() -> None:
+    program, x = linear_gaussian(rows=60)
+    programs = {"exact": program, "bad": LinearGaussian(program.weight.detach(), factor=0.5)}
+    with pytest.warns(UserWarning, match="for 'bad'"):
+        guides = compare(programs, x, 1000, refine=False, seed=0)
+    refined = compare(programs, x, 1000, seed=0)
+    assert guides.loc["bad", "pareto_k_over"] > 0.3
+    assert refined["within_error"].all()
+    assert (refined["pareto_k_over"] == 0).all()
+    assert refined["difference"].abs().max() < 0.01
+
+
 def test_an_ensemble_of_one_fit_is_that_fit() -> None:
     programs, x = true_and_wrong()
     one = compare(programs, x, 50, seed=0)
@@ -477,7 +489,7 @@ def test_an_ensemble_of_one_fit_is_that_fit() -> None:
 def test_arviz_compares_and_plots_a_ranking(num_samples: int, quiet: None) -> None:
     programs, x = true_and_wrong()
     programs["narrow"] = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
-    table = compare(programs, x, num_samples, seed=0)
+    table = compare(programs, x, num_samples, refine=False, seed=0)
     elpd = table.to_arviz_elpd()
     assert list(elpd) == table.index.to_list()
     found = az.compare(elpd, **({"round_to": "none"} if MODERN else {}))

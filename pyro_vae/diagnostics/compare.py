@@ -19,7 +19,8 @@ from ..data.table import Table
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
 from ..engine.running import public
-from ..evidence.log_evidence import Evidence, log_evidence, standard_error
+from ..evidence.evidence import Evidence, standard_error
+from ..evidence.log_evidence import log_evidence
 from ..programs.vae import VAE
 from ..training.ensemble import Ensemble
 from .naming import checked_names, naming
@@ -150,6 +151,7 @@ def compare(
     *,
     context: object = None,
     weights: object = None,
+    refine: bool | str = "auto",
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
     progress: bool = True,
@@ -183,6 +185,8 @@ def compare(
         num_samples: The number of draws S of each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of a program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of a program.
+        refine: Which rows get a proposal of their own, as in :func:`pyro_vae.log_evidence`. With
+            `False` the guides are compared as much as the models.
         max_elements: About how many elements one tensor may have.
         seed: The seed of the draws, the same for each program. With `None` one is drawn from
             torch's generator.
@@ -243,8 +247,8 @@ def compare(
     if found:
         check_same_data(found, rows.labels)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    options: dict[str, Any] = {"context": context, "weights": weights, "seed": seed}
-    options |= {"max_elements": max_elements, "progress": progress}
+    options: dict[str, Any] = {"context": context, "weights": weights, "refine": refine}
+    options |= {"max_elements": max_elements, "seed": seed, "progress": progress}
     evidence = {}
     for name, fitted in members.items():
         with naming(f"program {name!r}"):

@@ -56,9 +56,9 @@ def number_of_latents(seed: int, factor: float = 1.0, num_samples: int = 1000) -
     return {"smallest": within.min() == TRUE, "best": table.index[0] == str(TRUE)}
 
 
-def two_guides(seed: int, factor: float = 0.5) -> dict[str, float]:
+def two_guides(seed: int, factor: float = 0.5, rows: int = 500) -> dict[str, float]:
     """Whether a model with its exact posterior and with another guide are equal within error."""
-    train, test = data(seed)
+    train, test = data(seed, rows=rows)
     programs = {"exact": fitted(train, TRUE), "other": fitted(train, TRUE, factor)}
     table = ranking(programs, test, seed)
     last = table.iloc[-1]
@@ -75,14 +75,14 @@ def far_from_zero(seed: int) -> dict[str, float]:
 
     A change of units by a factor c adds the same number to log p(x) of every row.
     """
-    train, test = data(seed, columns=600, rows=200)
+    train, test = data(seed, columns=60, rows=300)
     weights = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for shift in (-900.0, 0.0, 900.0):
             programs = {str(size): fitted(train, size) for size in SIZES}
             level = programs[str(TRUE)].log_evidence(test).mean()
-            unit = float(np.exp((level - shift) / 600))
+            unit = float(np.exp((level - shift) / 60))
             programs = {str(size): fitted(unit * train, size) for size in SIZES}
             table = pv.compare(programs, unit * test, 10, seed=seed, progress=False)
             assert abs(table["log_evidence"].max() - shift) < 50
