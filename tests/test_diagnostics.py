@@ -1,5 +1,6 @@
 """The ArviZ tree, the comparison of models, and active units."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +15,18 @@ import pytest
 import torch
 import xarray as xr
 from programs import Grid, LinearGaussian, linear_gaussian
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+from scipy.stats import norm
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import active_units, compare, to_arviz
+from pyro_vae.diagnostics.stacking import stacking_weights
+from pyro_vae.evidence import Evidence
+from pyro_vae.training.ensemble import Ensemble
 
+comparing = sys.modules[compare.__module__]
 MODERN = int(az.__version__.split(".")[0]) >= 1
 GROUPS = {
     "posterior",
@@ -259,8 +267,7 @@ def test_arviz_reads_it(tree: Any, quiet: None) -> None:
 @pytest.fixture
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        if not MODERN:
-            warnings.filterwarnings("ignore", module=r"arviz\..*")
+        warnings.filterwarnings("ignore", module=r"arviz[._].*")
         yield
 
 
@@ -313,8 +320,8 @@ def test_a_ranking_says_where_the_error_is_unknown() -> None:
     bad = LinearGaussian(programs["true"].weight.detach(), factor=0.4)
     given = {"exact": programs["true"], "bad": bad}
     with pytest.warns(UserWarning, match="for 'bad'"):
-        table = compare(given, x, 400, seed=0, progress=False)
-    over = int(pv.log_evidence(bad, x, 400, seed=0, progress=False).is_over().sum())
+        table = compare(given, x, 400, refine=False, seed=0, progress=False)
+    over = int(pv.log_evidence(bad, x, 400, refine=False, seed=0, progress=False).is_over().sum())
     assert over > 30
     note = f"error unknown in {over} of 60 rows"
     assert table["note"].to_dict() == {"exact": "", "bad": note}
@@ -323,7 +330,7 @@ def test_a_ranking_says_where_the_error_is_unknown() -> None:
     few = compare({"exact": programs["true"], "again": programs["true"]}, x, 20, seed=0)
     assert (few["pareto_k_over"] == 0).all()  # the weights of the posterior itself are constant
     narrow = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
-    few = compare({"narrow": narrow}, x, 20, seed=0)
+    few = compare({"narrow": narrow}, x, 20, refine=False, seed=0)
     assert (few.loc["narrow", "pareto_k_over"], few.loc["narrow", "pareto_k_missing"]) == (0, 1)
     assert "Notes on log p(x): 'narrow': k not known in 60 of 60 rows." in few.summary()
 
@@ -335,6 +342,179 @@ def test_compare_draws_a_seed_of_its_own() -> None:
     assert one.attrs["seed"] != two.attrs["seed"]
     again = compare(narrow, x, 16, seed=one.attrs["seed"])
     pd.testing.assert_frame_equal(again, one)
+
+
+def scored(scores: dict[str, Any], k: float = 0.1) -> dict[str, Evidence]:
+    """What `log_evidence` returns of given log p(x), by the name of the program."""
+    names = ("log_evidence", "log_evidence_quarter", "elbo")
+    attrs = {"num_samples": 1000, "good_k": 0.67, "seed": 0}
+    return {
+        name: Evidence(
+            {n: ("datum", np.asarray(own, dtype=float)) for n in names}
+            | {"pareto_k": ("datum", np.full(len(own), k))},
+            {"datum": np.arange(len(own)), "note": ("datum", ["ok"] * len(own))},
+            attrs,
+        )
+        for name, own in scores.items()
+    }
+
+
+def ranked(monkeypatch: pytest.MonkeyPatch, scores: dict[str, Any]) -> Any:
+    """The ranking of programs whose log p(x) of each row is given."""
+    program, x = linear_gaussian(rows=len(next(iter(scores.values()))))
+    programs = {name: LinearGaussian(program.weight.detach()) for name in scores}
+    found = iter(scored(scores).values())
+    monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(found))
+    return compare(programs, x, 1000, seed=0)
+
+
+NOISE = np.random.default_rng(0).normal(size=(3, 400))
+NOISE -= NOISE.mean(1, keepdims=True)
+ENOUGH = 2 * NOISE[1].std(ddof=1) / 20  # two standard errors of the mean of NOISE[1]
+WITHIN: dict[str, tuple[Any, Any, bool]] = {
+    "equal": (NOISE[0], NOISE[0], True),
+    "just within": (NOISE[0], NOISE[0] + NOISE[1] - 0.99 * ENOUGH, True),
+    "just without": (NOISE[0], NOISE[0] + NOISE[1] - 1.01 * ENOUGH, False),
+    "always a little less": (NOISE[0], NOISE[0] - 1e-6, False),
+    "impossible": (NOISE[0], np.full(400, -np.inf), False),
+    "not a number": (NOISE[0], np.full(400, np.nan), False),
+    "one row": (NOISE[0, :1], NOISE[0, :1] - 1, False),
+    "one row, equal": (NOISE[0, :1], NOISE[0, :1], True),
+}
+
+
+@pytest.mark.parametrize("case", WITHIN)
+def test_models_that_equal_the_best_within_error_are_marked(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, other, is_within = WITHIN[case]
+    table = ranked(monkeypatch, {"other": other, "best": best})
+    assert table["within_error"].to_dict() == {"best": True, "other": is_within}
+    sentence = "below it, which is within error."
+    assert (sentence in table.summary()) == is_within
+    marked = repr(table).split("the best within error: ")[1].splitlines()[0]
+    assert set(marked.split(", ")) == ({"best", "other"} if is_within else {"best"})
+
+
+@pytest.mark.parametrize(("size", "is_within"), [(0.5, False), (1.1, True)])
+def test_a_difference_that_the_guides_make_is_within_error(
+    size: float, is_within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = scored({"best": NOISE[0], "other": NOISE[0] - 1})
+    found["other"]["log_evidence_quarter"] = found["other"]["log_evidence"] - size
+    values = iter(found.values())
+    monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(values))
+    program, x = linear_gaussian(rows=400)
+    with pytest.warns(UserWarning, match="for 'other'"):
+        table = compare({"best": program, "other": program}, x, 1000, seed=0)
+    assert table["within_error"].to_list() == [True, is_within]
+
+
+@pytest.mark.parametrize("level", [0.0, -900.0, 900.0, -1e5])
+def test_stacking_weights_do_not_depend_on_the_level(
+    level: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tops = np.where(np.arange(400) < 300, 2.0, -2.0)
+    scores = {"a": tops, "b": -tops, "c": np.full(400, -50.0)}
+    table = ranked(monkeypatch, {name: own + level for name, own in scores.items()})
+    found = minimize(
+        lambda w: -np.log(w * np.exp(tops) + (1 - w) * np.exp(-tops)).sum(), 0.5, bounds=[(0, 1)]
+    )
+    np.testing.assert_allclose(table["weight"], [found.x[0], 1 - found.x[0], 0.0], atol=2e-3)
+    assert f"Stacking weights: 'a' {found.x[0]:.2f}, 'b'" in table.summary()
+
+
+WEIGHTS: dict[str, tuple[list[list[float]], list[float]]] = {
+    "twins": ([[-1.0, -1.0], [-2.0, -2.0]], [0.5, 0.5]),
+    "one model": ([[-1.0], [-2.0]], [1.0]),
+    "a row that no model can produce": ([[-np.inf, -np.inf], [-1.0, -99.0]], [1.0, 0.0]),
+    "a row that one model cannot produce": ([[-np.inf, -1.0], [-1.0, -np.inf]], [0.5, 0.5]),
+    "not a number": ([[np.nan, -1.0], [np.nan, -3.0]], [0.0, 1.0]),
+    "nothing possible": ([[-np.inf, np.nan]], [np.nan, np.nan]),
+    "far apart": ([[-900.0, -1e6], [900.0, -1e6]], [1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_stacking_weights_of_hard_cases(case: str) -> None:
+    log_evidence, expected = WEIGHTS[case]
+    np.testing.assert_allclose(stacking_weights(np.array(log_evidence)), expected, atol=1e-4)
+
+
+def test_stacking_weights_come_near_the_largest_log_score() -> None:
+    log_evidence = np.random.default_rng(0).normal(size=(300, 4)) * 0.5 - [0.0, 0.1, 0.2, 1.0]
+    densities = np.exp(log_evidence)
+    found = minimize(lambda v: -np.log(densities @ np.exp(v - logsumexp(v))).mean(), np.zeros(4))
+    weights = stacking_weights(log_evidence - 900)
+    assert np.log(densities @ weights).mean() > -found.fun - 2e-5
+
+
+def test_the_error_of_an_ensemble_covers_its_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"a1": NOISE[0] + 0.2, "a2": NOISE[0] - 0.2, "b": NOISE[0] + NOISE[1] - 0.1}
+    found = iter((scored(scores) | scored({"a1": scores["a1"]}, 0.9)).values())
+    monkeypatch.setattr(comparing, "log_evidence", lambda *_, **__: next(found))
+    program, x = linear_gaussian(rows=400)
+    table = compare({"a": Ensemble([program, program]), "b": program}, x, 1000, seed=0)
+    sd = np.std([0.2, -0.2], ddof=1)
+    np.testing.assert_allclose(table["training_sd"], [sd, np.nan])
+    rows = NOISE[1].std(ddof=1) / 20
+    np.testing.assert_allclose(table["difference_se"], [0, np.hypot(rows, sd / np.sqrt(2))])
+    np.testing.assert_allclose(table.evidence["log_evidence"][0], NOISE[0], atol=1e-12)
+    assert table["pareto_k_over"].to_list() == [1, 0]  # if it is over the limit in one member
+    assert f"From one fit of 'a' to another the mean has a standard deviation of {sd:.3f}." in (
+        table.summary()
+    )
+
+
+def test_refined_rows_have_the_evidence_of_the_model() -> None:
+    program, x = linear_gaussian(rows=60)
+    programs = {"exact": program, "bad": LinearGaussian(program.weight.detach(), factor=0.5)}
+    with pytest.warns(UserWarning, match="for 'bad'"):
+        guides = compare(programs, x, 1000, refine=False, seed=0)
+    refined = compare(programs, x, 1000, seed=0)
+    assert guides.loc["bad", "pareto_k_over"] > 0.3
+    assert refined["within_error"].all()
+    assert (refined["pareto_k_over"] == 0).all()
+    assert refined["difference"].abs().max() < 0.01
+
+
+def test_an_ensemble_of_one_fit_is_that_fit() -> None:
+    programs, x = true_and_wrong()
+    one = compare(programs, x, 50, seed=0)
+    other = compare({name: Ensemble([own]) for name, own in programs.items()}, x, 50, seed=0)
+    pd.testing.assert_frame_equal(one, other)
+
+
+@pytest.mark.parametrize("num_samples", [20, 400])
+def test_arviz_compares_and_plots_a_ranking(num_samples: int, quiet: None) -> None:
+    programs, x = true_and_wrong()
+    programs["narrow"] = LinearGaussian(programs["true"].weight.detach(), factor=0.9)
+    table = compare(programs, x, num_samples, refine=False, seed=0)
+    elpd = table.to_arviz_elpd()
+    assert list(elpd) == table.index.to_list()
+    found = az.compare(elpd, **({"round_to": "none"} if MODERN else {}))
+    assert found.index.to_list() == list(elpd)
+    name = "elpd" if MODERN else "elpd_loo"
+    np.testing.assert_allclose(found[name], 60 * table["log_evidence"])
+    np.testing.assert_allclose(found["elpd_diff"].abs(), -60 * table["difference"], atol=1e-9)
+    np.testing.assert_allclose(found["dse"], np.sqrt(60 * 59) * table["difference_se"], atol=1e-9)
+    if num_samples == 400:  # twins may share their weight in any way
+        np.testing.assert_allclose(found["weight"]["wrong"], table["weight"]["wrong"], atol=0.01)
+    for own in elpd.values():
+        assert "60" in str(own)
+        az.plot_khat(own)
+    az.plot_compare(found)
+    assert elpd["true"].good_k == table.attrs["good_k"]
+
+
+def test_arviz_draws_the_ecdf_of_a_tree(tree: Any, quiet: None) -> None:
+    pit = dataset(tree, "prior")["z"].copy(data=norm.cdf(dataset(tree, "prior")["z"]))
+    pit = pit.isel(datum=0, drop=True)
+    if MODERN:
+        az.plot_ecdf_pit(xr.DataTree.from_dict({"prior_sbc": pit.to_dataset(name="z")}))
+    else:
+        uniform = {"cdf": lambda u: u, "difference": True, "confidence_bands": "simulated"}
+        az.plot_ecdf(pit.sel(z_dim_0=0).to_numpy().ravel(), **uniform)
 
 
 def test_compare_of_one() -> None:
@@ -386,6 +566,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: compare({}, COUNTS), "dict of programs"),
     "a list": (lambda: compare([vae()], COUNTS), "dict of programs"),  # type: ignore[arg-type]
     "no program": (lambda: compare({"net": nn.Linear(5, 2)}, COUNTS), "program.*'net'"),
+    "an empty ensemble": (lambda: compare({"a": Ensemble()}, COUNTS), "one fit or more.*'a'"),
+    "no program in an ensemble": (
+        lambda: compare({"nets": Ensemble([vae(), nn.Linear(5, 2)])}, COUNTS),
+        "program.*'nets'",
+    ),
     "few draws": (lambda: compare({"a": vae()}, COUNTS, 2), "num_samples"),
     "a point mass": (lambda: compare({"a": vae(), "ae": delta()}, COUNTS), "Delta.*'ae'"),
     "bad data": (lambda: compare({"a": vae()}, COUNTS - 9), "'a'"),

@@ -39,7 +39,8 @@ def test_a_ranking_shows_the_difference_and_its_error_at_any_width(
     first, *_ = text = repr(ranking).splitlines()
     assert first.split()[0] == "difference"
     assert width < 70 or first.split()[1] == "difference_se"
-    assert "columns not shown: trend" in text[-1]
+    assert "columns not shown: within_error, weight, training_sd, trend" in text[-1]
+    assert "equal to the best within error: " in text[-2]
     assert list(ranking)[:2] == ["difference", "difference_se"]
 
 

@@ -61,7 +61,11 @@ def evidence() -> xr.Dataset:
 TABLE_OF_WINES = pd.DataFrame(rows(9).numpy(), columns=[f"column {i}" for i in range(9)])
 COVARIATES = {"age": rows(1)[:, 0] / 100, "y": rows(3)}
 RANKING = pd.DataFrame(
-    {"difference": [0.0, -0.3, -2.5], "difference_se": [0.0, 0.2, 0.4]},
+    {
+        "difference": [0.0, -0.3, -2.5],
+        "difference_se": [0.0, 0.2, 0.4],
+        "within_error": [True, True, False],
+    },
     index=pd.Index(["binomial", "beta-binomial", "poisson"], name="model"),
 )
 FACTORS = xr.Dataset(

@@ -8,7 +8,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
+from torch.distributions import AffineTransform
 
 import pyro_vae as pv
 from pyro_vae.data.read import read
@@ -21,6 +23,7 @@ ROWS = {
     "x": COUNTS,
     "y": COUNTS.flip(0) + 0.5,
     "shown": torch.arange(48).reshape(12, 4) % 5 > 0,
+    "share": COUNTS / COUNTS.sum(1, keepdim=True),
 }
 
 
@@ -89,6 +92,85 @@ def plain(row: Row, z: Tensor) -> None:
     seen(row["x"], z)
 
 
+class Columns(TorchDistribution):
+    """A normal or a Poisson distribution for each column, as one distribution of a row."""
+
+    arg_constraints = {}
+
+    def __init__(self, loc: Tensor, kinds: str, grouped: bool = False) -> None:
+        self.loc, self.kinds, self.grouped = loc, kinds, grouped
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        of = {"n": constraints.real, "p": constraints.nonnegative_integer}
+        parts = [of[kind] for kind in self.kinds]
+        if not self.grouped:
+            return constraints.stack(parts, dim=-1)
+        return constraints.cat(parts[::2], dim=-1, lengths=[2, 2])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Columns":
+        return Columns(self.loc.expand(*batch_shape, -1), self.kinds, self.grouped)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        scores = [
+            (dist.Normal(loc, 3.0) if kind == "n" else dist.Poisson(loc.exp())).log_prob(x)
+            for kind, loc, x in zip(self.kinds, self.loc.unbind(-1), value.unbind(-1))
+        ]
+        return torch.stack(scores, dim=-1).sum(-1)
+
+
+def columns(kinds: str, places: list[int], grouped: bool = False) -> Score:
+    """Scores some columns of x, each by its own kind of distribution."""
+
+    def score(row: Row, z: Tensor) -> None:
+        law = Columns(z.expand(*z.shape[:-1], len(places)), kinds, grouped)
+        pyro.sample("x", law, obs=row["x"][:, places])
+
+    return score
+
+
+def two_sites(row: Row, z: Tensor) -> None:
+    """The normal columns 1 and 0, and the Poisson columns 2 and 3."""
+    seen(row["x"][:, [1, 0]], z, "weights")
+    rate = z.exp().expand(*z.shape[:-1], 2)
+    pyro.sample("counts", dist.Poisson(rate).to_event(1), obs=row["x"][:, [2, 3]])
+
+
+def scored_by(law: Callable[[Tensor], Any], field: str = "x") -> Score:
+    """Scores four columns by the distribution that a function makes of their means."""
+
+    def score(row: Row, z: Tensor) -> None:
+        pyro.sample(field, law(z.expand(*z.shape[:-1], 4)), obs=row[field])
+
+    return score
+
+
+def on_a_grid(mean: Tensor) -> Any:
+    """A Poisson distribution whose support torch gives as the real numbers."""
+    grid = dist.TransformedDistribution(dist.Poisson(mean.exp()), [AffineTransform(0.0, 1.0)])
+    return grid.to_event(1)
+
+
+def of_two_counts(mean: Tensor) -> Any:
+    parts = dist.Poisson(mean.exp()), dist.Geometric(torch.sigmoid(mean))
+    return dist.MaskedMixture(torch.tensor([True, False, True, False]), *parts).to_event(1)
+
+
+def zero_inflated(mean: Tensor) -> Any:
+    return dist.ZeroInflatedDistribution(dist.Normal(mean, 3.0), gate=0.2 + 0 * mean).to_event(1)
+
+
+def last_column_masked(law: Callable[[Tensor], Any]) -> Score:
+    def score(row: Row, z: Tensor) -> None:
+        seen(row["x"][:, :3], z, "first")
+        mean = z.expand(*z.shape[:-1], 1)
+        last = law(mean).mask(torch.tensor([False])).to_event(1)
+        pyro.sample("last", last, obs=row["x"][:, 3:])
+
+    return score
+
+
 SAME: dict[str, tuple[Score, Score]] = {
     "a site of another name": (plain, lambda row, z: seen(row["x"], z, "counts")),
     "columns in another order": (plain, lambda row, z: seen(row["x"].flip(1), z)),
@@ -103,6 +185,25 @@ SAME: dict[str, tuple[Score, Score]] = {
     "rows of one number": (
         lambda row, z: pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=row["x"][:, 0]),
         lambda row, z: seen(row["x"][:, :1], z),
+    ),
+    "columns of two kinds, in two sites": (columns("nnpp", [0, 1, 2, 3]), two_sites),
+    "columns of two kinds, in groups": (columns("nnpp", [0, 1, 2, 3], grouped=True), two_sites),
+    "columns of two kinds, in another order": (
+        columns("nnpp", [0, 1, 2, 3]),
+        columns("pnpn", [3, 0, 2, 1]),
+    ),
+    "one column of two kinds": (columns("np", [0, 0]), columns("pn", [0, 0])),
+    "counts on a grid": (counted, scored_by(on_a_grid)),
+    "counts of two kinds": (counted, scored_by(of_two_counts)),
+    "two densities on the simplex": (
+        scored_by(lambda mean: dist.Dirichlet(mean.exp()), "share"),
+        scored_by(
+            lambda mean: dist.LogisticNormal(mean[..., :3], 1.0 + 0 * mean[..., :3]), "share"
+        ),
+    ),
+    "any distribution of cells that are masked": (
+        last_column_masked(lambda mean: dist.Normal(mean, 1.0)),
+        last_column_masked(lambda mean: dist.Poisson(mean.exp())),
     ),
 }
 OTHER: dict[str, tuple[Score, Score, str]] = {
@@ -124,6 +225,48 @@ OTHER: dict[str, tuple[Score, Score, str]] = {
         "the sum of pyro.factor is 2 .* is 3",
     ),
     "a mass beside a density": (plain, counted, "a density and a mass function for x.0."),
+    "one column of masses": (
+        plain,
+        columns("nnpn", [0, 1, 2, 3]),
+        r"a density and a mass function for x\[2\]",
+    ),
+    "another column of masses": (
+        columns("nnpn", [0, 1, 2, 3]),
+        columns("npnn", [0, 1, 2, 3]),
+        r"a density and a mass function for x\[1\]",
+    ),
+    "a column of masses, in another order": (
+        columns("nnpn", [0, 1, 2, 3]),
+        columns("nnnn", [3, 2, 1, 0]),
+        r"a mass function and a density for x\[2\]",
+    ),
+    "one column of two kinds": (
+        columns("np", [0, 0]),
+        columns("pp", [0, 0]),
+        "a density and a mass function for x",
+    ),
+    "the logarithm of one column": (
+        plain,
+        lambda row, z: seen(torch.cat([row["x"][:, :3], row["x"][:, 3:].log()], 1), z),
+        r"row 0, x\[3\] is ",
+    ),
+    "counts on a grid": (plain, scored_by(on_a_grid), "a density and a mass function"),
+    "counts of two kinds": (plain, scored_by(of_two_counts), "a density and a mass function"),
+    "point masses": (
+        plain,
+        scored_by(lambda mean: dist.Delta(mean, torch.zeros_like(mean)).to_event(1)),
+        "a density and a mass function",
+    ),
+    "a density with an atom": (
+        plain,
+        scored_by(zero_inflated),
+        "a density and a mixture of mass and density",
+    ),
+    "a density on the simplex": (
+        lambda row, z: seen(row["share"], z, "share"),
+        scored_by(lambda mean: dist.Dirichlet(mean.exp()), "share"),
+        "a density and a density in 3 of 4 dimensions for share.0.",
+    ),
 }
 
 

@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions import (
+    Delta,
+    ExpandedDistribution,
+    MaskedDistribution,
+    MaskedMixture,
+    ZeroInflatedDistribution,
+    constraints,
+)
 from torch import Tensor, nn
-from torch.distributions import Independent
+from torch.distributions import Independent, TransformedDistribution, biject_to
 
 from ..data.rows import Rows
 from ..elbos.chunks import Plan, data_sites
@@ -19,10 +26,11 @@ from ..engine.running import Site, evaluating, seeded
 from ..prediction.labels import unit_labels
 from ..prediction.traces import trace_of
 
-__all__ = ["Observed", "check_same_data", "observed_cells"]
+__all__ = ["Observed", "base_measures", "check_same_data", "observed_cells"]
 
 TOLERANCE = 1e-5  # relative to a value and to its column: float32 rounding, not other units
 FACTORS = "the sum of pyro.factor"
+DENSITY, MASS, MIXED = "density", "mass function", "mixture of mass and density"
 ADVICE = "Their log p(x) cannot be compared. All must score the same values in the same units."
 
 
@@ -34,12 +42,12 @@ class Observed:
         values: The values, shape (rows, cells), NaN where masked. The last cell is what all
             `pyro.factor` sites together add to log p(x).
         names: The name of each cell, such as `"x[2]"`.
-        is_mass: Whether the program has a mass function for each cell rather than a density.
+        measures: What the program has for each cell: the result of :func:`base_measures`.
     """
 
     values: np.ndarray
     names: list[str]
-    is_mass: np.ndarray
+    measures: np.ndarray
 
     @classmethod
     def of(cls, program: nn.Module, rows: Rows, max_elements: int) -> "Observed":
@@ -70,15 +78,29 @@ class Observed:
                     log_prob = site["fn"].log_prob(site["value"])
                     added = added + sum_to_rows(log_prob, site).double().cpu()
                 pieces.append(torch.cat([*parts, added[:, None]], dim=1).numpy())
-        labels = {name: unit_labels(name, tuple(cell.shape[1:])) for name, cell in cells.items()}
-        names = [label for own in labels.values() for label in own]
-        is_mass = [known.discrete[name] for name, own in labels.items() for _ in own]
-        return cls(np.concatenate(pieces), [*names, FACTORS], np.array([*is_mass, False]))
+        shapes = {name: tuple(cell.shape[1:]) for name, cell in cells.items()}
+        names = [label for name, shape in shapes.items() for label in unit_labels(name, shape)]
+        measures = []
+        for name, shape in shapes.items():
+            law: Any = nodes[name]["fn"]
+            own = base_measures(law, tuple(law.shape()))
+            own = own[(0,) * len(law.batch_shape)]
+            measures += np.broadcast_to(own, shape).ravel().tolist()
+        return cls(np.concatenate(pieces), [*names, FACTORS], np.array([*measures, DENSITY]))
 
     def order(self) -> np.ndarray:
-        """Returns an order of the cells that depends on their values alone, not on the sites."""
+        """Returns an order of the cells that depends on their values, not on the sites.
+
+        Cells of equal values are in the order of their base measures.
+        """
         weights = np.random.default_rng(0).normal(size=len(self.values))
-        return np.lexsort((weights @ np.nan_to_num(self.values, nan=-math.pi), self.is_mass))
+        values = np.nan_to_num(self.values, nan=-math.pi, posinf=1e30, neginf=-1e30)
+        sums, scales = weights @ values, np.abs(weights) @ np.abs(values)
+        order = np.argsort(sums)
+        is_new = np.diff(sums[order], prepend=-np.inf) > TOLERANCE * scales[order]
+        groups = np.empty(len(order), dtype=int)
+        groups[order] = np.cumsum(is_new)
+        return np.lexsort((sums, self.measures, groups))
 
 
 def check_same_data(found: Mapping[str, Observed], labels: np.ndarray) -> None:
@@ -103,7 +125,7 @@ def check_same_data(found: Mapping[str, Observed], labels: np.ndarray) -> None:
             )
         place = _first_difference(one.values, other.values)
         columns = np.arange(len(one.names)), np.arange(len(other.names))
-        if place is not None:
+        if place is not None or (one.measures != other.measures).any():
             ordered = one.order(), other.order()
             if _first_difference(one.values[:, ordered[0]], other.values[:, ordered[1]]) is None:
                 place, columns = None, ordered
@@ -114,15 +136,73 @@ def check_same_data(found: Mapping[str, Observed], labels: np.ndarray) -> None:
                 f"{one.names[cell]} {_shown(one.values[place])} in {first!r}, and "
                 f"{other.names[cell]} {_shown(other.values[place])} in {name!r}. {ADVICE}"
             )
-        mixed = np.flatnonzero(one.is_mass[columns[0]] != other.is_mass[columns[1]])
-        if mixed.size:
-            cell = columns[0][mixed[0]]
-            kinds = ("mass function", "density")
-            own, its = kinds if one.is_mass[cell] else kinds[::-1]
+        is_scored = ~np.isnan(one.values).all(axis=0)[columns[0]]
+        is_mixed = (one.measures[columns[0]] != other.measures[columns[1]]) & is_scored
+        if is_mixed.any():
+            cell, its = min(zip(*(own[is_mixed] for own in columns), strict=True))
             raise ValueError(
-                f"{pair} have different base measures: a {own} and a {its} for "
-                f"{one.names[cell]}. A mass function cannot be compared with a density."
+                f"{pair} have different base measures: a {one.measures[cell]} and a "
+                f"{other.measures[its]} for {one.names[cell]}. Their log p(x) cannot be compared: "
+                "a mass function has no units, and a density has those of its values."
             )
+
+
+def base_measures(law: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Names for each cell of a distribution what log p is relative to.
+
+    Arguments:
+        law: The distribution of an observed site.
+        shape: The shape of its values, batch and event.
+
+    Returns:
+        For each cell `"mass function"`, `"density"`, `"mixture of mass and density"`, or for
+        example `"density in 2 of 3 dimensions"` (on the simplex), an array of that shape.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> base_measures(dist.Poisson(torch.ones(2)), (2,)).tolist()
+        ['mass function', 'mass function']
+    """
+    match law:
+        case Independent() | ExpandedDistribution() | MaskedDistribution():
+            return base_measures(law.base_dist, shape)
+        case TransformedDistribution():  # torch takes its support for continuous
+            base: Any = law.base_dist
+            if (base_measures(base, tuple(base.batch_shape + base.event_shape)) == MASS).any():
+                return np.full(shape, MASS)
+        case ZeroInflatedDistribution():
+            base = base_measures(law.base_dist, shape)
+            return np.where(base == DENSITY, MIXED, base)
+        case MaskedMixture():
+            one, other = (base_measures(c, shape) for c in (law.component0, law.component1))
+            return np.where(one == other, one, MIXED)
+        case Delta():
+            return np.full(shape, MASS)
+    try:
+        return _measures_on(law.support, shape)
+    except (NotImplementedError, AttributeError):  # a distribution without a support
+        return np.full(shape, DENSITY)
+
+
+def _measures_on(support: Any, shape: tuple[int, ...]) -> np.ndarray:
+    match support:
+        case constraints.independent():
+            return _measures_on(support.base_constraint, shape)
+        case constraints.stack():
+            shape = tuple(np.delete(shape, support.dim))
+            return np.stack([_measures_on(c, shape) for c in support.cseq], axis=support.dim)
+        case constraints.cat():
+            axis, sizes = support.dim, list(shape)
+            parts = []
+            for part, sizes[axis] in zip(support.cseq, support.lengths, strict=True):
+                parts.append(_measures_on(part, tuple(sizes)))
+            return np.concatenate(parts, axis=axis)
+    if support.is_discrete:
+        return np.full(shape, MASS)
+    event = shape[len(shape) - support.event_dim :]
+    free = math.prod(biject_to(support).inverse_shape(event)) if event else 1
+    size = math.prod(event)
+    return np.full(shape, DENSITY if free == size else f"{DENSITY} in {free} of {size} dimensions")
 
 
 def _first_difference(one: np.ndarray, other: np.ndarray) -> tuple[int, int] | None:

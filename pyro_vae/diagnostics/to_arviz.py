@@ -1,5 +1,6 @@
 """Draws from a program in the format of ArviZ."""
 
+from dataclasses import fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ from ..evidence.log_evidence import estimates, labelled
 from .observed import observed_cells
 from .shared_latents import shared_draws
 
-__all__ = ["to_arviz"]
+__all__ = ["elpd_data", "to_arviz"]
 
 Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
 
@@ -273,3 +274,35 @@ def _wrapped(groups: dict[str, xr.Dataset], note: str) -> Any:
         return xr.DataTree.from_dict(groups)
     container: Any = arviz.InferenceData
     return container(**groups)
+
+
+def elpd_data(evidence: xr.Dataset, num_samples: int, good_k: float) -> Any:
+    """Returns log p(x) of held-out rows as the `ELPDData` of the installed version of ArviZ.
+
+    Arguments:
+        evidence: `log_evidence` and `pareto_k` over `datum`, in nats.
+        num_samples: The number of draws of each row.
+        good_k: The largest Pareto k at which log p(x) is reliable.
+    """
+    import arviz
+
+    scores, k = evidence["log_evidence"], evidence["pareto_k"]
+    values: dict[str, Any] = {
+        "elpd": float(scores.sum()),
+        "se": float(np.sqrt(scores.size) * scores.std()),
+        "p": np.nan,
+        "n_samples": num_samples,
+        "n_data_points": scores.size,
+        "warning": bool((k > good_k).any()),
+        "elpd_i": scores,
+        "pareto_k": k,
+        "scale": "log",
+        "good_k": good_k,
+    }
+    kind: Any = arviz.ELPDData
+    if int(arviz.__version__.split(".")[0]) < 1:
+        own = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+        return kind(list(values.values()), index=[own.get(name, name) for name in values])
+    if "kind" in {field.name for field in fields(kind)}:  # ArviZ 1.2 and earlier
+        values["kind"] = "held_out"
+    return kind(**values)

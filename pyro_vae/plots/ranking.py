@@ -20,14 +20,16 @@ __all__ = ["ranking"]
 def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     """Plots the difference of each model from the best in mean log p(x), ± 2 standard errors.
 
+    Filled dots are the models that equal the best within error, empty ones the others.
+
     Arguments:
         table: The result of `compare`.
         ax: The axes to draw into; a new figure by default.
 
     Raises:
-        ValueError: If the table has no columns `difference` and `difference_se`.
+        ValueError: If the table has no columns `difference`, `difference_se` and `within_error`.
     """
-    needed = {"difference", "difference_se"}
+    needed = {"difference", "difference_se", "within_error"}
     if not needed <= set(getattr(table, "columns", ())):
         raise ValueError(f"Expected a table with the columns {sorted(needed)}; got {table!r}.")
     names = [text_of(name, 40) for name in table.index]
@@ -36,8 +38,24 @@ def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     places = np.arange(len(names))
     ax.axvline(0.0, color="0.6", linewidth=1.0, zorder=0)
     bars = 2 * table["difference_se"].to_numpy()
-    label = "difference from the best ± 2 s.e."
-    ax.errorbar(table["difference"], places, xerr=bars, fmt="o", capsize=3, label=label)
+    is_equal = table["within_error"].to_numpy(dtype=bool)
+    for mask, fill, label in (
+        (is_equal, "full", "equal within error"),
+        (~is_equal, "none", "worse"),
+    ):
+        if mask.any():
+            ax.errorbar(
+                table["difference"][mask],
+                places[mask],
+                xerr=bars[mask],
+                fmt="o",
+                color="C0",
+                fillstyle=fill,
+                capsize=3,
+                label=label,
+            )
+    if len(names) > 1:
+        ax.legend(loc="best", fontsize="small")
     ax.set_yticks(places, names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel("difference from the best ± 2 s.e., nats per row")
