@@ -13,7 +13,7 @@ from .. import plots
 from ..data.checks import checked_draws
 from ..data.read import read
 from ..data.table import Table
-from ..elbos.chunks import MAX_ELEMENTS, Plan
+from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
 from ..engine.running import evaluating, public, seeded
 from ..evidence.evidence import standard_error
@@ -187,10 +187,9 @@ def gaps(
             normal = refined(space, rows, keys, STAGES[0], *part, is_diagonal=is_diagonal)
             part = later(scorer.seed, 22), scorer.max_elements
             normal = refined(space, rows, keys, STAGES[1], *part, normal)
-            plan = Plan.of(program, rows, num_samples, scorer.max_elements)
             own = Refined(space, normal, num_samples, degrees=None)
             every = np.arange(len(rows))
-            best = scorer.scores(rows, every, own, plan, later(scorer.seed, 30))
+            best = scorer.scores(rows, every, own, num_samples, later(scorer.seed, 30))
     return _gaps(evidence, best, rows.labels, num_samples, is_diagonal=is_diagonal)
 
 

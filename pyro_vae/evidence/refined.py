@@ -33,6 +33,7 @@ __all__ = [
     "Stage",
     "log_density",
     "refined",
+    "replaced",
     "rows_of",
     "start",
 ]
@@ -40,7 +41,7 @@ __all__ = [
 DEGREES = 5  # of freedom of the tail of the draws
 MOST_FULL = 100  # latents; beyond, a covariance of low rank plus a diagonal
 RANK = 10
-FIRST_DRAWS = 256
+FIRST_DRAWS = 256, 16  # of the guide: at least, and for each latent
 DECAYS = 0.9, 0.99  # of the two averages of Adam
 
 
@@ -207,6 +208,21 @@ def rows_of(normal: PerRow, index: Tensor | slice) -> PerRow:
     return type(normal)(**{name: tensor[index] for name, tensor in vars(normal).items()})
 
 
+def replaced(normal: PerRow, index: Tensor, others: PerRow) -> PerRow:
+    """Returns the distributions with those of some rows replaced.
+
+    Arguments:
+        normal: The distributions.
+        index: Which rows.
+        others: Their new distributions.
+    """
+    new = vars(others)
+    found = {
+        name: t.index_copy(0, index.to(t.device), new[name]) for name, t in vars(normal).items()
+    }
+    return type(normal)(**found)
+
+
 def refined(
     space: Space,
     rows: Rows,
@@ -246,7 +262,8 @@ def _of_guide(space: Space, row: Row, keys: np.ndarray, plan: Plan, seed: int) -
     """Draws of the guide, (draws, rows, D), in parts that fit into memory."""
     with RowNoise(space.known.rows_dim) as recorded:
         space.from_guide(row, 2)
-    noise, device = Noise(recorded.sizes, FIRST_DRAWS, seed), tree_leaves(row)[0].device
+    count = max(FIRST_DRAWS[0], FIRST_DRAWS[1] * space.size)
+    noise, device = Noise(recorded.sizes, count, seed), tree_leaves(row)[0].device
     table, shifts = noise.table.to(device), noise.shifts(keys).to(device)
     found = []
     for part in table.split(plan.draws_at_once):

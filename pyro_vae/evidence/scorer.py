@@ -13,7 +13,7 @@ from ..engine.row_noise import ReadFields, row_keys
 from .evidence import ATTRIBUTES
 from .pareto_k import good_k
 from .proposal import Proposal
-from .refined import PerRow, Refined, Stage, refined, rows_of
+from .refined import Refined, Stage, refined, replaced, rows_of
 from .scoring import Drawable, elements_at_once, scores
 from .unconstrained import Space
 
@@ -70,44 +70,54 @@ class Scorer:
             good = every[~is_over]
             for name, values in self.by_guide(good, self.num_samples, self.seed).items():
                 found[name][good] = values
-            is_over |= found["pareto_k"] > CERTAIN_K
         start = time.perf_counter()
         at_once = max(1, BLOCK // self.space.size**2)
         over = every[is_over]
         for first in range(0, len(over), at_once):
-            self.by_own(over[first : first + at_once], found)
+            self.by_own(over[first : first + at_once], pilot, found)
         self.is_refined, self.seconds = is_over, time.perf_counter() - start
         return found
 
     def by_guide(self, index: np.ndarray, size: int, seed: int) -> dict[str, np.ndarray]:
         """Scores some rows by draws from the guide."""
-        rows = self.part(index)
-        plan = Plan.of(self.program, rows, size, self.max_elements)
         proposal = Proposal(self.program, self.known, size)
-        return self.scores(rows, index, proposal, plan, seed)
+        return self.scores(self.part(index), index, proposal, size, seed)
 
-    def by_own(self, index: np.ndarray, found: dict[str, np.ndarray]) -> None:
-        """Replaces the scores of some rows by those of proposals of their own."""
-        normal: PerRow | None = None
-        for number, stage in enumerate(STAGES, start=1):
-            rows, seed = self.part(index), later(self.seed, 2 * number)
-            normal = refined(
-                self.space, rows, self.keys[index], stage, seed, self.max_elements, normal
-            )
-            plan = Plan.of(self.program, rows, self.num_samples, self.max_elements)
-            proposal = Refined(self.space, normal, self.num_samples)
-            scores = self.scores(rows, index, proposal, plan, later(seed, 1))
-            for name in OF_OWN:
-                found[name][index] = scores[name]
-            is_over = ~(scores["pareto_k"] <= good_k(self.num_samples))
-            if not is_over.any() or self.num_samples < LEAST_PILOT:
-                return
-            index, normal = index[is_over], rows_of(normal, torch.from_numpy(is_over))
+    def by_own(self, index: np.ndarray, pilot: int, found: dict[str, np.ndarray]) -> None:
+        """Replaces the scores of some rows by those of proposals of their own.
+
+        Which rows are improved for longer is decided by draws that are then thrown away: rows
+        kept for the small weights that they happened to draw would be too low.
+        """
+        waiting = np.arange(len(index))
+        first = later(self.seed, 2)
+        normal = refined(
+            self.space, self.part(index), self.keys[index], STAGES[0], first, self.max_elements
+        )
+        for number, stage in enumerate(STAGES[1:], start=1):
+            trial = Refined(self.space, rows_of(normal, torch.from_numpy(waiting)), pilot)
+            rows, seed = self.part(index[waiting]), later(self.seed, 2 * number + 1)
+            k = self.scores(rows, index[waiting], trial, pilot, seed)["pareto_k"]
+            is_over = ~(k <= good_k(pilot))
+            if not is_over.any():
+                break
+            waiting = waiting[is_over]
+            rows, keys = self.part(index[waiting]), self.keys[index[waiting]]
+            places, seed = torch.from_numpy(waiting), later(self.seed, 2 * number + 2)
+            begin = rows_of(normal, places)
+            better = refined(self.space, rows, keys, stage, seed, self.max_elements, begin)
+            normal = replaced(normal, places, better)
+        proposal = Refined(self.space, normal, self.num_samples)
+        seed = later(self.seed, 2 * len(STAGES) + 1)
+        scores = self.scores(self.part(index), index, proposal, self.num_samples, seed)
+        for name in OF_OWN:
+            found[name][index] = scores[name]
 
     def scores(
-        self, rows: Rows, index: np.ndarray, proposal: Drawable, plan: Plan, seed: int
+        self, rows: Rows, index: np.ndarray, proposal: Drawable, size: int, seed: int
     ) -> dict[str, np.ndarray]:
-        """Scores some rows by a proposal."""
+        """Scores some rows by draws from a proposal."""
+        plan = Plan.of(self.program, rows, size, self.max_elements)
         keys = self.keys[index]
         return scores(self.program, rows, proposal, plan, keys, seed, self.bar.update)
 
