@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,10 +32,12 @@ __all__ = [
     "Refined",
     "Stage",
     "log_density",
+    "matched",
     "refined",
     "replaced",
     "rows_of",
     "start",
+    "weighted_draws",
 ]
 
 DEGREES = 5  # of freedom of the tail of the draws
@@ -221,6 +223,42 @@ def replaced(normal: PerRow, index: Tensor, others: PerRow) -> PerRow:
         name: t.index_copy(0, index.to(t.device), new[name]) for name, t in vars(normal).items()
     }
     return type(normal)(**found)
+
+
+def matched(normal: PerRow, u: Tensor, log_weights: Tensor) -> PerRow:
+    """Returns normal distributions with the moments of weighted draws.
+
+    Unlike the best ELBO, which may leave out a tail, these cover the posterior (a step of
+    population Monte Carlo). The fewer the effective draws, the more of the old covariance is kept.
+
+    References:
+        Adaptive importance sampling in general mixture classes (Cappé et al., 2008),
+        doi 10.1007/s11222-008-9059-x.
+
+    Arguments:
+        normal: The distributions that were drawn from.
+        u: The draws, shape (draws, rows, D).
+        log_weights: Their log-weights, shape (draws, rows).
+    """
+    weights = log_weights.softmax(0).nan_to_num(1.0 / len(u)).to(u)
+    share = 1.0 / weights.square().sum(0)
+    share = (share / (share + u.shape[-1] ** 2))[:, None]
+    loc = torch.lerp(normal.loc, torch.einsum("sr,sri->ri", weights, u), share)
+    centred = u - loc
+    match normal:
+        case FullNormal():
+            old = normal.scale_tril @ normal.scale_tril.mT
+            new = torch.einsum("sr,sri,srj->rij", weights, centred, centred)
+            tril, failed = torch.linalg.cholesky_ex(torch.lerp(old, new, share[..., None]))
+            return FullNormal(
+                loc, torch.where((failed == 0)[:, None, None], tril, normal.scale_tril)
+            )
+        case LowRankNormal():
+            new = torch.einsum("sr,sri->ri", weights, centred.square())
+            own = (new - normal.factor.square().sum(-1)).clamp_min(0.0)
+            return replace(
+                normal, loc=loc, scale=torch.lerp(normal.scale.square(), own, share).sqrt()
+            )
 
 
 def refined(
@@ -429,6 +467,34 @@ class Refined:
             log_proposal = torch.logaddexp(*parts)
         log_weights = (point.log_joint - log_proposal).nan_to_num(-math.inf, math.inf, -math.inf)
         return {"log_weights": log_weights, "u": u}
+
+
+def weighted_draws(
+    proposal: Refined, rows: Rows, keys: np.ndarray, plan: Plan, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Returns draws u, shape (draws, rows, D), and their log-weights, shape (draws, rows).
+
+    Arguments:
+        proposal: The proposal of the rows.
+        rows: The rows.
+        keys: Their keys.
+        plan: How rows and draws are divided.
+        seed: The seed.
+    """
+    program, device = proposal.space.program, proposal.normal.loc.device
+    strata = proposal.strata(rows.head(2, program), seed)
+    pieces = []
+    for piece in plan.pieces():
+        inputs = {"row": rows.select(piece, program), **proposal.of_rows(piece)}
+        parts = []
+        for function, noise in strata:
+            shifts = noise.shifts(keys[piece]).to(device)
+            for table in noise.table.to(device).split(plan.draws_at_once):
+                found = function({**inputs, "table": table, "shifts": shifts}, len(table))
+                parts.append((found["u"], found["log_weights"]))
+        pieces.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+    u, log_weights = (torch.cat(tensors, dim=1) for tensors in zip(*pieces, strict=True))
+    return u, log_weights
 
 
 def _noise(x: Any) -> tuple[Tensor, Tensor]:

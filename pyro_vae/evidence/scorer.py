@@ -11,18 +11,19 @@ from ..elbos.chunks import Plan, point_masses
 from ..engine.progress import progress_bar
 from ..engine.row_noise import ReadFields, row_keys
 from .evidence import ATTRIBUTES
-from .pareto_k import good_k
+from .pareto_k import good_k, pareto_k
 from .proposal import Proposal
-from .refined import Refined, Stage, refined, replaced, rows_of
+from .refined import Refined, Stage, matched, refined, replaced, rows_of, weighted_draws
 from .scoring import Drawable, elements_at_once, scores
 from .unconstrained import Space
 
 __all__ = ["STAGES", "Scorer", "later"]
 
 LEAST_PILOT, MOST_PILOT = 100, 1000
-CERTAIN_K = 0.3  # an estimate of k has an error of 0.13 to 0.2; a true k over 0.7 is rarely under
+CERTAIN_K = 0.0  # an estimate of k from few draws has an error of 0.2
 OF_OWN = [name for name in ATTRIBUTES if name not in ("elbo", "elbo_mcse", "pareto_k_guide")]
-STAGES = Stage(150, 16, 0.1), Stage(300, 32, 0.05), Stage(600, 32, 0.05)
+STAGES = Stage(250, 16, 0.05), Stage(300, 32, 0.05), Stage(600, 32, 0.03)
+ATTEMPTS = None, None, STAGES[1], None, STAGES[2], None  # None: the moments of weighted draws
 BLOCK = 2**24  # numbers in the covariances of the rows that are refined together
 
 
@@ -89,26 +90,29 @@ class Scorer:
         Which rows are improved for longer is decided by draws that are then thrown away: rows
         kept for the small weights that they happened to draw would be too low.
         """
-        waiting = np.arange(len(index))
-        first = later(self.seed, 2)
-        normal = refined(
-            self.space, self.part(index), self.keys[index], STAGES[0], first, self.max_elements
-        )
-        for number, stage in enumerate(STAGES[1:], start=1):
-            trial = Refined(self.space, rows_of(normal, torch.from_numpy(waiting)), pilot)
-            rows, seed = self.part(index[waiting]), later(self.seed, 2 * number + 1)
-            k = self.scores(rows, index[waiting], trial, pilot, seed)["pareto_k"]
-            is_over = ~(k <= good_k(pilot))
+        keys, rows = self.keys[index], self.part(index)
+        seed = later(self.seed, 2)
+        normal = refined(self.space, rows, keys, STAGES[0], seed, self.max_elements)
+        waiting, better = np.arange(len(index)), normal
+        for number, stage in enumerate(ATTEMPTS, start=1):
+            trial = Refined(self.space, better, pilot)
+            plan = Plan.of(self.program, rows, pilot, self.max_elements)
+            seed = later(self.seed, 2 * number + 1)
+            u, log_weights = weighted_draws(trial, rows, keys, plan, seed)
+            is_over = ~(pareto_k(log_weights.cpu().numpy()) <= good_k(pilot))
             if not is_over.any():
                 break
-            waiting = waiting[is_over]
-            rows, keys = self.part(index[waiting]), self.keys[index[waiting]]
-            places, seed = torch.from_numpy(waiting), later(self.seed, 2 * number + 2)
-            begin = rows_of(normal, places)
-            better = refined(self.space, rows, keys, stage, seed, self.max_elements, begin)
-            normal = replaced(normal, places, better)
+            chosen = torch.from_numpy(is_over)
+            waiting, better = waiting[is_over], rows_of(better, chosen)
+            keys, rows = self.keys[index[waiting]], self.part(index[waiting])
+            if stage is None:
+                better = matched(better, u[:, chosen], log_weights[:, chosen])
+            else:
+                more = later(self.seed, 2 * number + 2), self.max_elements
+                better = refined(self.space, rows, keys, stage, *more, better)
+            normal = replaced(normal, torch.from_numpy(waiting), better)
         proposal = Refined(self.space, normal, self.num_samples)
-        seed = later(self.seed, 2 * len(STAGES) + 1)
+        seed = later(self.seed, 1000)
         scores = self.scores(self.part(index), index, proposal, self.num_samples, seed)
         for name in OF_OWN:
             found[name][index] = scores[name]
