@@ -23,6 +23,7 @@ from .data import datasets as datasets
 from .data.degenerate import DegenerateColumnsWarning as DegenerateColumnsWarning
 from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
+from .diagnostics import posterior as posterior
 from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
 from .distributions import ConditionalDistribution as ConditionalDistribution
@@ -79,6 +80,7 @@ __all__ = [
     "log_evidence",
     "compare",
     "compare_elbos",
+    "posterior",
     "race",
     "to_arviz",
     "diagnostics",

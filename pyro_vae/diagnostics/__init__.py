@@ -4,6 +4,7 @@ from .active_units import active_units as active_units
 from .compare import compare as compare
 from .compare_elbos import Comparison as Comparison
 from .compare_elbos import compare_elbos as compare_elbos
+from .posterior import posterior as posterior
 from .race import Race as Race
 from .race import race as race
 from .to_arviz import to_arviz as to_arviz
