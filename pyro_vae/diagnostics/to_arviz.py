@@ -127,7 +127,8 @@ def to_arviz(
     """
     num_samples = checked_draws("num_samples", num_samples, least=4)
     method = checked_choice("method", method, METHODS)
-    chains = 1 if method == "guide" else checked_draws("chains", chains)
+    chains = checked_draws("chains", chains)
+    chains = 1 if method == "guide" else chains
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):

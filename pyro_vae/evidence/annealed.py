@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.checks import checked_choice, checked_draws
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import Plan
 from ..engine.progress import progress_bar
 from .hmc import MAX_ELEMENTS, MOMENT_DRAWS, TARGET, Chains, Scales, State, space_of, warmed_up
 
-__all__ = ["Annealed", "annealed"]
+__all__ = ["STARTS", "Annealed", "annealed"]
+
+STARTS = ("pilot", "guide", "prior")
 
 PILOT_CHAINS = 8
 PILOT_MOVES = 2  # at each temperature
@@ -86,7 +87,7 @@ def annealed(
         program: The program, in evaluation mode.
         rows: Its data.
         num_chains: The number of chains C of each row, 4 or more.
-        num_temperatures: The number of temperatures T.
+        num_temperatures: The number of temperatures T, 2 or more.
         num_steps: The number of steps of a trajectory.
         start: The distribution p_0: `"guide"`, the normal distribution that has the moments of the
             guide's draws; `"pilot"`, that of the draws of a short run of HMC from there; or
@@ -95,13 +96,8 @@ def annealed(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If a number is too small, `start` is another word, or the program has latents
-            that Hamiltonian Monte Carlo cannot move.
+        ValueError: If the program has latents that Hamiltonian Monte Carlo cannot move.
     """
-    num_chains = checked_draws("num_chains", num_chains, least=4)
-    num_temperatures = checked_draws("num_temperatures", num_temperatures, least=2)
-    num_steps = checked_draws("num_steps", num_steps)
-    start = checked_choice("start", start, ("pilot", "guide", "prior"))
     space, _ = space_of(program, rows)
     plan = Plan.of(program, rows, num_chains, MAX_ELEMENTS)
     moves = PILOT_MOVES + (1 if simulated is None else 2)

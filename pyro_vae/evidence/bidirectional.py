@@ -9,14 +9,15 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from ..data.checks import checked_draws
+from ..data.checks import checked_choice, checked_draws
 from ..data.read import read
 from ..data.rows import Rows
 from ..data.table import Table
+from ..elbos.log_densities import programs_of
 from ..engine.running import evaluating, public, seeded
 from ..prediction.sample import sample_sites
 from ..prediction.traces import values_by_row
-from .annealed import annealed
+from .annealed import STARTS, annealed
 from .hmc import space_of
 from .log_evidence import estimates, standard_error
 
@@ -83,6 +84,9 @@ def bidirectional(
     """
     num_rows = checked_draws("num_rows", num_rows, least=2)
     num_samples = checked_draws("num_samples", num_samples, least=4)
+    num_temperatures = checked_draws("num_temperatures", num_temperatures, least=2)
+    start = checked_choice("start", start, STARTS)
+    programs_of(program)
     if x is None:
         sites = sample_sites(program, num_rows, x=None, context=context, weights=weights, seed=0)
         x = next(iter(sites.values())) if len(sites) == 1 else sites

@@ -28,7 +28,7 @@ MAX_ELEMENTS = 2**20  # of one tensor: a gradient needs many at a time, which fi
 JITTER = 0.25  # the step of a trajectory is this much shorter or longer, at random
 PATH = 2.0  # the length of a trajectory, in standard deviations: a quarter of a period is 1.57
 MOST_STEPS = 32
-FIRST_STEPS = 8
+FIRST_STEPS = 4
 TARGET = 0.8  # the rate of acceptance
 HARD_TO_REACH = 0.05  # the share of the rows whose small steps do not set the length of all
 
