@@ -37,7 +37,9 @@ def posterior(
 
     Look at `vi_stats`: if the largest R-hat of a row is over 1.01, its coordinate `note` says that
     its chains disagree. The posterior of the row then has several modes, between which the chains
-    do not move, or more draws are needed. A mode that no chain found cannot be seen.
+    do not move, or more draws are needed. `log_joint` in `sample_stats` shows which chains are in
+    a mode of little weight; the share of the draws in a mode is not its probability. A mode that
+    no chain found cannot be seen.
 
     References:
         MCMC using Hamiltonian dynamics (Neal, 2011), arXiv 1206.1901.
