@@ -26,6 +26,7 @@ from .diagnostics import compare as compare
 from .diagnostics import compare_elbos as compare_elbos
 from .diagnostics import conformal as conformal
 from .diagnostics import gaps as gaps
+from .diagnostics import posterior as posterior
 from .diagnostics import race as race
 from .diagnostics import to_arviz as to_arviz
 from .distributions import ConditionalDistribution as ConditionalDistribution
@@ -87,6 +88,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compare_elbos",
+    "posterior",
     "race",
     "gaps",
     "conformal",

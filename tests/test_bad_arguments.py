@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae.diagnostics import active_units
 from pyro_vae.elbos import Estimator
-from pyro_vae.evidence import linear_gaussian
+from pyro_vae.evidence import bidirectional, linear_gaussian
 
 ROWS, COLUMNS = 12, 4
 NAN = float("nan")
@@ -136,6 +136,10 @@ BAD: dict[str, list[Any]] = {
     "device": ["meta", "gpu", "", 3.5, "cuda:99", [], True],
     "checkpoint": [3, 2.5, [], "."],
     "on_invalid": WORD,
+    "method": WORD,
+    "start": WORD,
+    "chains": DRAWS,
+    "num_temperatures": DRAWS,
     "site": [value for value in WORD if value is not None],
     "labels": [3, "a", [1, 2], X],
     "image_shape": [3, (2, 3), "a", (-2, -2), (2.0, 2.0), NAN],
@@ -205,6 +209,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "active_units": (active_units, ROW),
     "to_arviz": (pv.to_arviz, ROW),
     "calibrate": (pv.calibrate, ROW | {"num_simulations": 20, "num_samples": 4}),
+    "posterior": (pv.posterior, ROW),
+    "bidirectional": (bidirectional, {"program": vae()}),
     "compare": (pv.compare, {"programs": {"a": vae(), "b": vae()}, "x": X}),
     "compare_elbos": (pv.compare_elbos, ROW | {"elbos": ELBOS}),
     "race": (pv.race, {"build": vae, "x": X, "elbos": ELBOS, "seeds": [0], "budget": 1}),
@@ -264,7 +270,7 @@ def is_right(call: str, name: str, value: Any) -> bool:
         case (
             ("elbos.TotalCorrelation", "num_rows", None | 1000000000000)
             | ("elbos.BetaELBO", "elbo", None)
-            | ("sample" | "plots.prior_samples" | "calibrate", "x", None)
+            | ("sample" | "bidirectional" | "plots.prior_samples" | "calibrate", "x", None)
             | ("plots.prior_samples", "size", None)
             | ("plots.prior_samples", "data", None | Tensor())
             | ("datasets.load", "header" | "separator" | "decimal" | "index", None)

@@ -23,6 +23,7 @@ from torch.fx.graph_module import _loader
 import pyro_vae as pv
 from pyro_vae.data.checks import part_size
 from pyro_vae.engine.replay import Graph
+from pyro_vae.evidence import bidirectional
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 ELBOS = {"ELBO": pv.elbos.Trace_ELBO(), "STL": pv.elbos.STL()}
@@ -47,6 +48,8 @@ TRAINING: dict[str, Callable[[Any], object]] = {
 }
 DIFFERENTIATING = TRAINING | {
     "compare_elbos": lambda program: pv.compare_elbos(program, X, ELBOS, **FEW),
+    "posterior": lambda program: pv.posterior(program, X, "hmc", 10, seed=0, progress=False),
+    "bidirectional": lambda program: bidirectional(program, 4, 4, seed=0, progress=False),
     "curves": lambda _: COMPARED.curves([1, 2], progress=False),
 }
 

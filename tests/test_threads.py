@@ -16,7 +16,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics import active_units
-from pyro_vae.evidence import linear_gaussian
+from pyro_vae.evidence import bidirectional, linear_gaussian
 
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 ELBOS = {"ELBO": pv.elbos.Trace_ELBO(), "IWAE": pv.elbos.IWAE(2)}
@@ -70,6 +70,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "active_units": lambda: active_units(VAE, X, 20, **QUIET),
     "calibrate": lambda: pv.calibrate(VAE, X, num_simulations=30, num_samples=5, **QUIET).pit,
     "to_arviz": lambda: np.asarray(pv.to_arviz(VAE, X, 10, seed=0)["posterior"]["z"]),
+    "posterior": lambda: np.asarray(
+        pv.posterior(VAE, X, "hmc", 10, chains=2, **QUIET)["posterior"]["z"]
+    ),
+    "bidirectional": lambda: bidirectional(VAE, 4, 4, num_temperatures=4, **QUIET),
     "compare": lambda: pv.compare({"a": VAE, "b": VAE}, X, 50, **QUIET).drop(columns="note"),
     "compare_elbos": lambda: pv.compare_elbos(
         VAE, X, ELBOS, num_repeats=4, reference=16, **QUIET

@@ -10,6 +10,7 @@ from .conformal import Conformal as Conformal
 from .conformal import conformal as conformal
 from .gaps import Gaps as Gaps
 from .gaps import gaps as gaps
+from .posterior import posterior as posterior
 from .race import Race as Race
 from .race import race as race
 from .to_arviz import to_arviz as to_arviz

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ..data.checks import checked_draws
+from ..data.checks import checked_choice, checked_draws
 from ..data.read import read
-from ..data.rows import Rows
+from ..data.rows import Rows, floating_like
 from ..data.source import Row
 from ..elbos.chunks import (
     MAX_ELEMENTS,
@@ -20,7 +21,7 @@ from ..elbos.chunks import (
     give_memory_back,
     point_masses,
 )
-from ..elbos.drawing import Drawing, densities_of, parts_of
+from ..elbos.drawing import densities_of, parts_of
 from ..elbos.log_densities import (
     Densities,
     Program,
@@ -30,11 +31,13 @@ from ..elbos.log_densities import (
     structure,
 )
 from ..engine.running import Site, evaluating, public, seeded
+from ..evidence.hmc import Draws, hmc, space_of
 from ..evidence.log_evidence import estimates, labelled
+from ..evidence.unconstrained import Space
 from .observed import observed_cells
 from .shared_latents import shared_draws
 
-__all__ = ["elpd_data", "to_arviz"]
+__all__ = ["METHODS", "elpd_data", "to_arviz"]
 
 Groups: TypeAlias = dict[str, dict[str, np.ndarray]]
 
@@ -47,6 +50,21 @@ NOTE = (
     "Independent draws from the guide q(z | x): R-hat and ESS say nothing about its fit; see "
     "pareto_k in vi_stats."
 )
+METHODS = ("guide", "hmc")  # "importance" joins here, and as draws in to_arviz
+LARGEST_R_HAT = 1.01
+HMC_NOTE = (
+    "Draws from the posterior p(z | x) by Hamiltonian Monte Carlo: see r_hat and the effective "
+    "sample sizes in vi_stats."
+)
+CHAINS_DISAGREE = "chains disagree: several modes, or too few draws"
+HMC_ATTRIBUTES = {
+    "r_hat": ("largest rank-normalised split R-hat over the latents", "1"),
+    "ess_bulk": ("smallest bulk effective sample size over the latents", "draws"),
+    "ess_tail": ("smallest tail effective sample size over the latents", "draws"),
+    "acceptance_rate": ("mean probability of acceptance of a trajectory", "1"),
+    "step_size": ("step size of a trajectory", "standard deviations"),
+    "num_steps": ("number of steps of a trajectory", "1"),
+}
 
 
 @public
@@ -55,11 +73,14 @@ def to_arviz(
     x: Any,
     num_samples: int = 500,
     *,
+    method: str = "guide",
+    chains: int = 4,
     context: Any = None,
     weights: Any = None,
     num_predictive: int | None = None,
     max_elements: int = MAX_ELEMENTS,
     seed: int | None = None,
+    progress: bool = True,
 ) -> Any:
     """Draws from a program, trained or not, in the form that ArviZ reads.
 
@@ -70,13 +91,17 @@ def to_arviz(
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such arrays.
-        num_samples: The number of draws from the guide, 4 or more.
+        num_samples: The number of draws from the guide, or of each chain, 4 or more.
+        method: `"guide"` draws from the guide; `"hmc"` draws from the posterior by Hamiltonian
+            Monte Carlo, as :func:`pyro_vae.posterior` describes.
+        chains: The number of chains of Hamiltonian Monte Carlo for each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
         num_predictive: The number of draws from the guide, and from the prior, at which data are
             drawn. By default as many as fit in `max_elements`, at most 100.
         max_elements: The largest number of elements of a tensor, approximately.
         seed: The seed of the draws. `None` continues torch's generator from its state.
+        progress: Whether to show the progress of Hamiltonian Monte Carlo.
 
     Returns:
         An `InferenceData` under ArviZ 0.23, a `DataTree` under 1.x, with the groups `posterior`
@@ -86,11 +111,13 @@ def to_arviz(
         log_joint, in nats) and `vi_stats` (the result of `log_evidence` for each row, from these
         draws). If the guide has point masses, `vi_stats` is NaN but for `elbo`. Latents that all
         rows share have no dim `datum`; the log-densities in `sample_stats` are then those of all
-        rows together, and there is no `vi_stats`.
+        rows together, and there is no `vi_stats`. With `method="hmc"` the posterior has as many
+        chains as asked for, and `vi_stats` holds for each row the largest `r_hat` over its latents
+        and the smallest `ess_bulk` and `ess_tail`.
 
     Raises:
-        ValueError: If `program` is not such a module, the data do not fit it, or a size is out of
-            its range.
+        ValueError: If `program` is not such a module, the data do not fit it, a size is out of
+            its range, or Hamiltonian Monte Carlo cannot move its latents.
 
     Example:
         >>> import pyro_vae as pv
@@ -100,29 +127,44 @@ def to_arviz(
         ('chain', 'draw', 'datum', 'z_dim_0')
     """
     num_samples = checked_draws("num_samples", num_samples, least=4)
+    method = checked_choice("method", method, METHODS)
+    chains = checked_draws("chains", chains)
+    chains = 1 if method == "guide" else chains
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
         known = structure(program, rows.head(2, program))
-    if known.global_latents or known.global_observed:
+    if method == "guide" and (known.global_latents or known.global_observed):
         options = num_samples, num_predictive, max_elements, seed
         return _shared_tree(program, rows, known, *options)
+    total = num_samples * chains
     with seeded(seed), evaluating(program):
-        plan = Plan.of(program, rows, num_samples, max_elements)
-        run = _Run(program, plan, num_samples)
+        drawn, given = None, None
+        if method == "hmc":
+            drawn = hmc(program, rows, num_samples, chains, progress=progress)
+            given = _Given(space_of(program, rows)[0])
+        plan = Plan.of(program, rows, total, max_elements)
+        run = _Run(program, plan, total, given)
         points = point_masses(program, rows)
         pieces = [run.observed(rows.select(piece, program)) for piece in plan.pieces()]
         observed = _joined(pieces, axis=0)
-        num_predictive = _num_predictive(num_predictive, num_samples, observed, max_elements)
-        draws = _joined(
-            [
-                run.draws(rows.select(piece, program), plan, num_samples, num_predictive)
-                for piece in plan.pieces()
-            ],
-            axis=1,
-        )
-    groups = {name: _dataset(found, rows, sampled=True) for name, found in draws.items()}
-    groups["observed_data"] = _dataset(observed["observed_data"], rows, sampled=False)
+        num_predictive = _num_predictive(num_predictive, total, observed, max_elements)
+        num_predictive = max(1, num_predictive // chains) * chains
+        parts = []
+        for piece in plan.pieces():
+            if given is not None and drawn is not None:
+                given.points = drawn.u[:, :, piece].transpose(0, 1).flatten(0, 1)
+            row = rows.select(piece, program)
+            parts.append(run.draws(row, plan, total, num_predictive))
+        draws = _joined(parts, axis=1)
+    groups = {
+        name: _dataset(found, rows, 1 if name.startswith("prior") else chains)
+        for name, found in draws.items()
+    }
+    groups["observed_data"] = _dataset(observed["observed_data"], rows, 0)
+    if drawn is not None:
+        groups["vi_stats"] = _chain_stats(groups["posterior"], drawn, rows.labels)
+        return _wrapped(groups, HMC_NOTE)
     log_weights = draws["sample_stats"]["log_weight"]
     values = estimates(log_weights)
     if points:
@@ -130,6 +172,31 @@ def to_arviz(
         values = {name: v if name == "elbo" else unknown for name, v in values.items()}
     groups["vi_stats"] = labelled(values, rows.labels, len(log_weights), seed)
     return _wrapped(groups, NOTE)
+
+
+def _chain_stats(posterior: xr.Dataset, drawn: Draws, labels: np.ndarray) -> xr.Dataset:
+    """What the chains of each row say of themselves, over `datum`."""
+    import arviz
+
+    def by_row(found: Any) -> np.ndarray:
+        arrays = [found[name].to_numpy().reshape(len(labels), -1) for name in posterior.data_vars]
+        return np.concatenate(arrays, axis=1)
+
+    values = {
+        "r_hat": by_row(arviz.rhat(posterior)).max(axis=1),
+        "ess_bulk": by_row(arviz.ess(posterior, method="bulk")).min(axis=1),
+        "ess_tail": by_row(arviz.ess(posterior, method="tail")).min(axis=1),
+        "acceptance_rate": drawn.acceptance_rate,
+        "step_size": drawn.step_size,
+        "num_steps": drawn.num_steps,
+    }
+    variables = {
+        name: ("datum", values[name], {"long_name": words, "units": units})
+        for name, (words, units) in HMC_ATTRIBUTES.items()
+    }
+    notes = np.where(values["r_hat"] > LARGEST_R_HAT, CHAINS_DISAGREE, "")
+    coords = {"datum": labels, "note": ("datum", notes)}
+    return xr.Dataset(variables, coords, {"largest_r_hat": LARGEST_R_HAT})
 
 
 def _shared_tree(
@@ -153,10 +220,8 @@ def _shared_tree(
         )
         draws = shared_draws(program, rows, known, num_samples, num_predictive)
     shared = known.global_latents
-    groups = {
-        name: _dataset(found, rows, sampled=True, shared=shared) for name, found in draws.items()
-    }
-    groups["observed_data"] = _dataset(observed, rows, sampled=False)
+    groups = {name: _dataset(found, rows, 1, shared) for name, found in draws.items()}
+    groups["observed_data"] = _dataset(observed, rows, 0)
     return _wrapped(groups, SHARED_NOTE.format(sites=", ".join(shared + known.global_observed)))
 
 
@@ -169,13 +234,41 @@ def _num_predictive(
     return max(1, min(num_samples, MAX_PREDICTIVE, max_elements // elements))
 
 
-class _Run:
-    """Draws from the guide, and from the model with its observed sites free."""
+class _Given(Messenger):  # type: ignore[misc]
+    """Effect handler that sets the latents of the guide to given draws, part after part."""
 
-    def __init__(self, program: nn.Module, plan: Plan, num_samples: int) -> None:
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self.space, self.points = space, torch.empty(0)
+        self.values: dict[str, Tensor] = {}
+
+    def take(self, x: Row, count: int) -> None:
+        """Takes the next draws."""
+        u, self.points = self.points[:count], self.points[count:]
+        self.values = self.space(x, u.to(floating_like(self.space.program))).values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] not in self.values or msg["is_observed"]:
+            return
+        value, events = self.values[msg["name"]], len(msg["fn"].event_shape)
+        sizes = {frame.dim: frame.size for frame in msg["cond_indep_stack"] if frame.vectorized}
+        rows_dim = self.space.known.rows_dim
+        rest = [sizes.get(d, 1) for d in range(min(sizes) + 1, 0) if d != rows_dim]
+        event = value.shape[value.ndim - events :]
+        value = value.reshape(*value.shape[:2], *rest, *event)
+        msg["value"], msg["done"] = value.movedim(1, rows_dim - events), True
+
+
+class _Run:
+    """Draws from the guide, or given draws, and from the model with its observed sites free."""
+
+    def __init__(
+        self, program: nn.Module, plan: Plan, num_samples: int, given: _Given | None = None
+    ) -> None:
         self.known = plan.structure
         self.data_sites = data_sites(self.known)
         self.model, guide = programs_of(program)
+        guide = guide if given is None else given(guide)
         free = poutine.uncondition(self.model)
 
         def guide_then_model(x: Row) -> None:
@@ -188,15 +281,17 @@ class _Run:
         def is_known(site: Site) -> bool:
             return site["type"] == "sample" and site["name"] not in self.data_sites
 
-        def drawing(model: Program, guide: Program) -> Drawing:
+        def drawing(model: Program, guide: Program, given: _Given | None) -> Any:
             def run(x: Row, count: int) -> dict[str, Tensor]:
+                if given is not None:
+                    given.take(x, count)
                 return parts_of(densities(model, guide, (x,), count, self.known))
 
-            return plan.drawing(program, run, num_samples)
+            return plan.drawing(program, run, num_samples) if given is None else run
 
-        self.drawn = drawing(self.model, guide)
-        self.predicted = drawing(self.model, guide_then_model)
-        self.prior = drawing(free, free)
+        self.drawn = drawing(self.model, guide, given)
+        self.predicted = drawing(self.model, guide_then_model, given)
+        self.prior = drawing(free, free, None)
 
     def draws(self, x: Row, plan: Plan, num_samples: int, num_predictive: int) -> Groups:
         first, rest = plan.parts(num_predictive), plan.parts(num_samples - num_predictive)
@@ -243,13 +338,16 @@ def _joined(pieces: list[Groups], axis: int) -> Groups:
 
 
 def _dataset(
-    values: dict[str, np.ndarray], rows: Rows, *, sampled: bool, shared: tuple[str, ...] = ()
+    values: dict[str, np.ndarray], rows: Rows, chains: int, shared: tuple[str, ...] = ()
 ) -> xr.Dataset:
+    """Labels values whose first dim are draws, those of several chains in turn; 0 for data."""
     coords: dict[str, np.ndarray] = {"datum": rows.labels}
     variables = {}
     for name, value in values.items():
-        array = value[None] if sampled else value
-        leading: tuple[str, ...] = ("chain", "draw", "datum") if sampled else ("datum",)
+        array = value
+        if chains:
+            array = value.reshape(-1, chains, *value.shape[1:]).swapaxes(0, 1)
+        leading: tuple[str, ...] = ("chain", "draw", "datum") if chains else ("datum",)
         if name in shared or array.ndim < len(leading):
             leading = leading[:-1]
         own = rows.coords(name, array.shape[len(leading) :])
