@@ -95,6 +95,7 @@ BAD: dict[str, list[Any]] = {
     "num_simulations": DRAWS,
     "num_candidates": [value for value in DRAWS if value is not None],
     "near": FLAG,
+    "refine": ["yes", "", 0, 1, 2.0, None, NAN, [], np.int64(1)],
     "max_elements": COUNT,
     "batch_size": COUNT,
     "max_steps": [value for value in COUNT if value is not None],

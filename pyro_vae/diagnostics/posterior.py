@@ -29,11 +29,18 @@ def posterior(
     r"""Draws the latents of each row from the guide, or from the posterior itself.
 
     The guide q(z | x) is an approximation: its means can be shifted, and its standard deviations
-    are often too small. `method="hmc"` draws from p(z | x) instead, given the weights of the
-    program, by several chains of Hamiltonian Monte Carlo for each row. All chains of all rows move
-    together, in the unconstrained space of the latents. Half of the chains start at draws of the
-    guide, the others at draws of the prior. A warm-up of 500 trajectories adapts the step size and
-    the full mass matrix of each row; they are then fixed.
+    are often too small. The other two methods draw from p(z | x), given the weights of the
+    program.
+
+    `method="importance"` gives each row a proposal of its own, as :func:`pyro_vae.log_evidence`
+    does, and resamples its draws by their weights. `vi_stats` holds `pareto_k`: over `good_k` the
+    draws of a row are not to be trusted. It is fast, and right if the posterior of a row has one
+    mode.
+
+    `method="hmc"` draws by several chains of Hamiltonian Monte Carlo for each row. All chains of
+    all rows move together, in the unconstrained space of the latents. Half of the chains start at
+    draws of the guide, the others at draws of the prior. A warm-up of 500 trajectories adapts the
+    step size and the full mass matrix of each row; they are then fixed.
 
     Look at `vi_stats`: if the largest R-hat of a row is over 1.01, its coordinate `note` says that
     its chains disagree. The posterior of the row then has several modes, between which the chains
@@ -49,7 +56,7 @@ def posterior(
     Arguments:
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, \*event), or a dict of such arrays.
-        method: `"guide"` or `"hmc"`.
+        method: `"guide"`, `"importance"` or `"hmc"`.
         num_samples: The number of draws from the guide, or of each chain, 4 or more.
         chains: The number of chains of each row, for `"hmc"`.
         context: Covariates of the rows, shape (rows, \*context): `row["context"]` of the program.

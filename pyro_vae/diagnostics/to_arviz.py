@@ -31,8 +31,10 @@ from ..elbos.log_densities import (
     structure,
 )
 from ..engine.running import Site, evaluating, public, seeded
+from ..evidence.evidence import estimates, labelled
 from ..evidence.hmc import Draws, hmc, space_of
-from ..evidence.log_evidence import estimates, labelled
+from ..evidence.pareto_k import notes
+from ..evidence.resampled import Resampled, resampled
 from ..evidence.unconstrained import Space
 from .observed import observed_cells
 from .shared_latents import shared_draws
@@ -50,11 +52,15 @@ NOTE = (
     "Independent draws from the guide q(z | x): R-hat and ESS say nothing about its fit; see "
     "pareto_k in vi_stats."
 )
-METHODS = ("guide", "hmc")  # "importance" joins here, and as draws in to_arviz
+METHODS = ("guide", "importance", "hmc")
 LARGEST_R_HAT = 1.01
 HMC_NOTE = (
     "Draws from the posterior p(z | x) by Hamiltonian Monte Carlo: see r_hat and the effective "
     "sample sizes in vi_stats."
+)
+IMPORTANCE_NOTE = (
+    "Draws from the posterior p(z | x) by importance resampling: see pareto_k in vi_stats. "
+    "R-hat and ESS say nothing about them."
 )
 CHAINS_DISAGREE = "chains disagree: several modes, or too few draws"
 HMC_ATTRIBUTES = {
@@ -92,8 +98,8 @@ def to_arviz(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such arrays.
         num_samples: The number of draws from the guide, or of each chain, 4 or more.
-        method: `"guide"` draws from the guide; `"hmc"` draws from the posterior by Hamiltonian
-            Monte Carlo, as :func:`pyro_vae.posterior` describes.
+        method: `"guide"` draws from the guide; `"importance"` and `"hmc"` draw from the posterior,
+            as :func:`pyro_vae.posterior` describes.
         chains: The number of chains of Hamiltonian Monte Carlo for each row.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
@@ -129,7 +135,7 @@ def to_arviz(
     num_samples = checked_draws("num_samples", num_samples, least=4)
     method = checked_choice("method", method, METHODS)
     chains = checked_draws("chains", chains)
-    chains = 1 if method == "guide" else chains
+    chains = chains if method == "hmc" else 1
     programs_of(program)
     rows = read(x, program, context=context, weights=weights)
     with evaluating(program):
@@ -139,10 +145,12 @@ def to_arviz(
         return _shared_tree(program, rows, known, *options)
     total = num_samples * chains
     with seeded(seed), evaluating(program):
-        drawn, given = None, None
+        drawn: Draws | Resampled | None = None
         if method == "hmc":
             drawn = hmc(program, rows, num_samples, chains, progress=progress)
-            given = _Given(space_of(program, rows)[0])
+        elif method == "importance":
+            drawn = resampled(program, rows, num_samples, seed, progress=progress)
+        given = None if drawn is None else _Given(space_of(program, rows)[0])
         plan = Plan.of(program, rows, total, max_elements)
         run = _Run(program, plan, total, given)
         points = point_masses(program, rows)
@@ -162,6 +170,11 @@ def to_arviz(
         for name, found in draws.items()
     }
     groups["observed_data"] = _dataset(observed["observed_data"], rows, 0)
+    if isinstance(drawn, Resampled):
+        found = labelled(drawn.scores, rows.labels, drawn.num_weighted, seed)
+        found.coords["note"] = ("datum", notes(drawn.scores["pareto_k"], found.attrs["good_k"]))
+        groups["vi_stats"] = found
+        return _wrapped(groups, IMPORTANCE_NOTE)
     if drawn is not None:
         groups["vi_stats"] = _chain_stats(groups["posterior"], drawn, rows.labels)
         return _wrapped(groups, HMC_NOTE)

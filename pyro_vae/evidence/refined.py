@@ -393,6 +393,11 @@ class Refined:
         """Whether each draw comes from the prior, shape (num_samples,), at even distances."""
         return spread_out(self.num_prior, self.num_samples)
 
+    @property
+    def order(self) -> np.ndarray:
+        """The place of each draw among those of both strata, one after the other."""
+        return np.argsort(np.argsort(self.is_prior, kind="stable"))
+
     def strata(self, few: Row, seed: int) -> list[Stratum]:
         """Returns the draws from the proposal of a row, and those from the prior.
 

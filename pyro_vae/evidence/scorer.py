@@ -13,7 +13,7 @@ from ..engine.row_noise import ReadFields, row_keys
 from .evidence import ATTRIBUTES
 from .pareto_k import good_k, pareto_k
 from .proposal import Proposal
-from .refined import Refined, Stage, matched, refined, replaced, rows_of, weighted_draws
+from .refined import PerRow, Refined, Stage, matched, refined, replaced, rows_of, weighted_draws
 from .scoring import Drawable, elements_at_once, scores
 from .unconstrained import Space
 
@@ -58,24 +58,32 @@ class Scorer:
         self.is_refined, self.seconds = np.zeros(len(rows), dtype=bool), 0.0
         self.bar = progress_bar(len(rows) * num_samples, "evidence", " draws", progress=progress)
 
+    @property
+    def pilot(self) -> int:
+        """The number of draws that decide which rows are refined, and are then thrown away."""
+        return min(max(LEAST_PILOT, self.num_samples // 4), MOST_PILOT)
+
+    @property
+    def block(self) -> int:
+        """How many rows are refined together, so that their covariances fit into memory."""
+        return max(1, BLOCK // self.space.size**2)
+
     def run(self, *, refine: bool | str) -> dict[str, np.ndarray]:
         """Returns the evidence and its diagnostics by name, each of shape (rows,)."""
         every = np.arange(len(self.rows))
         if refine is False or not self.space.shapes:
             return self.by_guide(every, self.num_samples, self.seed)
-        pilot = min(max(LEAST_PILOT, self.num_samples // 4), MOST_PILOT)
-        self.bar.total += len(every) * pilot
-        found = self.by_guide(every, pilot, later(self.seed, 1))
+        self.bar.total += len(every) * self.pilot
+        found = self.by_guide(every, self.pilot, later(self.seed, 1))
         is_over = ~(found["pareto_k"] <= CERTAIN_K) | (refine is True)
         if not is_over.all():
             good = every[~is_over]
             for name, values in self.by_guide(good, self.num_samples, self.seed).items():
                 found[name][good] = values
         start = time.perf_counter()
-        at_once = max(1, BLOCK // self.space.size**2)
         over = every[is_over]
-        for first in range(0, len(over), at_once):
-            self.by_own(over[first : first + at_once], pilot, found)
+        for first in range(0, len(over), self.block):
+            self.by_own(over[first : first + self.block], found)
         self.is_refined, self.seconds = is_over, time.perf_counter() - start
         return found
 
@@ -84,8 +92,8 @@ class Scorer:
         proposal = Proposal(self.program, self.known, size)
         return self.scores(self.part(index), index, proposal, size, seed)
 
-    def by_own(self, index: np.ndarray, pilot: int, found: dict[str, np.ndarray]) -> None:
-        """Replaces the scores of some rows by those of proposals of their own.
+    def proposals(self, index: np.ndarray) -> PerRow:
+        """Returns the normal distributions of some rows, improved until their k is small.
 
         Which rows are improved for longer is decided by draws that are then thrown away: rows
         kept for the small weights that they happened to draw would be too low.
@@ -95,11 +103,11 @@ class Scorer:
         normal = refined(self.space, rows, keys, STAGES[0], seed, self.max_elements)
         waiting, better = np.arange(len(index)), normal
         for number, stage in enumerate(ATTEMPTS, start=1):
-            trial = Refined(self.space, better, pilot)
-            plan = Plan.of(self.program, rows, pilot, self.max_elements)
+            trial = Refined(self.space, better, self.pilot)
+            plan = Plan.of(self.program, rows, self.pilot, self.max_elements)
             seed = later(self.seed, 2 * number + 1)
             u, log_weights = weighted_draws(trial, rows, keys, plan, seed)
-            is_over = ~(pareto_k(log_weights.cpu().numpy()) <= good_k(pilot))
+            is_over = ~(pareto_k(log_weights.cpu().numpy()) <= good_k(self.pilot))
             if not is_over.any():
                 break
             chosen = torch.from_numpy(is_over)
@@ -111,7 +119,11 @@ class Scorer:
                 more = later(self.seed, 2 * number + 2), self.max_elements
                 better = refined(self.space, rows, keys, stage, *more, better)
             normal = replaced(normal, torch.from_numpy(waiting), better)
-        proposal = Refined(self.space, normal, self.num_samples)
+        return normal
+
+    def by_own(self, index: np.ndarray, found: dict[str, np.ndarray]) -> None:
+        """Replaces the scores of some rows by those of proposals of their own."""
+        proposal = Refined(self.space, self.proposals(index), self.num_samples)
         seed = later(self.seed, 1000)
         scores = self.scores(self.part(index), index, proposal, self.num_samples, seed)
         for name in OF_OWN:
