@@ -209,6 +209,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sample": (pv.sample, {"program": vae(), "num_rows": 3}),
     "active_units": (active_units, ROW),
     "to_arviz": (pv.to_arviz, ROW),
+    "gaps": (pv.gaps, ROW),
     "calibrate": (pv.calibrate, ROW | {"num_simulations": 20, "num_samples": 4}),
     "posterior": (pv.posterior, ROW),
     "bidirectional": (bidirectional, {"program": vae()}),
@@ -271,6 +272,7 @@ def is_right(call: str, name: str, value: Any) -> bool:
         case (
             ("elbos.TotalCorrelation", "num_rows", None | 1000000000000)
             | ("elbos.BetaELBO", "elbo", None)
+            | ("log_evidence", "num_samples", None)
             | ("sample" | "bidirectional" | "plots.prior_samples" | "calibrate", "x", None)
             | ("plots.prior_samples", "size", None)
             | ("plots.prior_samples", "data", None | Tensor())

@@ -892,11 +892,12 @@ def test_evidence_without_a_compiler_is_traced(monkeypatch: pytest.MonkeyPatch) 
         raise UntraceableError("Inductor refuses its graph: no compiler")
 
     program = small()
-    eager = pv.log_evidence(program, X, 40, max_elements=200, seed=0)
+    options: dict[str, Any] = {"max_elements": 200, "refine": False, "seed": 0}
+    eager = pv.log_evidence(program, X, 40, **options)
     monkeypatch.setattr(engines.Graph, "compile", refuse)
     for name in ("WORTH_TRACING", "WORTH_COMPILING"):
         monkeypatch.setattr(f"pyro_vae.elbos.drawing.{name}", 0)
-    traced = pv.log_evidence(program, X, 40, max_elements=200, seed=0)
+    traced = pv.log_evidence(program, X, 40, **options)
     assert traced.identical(eager)
 
 

@@ -170,21 +170,20 @@ def to_arviz(
         for name, found in draws.items()
     }
     groups["observed_data"] = _dataset(observed["observed_data"], rows, 0)
-    if isinstance(drawn, Resampled):
-        found = labelled(drawn.scores, rows.labels, drawn.num_weighted, seed)
-        found.coords["note"] = ("datum", notes(drawn.scores["pareto_k"], found.attrs["good_k"]))
-        groups["vi_stats"] = found
-        return _wrapped(groups, IMPORTANCE_NOTE)
-    if drawn is not None:
-        groups["vi_stats"] = _chain_stats(groups["posterior"], drawn, rows.labels)
-        return _wrapped(groups, HMC_NOTE)
-    log_weights = draws["sample_stats"]["log_weight"]
-    values = estimates(log_weights)
-    if points:
-        unknown = np.full(len(rows), np.nan)
-        values = {name: v if name == "elbo" else unknown for name, v in values.items()}
-    groups["vi_stats"] = labelled(values, rows.labels, len(log_weights), seed)
-    return _wrapped(groups, NOTE)
+    match drawn:
+        case Draws():
+            found, note = _chain_stats(groups["posterior"], drawn, rows.labels), HMC_NOTE
+        case Resampled(scores=scores, num_weighted=count):
+            found, note = labelled(scores, rows.labels, count, seed), IMPORTANCE_NOTE
+            found.coords["note"] = ("datum", notes(scores["pareto_k"], found.attrs["good_k"]))
+        case None:
+            scores, note = estimates(draws["sample_stats"]["log_weight"]), NOTE
+            if points:
+                unknown = np.full(len(rows), np.nan)
+                scores = {name: v if name == "elbo" else unknown for name, v in scores.items()}
+            found = labelled(scores, rows.labels, num_samples, seed)
+    groups["vi_stats"] = found
+    return _wrapped(groups, note)
 
 
 def _chain_stats(posterior: xr.Dataset, drawn: Draws, labels: np.ndarray) -> xr.Dataset:

@@ -85,7 +85,7 @@ class Evidence(xr.Dataset):
     Example:
         >>> import pyro_vae as pv
         >>> vae = pv.VAE(64, 2, pv.likelihoods.Binomial(total_count=16), seed=0)
-        >>> evidence = log_evidence(vae, torch.ones(3, 64), 100, seed=0)
+        >>> evidence = pv.log_evidence(vae, torch.ones(3, 64), 100, seed=0)
         >>> evidence.summary().index.to_list()[:2]
         ['log_evidence', 'elbo']
     """

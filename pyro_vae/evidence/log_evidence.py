@@ -118,13 +118,14 @@ def log_evidence(
 
     Returns:
         Over `datum`, labelled by the rows: `log_evidence`, its `mcse`, the effective sample size
-        `ess`, `pareto_k` (reliable up to the attribute `good_k`), `elbo`, its `elbo_mcse`, and
-        `log_evidence_quarter`: the mean of the estimates from the four quarters of the draws
-        (S // 4 each), with `log_evidence_quarter_mcse`, their standard deviation / sqrt(4). All
-        are in nats, except `ess` and `pareto_k`. `pareto_k_guide` is that of the guide's draws. The
-        coordinate `note` says in words whether the error of a row is unknown, and `refined`
-        whether it got a proposal of its own; the attribute `refine_seconds` is the time of that. It has the methods :meth:`Evidence.summary` and
-        :meth:`Evidence.plot`.
+        `ess`, `pareto_k` (reliable up to the attribute `good_k`), that of the guide's own draws,
+        `pareto_k_guide`, `elbo`, its `elbo_mcse`, and `log_evidence_quarter`: the mean of the
+        estimates from the four quarters of the draws (S // 4 each), with
+        `log_evidence_quarter_mcse`, their standard deviation / sqrt(4). All are in nats, except
+        `ess` and the two k. The coordinate `note` says in words whether the error of a row is
+        unknown, and `refined` whether the row got a proposal of its own; the attribute
+        `refine_seconds` is the time that this took. It has the methods :meth:`Evidence.summary`
+        and :meth:`Evidence.plot`.
 
     Raises:
         ValueError: If `program` is not a program, has latent sites that all rows share, or has a

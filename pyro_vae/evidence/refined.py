@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 DEGREES = 5  # of freedom of the tail of the draws
+WIDE, WIDE_SHARE = 3.0, 0.15  # a part of the draws from a wider t, for skewed posteriors
 MOST_FULL = 100  # latents; beyond, a covariance of low rank plus a diagonal
 RANK = 10
 FIRST_DRAWS = 256, 16  # of the guide: at least, and for each latent
@@ -178,17 +179,18 @@ def start(points: Tensor, *, is_diagonal: bool = False) -> PerRow:
     return FullNormal(loc, scale[..., None] * torch.linalg.cholesky(correlation))
 
 
-def log_density(normal: PerRow, u: Tensor, degrees: int | None) -> Tensor:
+def log_density(normal: PerRow, u: Tensor, degrees: int | None, factor: float = 1.0) -> Tensor:
     r"""Returns log q(u), in float64, of the normal distribution or of Student's t.
 
-    .. math:: \log t_\nu(u) = \log N(m) + \tfrac{D}{2} \log \tfrac{2}{\nu}
+    .. math:: \log t_\nu(u) = \log N(m) + \tfrac{D}{2} \log \tfrac{2}{\nu f^2}
         + \log \tfrac{\Gamma((\nu + D) / 2)}{\Gamma(\nu / 2)}
-        - \tfrac{\nu + D}{2} \log(1 + d^2 / \nu), \quad d^2 = 2 (\log N(m) - \log N(u))
+        - \tfrac{\nu + D}{2} \log(1 + d^2 / (\nu f^2)), \quad d^2 = 2 (\log N(m) - \log N(u))
 
     Arguments:
         normal: The normal distributions of the rows.
         u: The points, shape (draws, rows, D).
         degrees: The degrees of freedom of t; `None` for the normal distribution.
+        factor: The factor f on the scale of t.
     """
     distribution = normal.distribution()
     found: Tensor = distribution.log_prob(u.double())
@@ -196,8 +198,9 @@ def log_density(normal: PerRow, u: Tensor, degrees: int | None) -> Tensor:
         return found
     size, top = u.shape[-1], distribution.log_prob(normal.loc.double())
     constant = math.lgamma((degrees + size) / 2) - math.lgamma(degrees / 2)
-    constant += size / 2 * math.log(2 / degrees)
-    return top + constant - (degrees + size) / 2 * torch.log1p(2 * (top - found) / degrees)
+    constant += size / 2 * math.log(2 / (degrees * factor**2))
+    distance = 2 * (top - found) / (degrees * factor**2)
+    return top + constant - (degrees + size) / 2 * torch.log1p(distance)
 
 
 def rows_of(normal: PerRow, index: Tensor | slice) -> PerRow:
@@ -362,9 +365,12 @@ def _slopes(
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    r"""The proposal of each row: Student's t around its own normal distribution, and the prior.
+    r"""The proposal of each row: two Student's t around its own normal, and the prior.
 
-    .. math:: w_s = \frac{p(x, u_s)}{(1 - \alpha)\, t_5(u_s) + \alpha\, p(u_s)}
+    .. math:: w_s = \frac{p(x, u_s)}{0.95\,(0.85\, t_5(u_s) + 0.15\, t_5^{3}(u_s))
+        + 0.05\, p(u_s)}
+
+    The second t is three times as wide, for posteriors that are skewed.
 
     Sites that are left to the guide are drawn from it given the others, and then there is no part
     of the prior.
@@ -409,7 +415,7 @@ class Refined:
         points = self.normal.loc.new_zeros(2, len(tree_leaves(few)[0]), space.size)
         with RowNoise(space.known.rows_dim) as left:
             space(few, points)
-        columns = [self.normal.noise_size, self.degrees or 0, *left.sizes]
+        columns = [self.normal.noise_size, *self._tail_sizes, *left.sizes]
         own = Noise(columns, self.num_samples - self.num_prior, seed)
         if not self.num_prior:
             return [Stratum(self.own, own)]
@@ -438,14 +444,16 @@ class Refined:
             `log_weights`, shape (count, rows), and the points `u`, shape (count, rows, D).
         """
         normal = self._normal(x)
-        sizes = normal.noise_size, self.degrees or 0
+        sizes = [normal.noise_size, *self._tail_sizes]
         parts = [part.split([*sizes, part.shape[1] - sum(sizes)], 1) for part in _noise(x)]
-        (table, tails, left), (shifts, tail_shifts, left_shifts) = parts
+        numbers = [table[:, None] + shifts for table, shifts in zip(*parts, strict=True)]
+        left, left_shifts = parts[0][-1], parts[1][-1]
         dtype = normal.loc.dtype
-        noise = standard_normal(table[:, None] + shifts, dtype)
+        noise = standard_normal(numbers[0], dtype)
         if self.degrees is not None:
-            tail = standard_normal(tails[:, None] + tail_shifts, dtype).square().mean(-1)
-            noise = noise / tail.sqrt()[..., None]
+            tail = standard_normal(numbers[1], dtype).square().mean(-1, keepdim=True).sqrt()
+            is_wide = numbers[2] < (2 * WIDE_SHARE - 1) * 2**31  # of integers from -2^31 on
+            noise = noise / tail * torch.where(is_wide, WIDE, 1.0).to(dtype)
         with RowNoise(self.space.known.rows_dim, left, left_shifts):
             return self._weighted(x, normal, normal.points(noise))
 
@@ -460,12 +468,21 @@ class Refined:
             u = self.space.from_prior(x["row"], count)
         return self._weighted(x, self._normal(x), u)
 
+    @property
+    def _tail_sizes(self) -> list[int]:
+        """The random numbers of the tail of a draw: of its length, and of whether it is wide."""
+        return [] if self.degrees is None else [self.degrees, 1]
+
     def _normal(self, x: Any) -> PerRow:
         normal: PerRow = type(self.normal)(**{name: x[name] for name in vars(self.normal)})
         return normal
 
     def _weighted(self, x: Any, normal: PerRow, u: Tensor) -> dict[str, Tensor]:
         point, log_proposal = self.space(x["row"], u), log_density(normal, u, self.degrees)
+        if self.degrees is not None:
+            wide = log_density(normal, u, self.degrees, WIDE)
+            parts = math.log1p(-WIDE_SHARE) + log_proposal, math.log(WIDE_SHARE) + wide
+            log_proposal = torch.logaddexp(*parts)
         if self.num_prior:
             share = self.num_prior / self.num_samples
             parts = math.log1p(-share) + log_proposal, math.log(share) + point.log_prior

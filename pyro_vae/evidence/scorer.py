@@ -10,6 +10,7 @@ from ..data.rows import Rows
 from ..elbos.chunks import Plan, point_masses
 from ..engine.progress import progress_bar
 from ..engine.row_noise import ReadFields, row_keys
+from ..engine.running import check_gradients
 from .evidence import ATTRIBUTES
 from .pareto_k import good_k, pareto_k
 from .proposal import Proposal
@@ -73,6 +74,8 @@ class Scorer:
         every = np.arange(len(self.rows))
         if refine is False or not self.space.shapes:
             return self.by_guide(every, self.num_samples, self.seed)
+        with torch.enable_grad():
+            check_gradients(self.program.parameters())
         self.bar.total += len(every) * self.pilot
         found = self.by_guide(every, self.pilot, later(self.seed, 1))
         is_over = ~(found["pareto_k"] <= CERTAIN_K) | (refine is True)

@@ -23,13 +23,13 @@ def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     Filled dots are the models that equal the best within error, empty ones the others.
 
     Arguments:
-        table: The result of `compare`.
+        table: The result of `compare`, or a table of `race`.
         ax: The axes to draw into; a new figure by default.
 
     Raises:
-        ValueError: If the table has no columns `difference`, `difference_se` and `within_error`.
+        ValueError: If the table has no columns `difference` and `difference_se`.
     """
-    needed = {"difference", "difference_se", "within_error"}
+    needed = {"difference", "difference_se"}
     if not needed <= set(getattr(table, "columns", ())):
         raise ValueError(f"Expected a table with the columns {sorted(needed)}; got {table!r}.")
     names = [text_of(name, 40) for name in table.index]
@@ -38,7 +38,8 @@ def ranking(table: pd.DataFrame, *, ax: Axes | None = None) -> Canvas:
     places = np.arange(len(names))
     ax.axvline(0.0, color="0.6", linewidth=1.0, zorder=0)
     bars = 2 * table["difference_se"].to_numpy()
-    is_equal = table["within_error"].to_numpy(dtype=bool)
+    near = table["difference"].abs() <= bars
+    is_equal = table.get("within_error", near).to_numpy(dtype=bool)
     for mask, fill, label in (
         (is_equal, "full", "equal within error"),
         (~is_equal, "none", "worse"),
