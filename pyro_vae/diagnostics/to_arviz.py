@@ -170,20 +170,25 @@ def to_arviz(
         for name, found in draws.items()
     }
     groups["observed_data"] = _dataset(observed["observed_data"], rows, 0)
-    match drawn:
-        case Draws():
-            found, note = _chain_stats(groups["posterior"], drawn, rows.labels), HMC_NOTE
-        case Resampled(scores=scores, num_weighted=count):
-            found, note = labelled(scores, rows.labels, count, seed), IMPORTANCE_NOTE
-            found.coords["note"] = ("datum", notes(scores["pareto_k"], found.attrs["good_k"]))
-        case None:
-            scores, note = estimates(draws["sample_stats"]["log_weight"]), NOTE
-            if points:
-                unknown = np.full(len(rows), np.nan)
-                scores = {name: v if name == "elbo" else unknown for name, v in scores.items()}
-            found = labelled(scores, rows.labels, num_samples, seed)
+    scores = estimates(draws["sample_stats"]["log_weight"])
+    if points:
+        unknown = np.full(len(rows), np.nan)
+        scores = {name: v if name == "elbo" else unknown for name, v in scores.items()}
+    of_guide = Resampled(torch.empty(0), scores, num_samples)
+    found, note = _row_stats(drawn or of_guide, groups["posterior"], rows.labels, seed)
     groups["vi_stats"] = found
-    return _wrapped(groups, note)
+    return _wrapped(groups, NOTE if drawn is None else note)
+
+
+def _row_stats(
+    drawn: Draws | Resampled, posterior: xr.Dataset, labels: np.ndarray, seed: int | None
+) -> tuple[xr.Dataset, str]:
+    """What the draws of each row say of themselves, over `datum`, and a note on them."""
+    if isinstance(drawn, Draws):
+        return _chain_stats(posterior, drawn, labels), HMC_NOTE
+    found = labelled(drawn.scores, labels, drawn.num_weighted, seed)
+    found.coords["note"] = ("datum", notes(drawn.scores["pareto_k"], found.attrs["good_k"]))
+    return found, IMPORTANCE_NOTE
 
 
 def _chain_stats(posterior: xr.Dataset, drawn: Draws, labels: np.ndarray) -> xr.Dataset:
