@@ -118,6 +118,9 @@ Seed = Annotated[
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, ...; auto selects CUDA if a GPU is available.")
 ]
+Refine = Annotated[
+    bool, typer.Option(help="Give rows far from their guide proposals of their own.")
+]
 Samples = Annotated[int, typer.Option(help="Number S of draws per row for log p(x).", min=4)]
 Label = Annotated[
     str | None, typer.Option(help="Column of a table, or array of an .npz file, with labels.")
@@ -290,6 +293,7 @@ def _fit(
         str | None, typer.Option(help="Float precision: highest, high, medium or bf16.")
     ] = None,
     *,
+    refine: Refine = True,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -319,11 +323,13 @@ def _evaluate(
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
+    *,
+    refine: Refine = True,
 ) -> None:
     """Estimates log p(x) of all rows of DATA under a run, and how reliable the estimate is."""
     options = {name: value for name, value in locals().items() if name in LOADING}
     program, rows, held_out = opened(folder, data, options, seed, device)
-    judgement = Judgement.of(program, rows, num_samples, seed)
+    judgement = Judgement.of(program, rows, num_samples, seed, refine=refine)
     if out is not None:
         with new_file(out) as beside:
             judgement.frame().to_csv(beside)

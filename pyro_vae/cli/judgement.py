@@ -1,6 +1,8 @@
 """Prints tables: the evidence of held-out rows, and the comparison of ELBO estimators."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from torch import nn
 
 from ..data.read import read
 from ..data.rows import Rows
-from ..diagnostics import Comparison, active_units
+from ..diagnostics import Calibration, Comparison, Gaps, active_units, calibrate, gaps
 from ..elbos.chunks import point_masses
 from ..engine.running import evaluating
 from ..evidence import Evidence, log_evidence
@@ -20,6 +22,7 @@ from ..programs.vae import VAE
 __all__ = ["Judgement", "show_estimators"]
 
 MOST_OVER = 0.1
+MOST_GAPS = 100  # rows
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,28 @@ class Judgement:
         active: The result of `active_units`.
         baselines: log p(x) of each row under the baselines of a VAE, by name.
         advice: What to do first if a VAE is worse than a baseline.
+        gaps: What the family of the guide and what the encoder loses, of the first rows.
+        calibration: Whether the guide is the posterior of simulated rows.
     """
 
     evidence: Evidence | None
     active: pd.DataFrame
     baselines: dict[str, np.ndarray]
     advice: str = ""
+    gaps: Gaps | None = None
+    calibration: Calibration | None = None
 
     @classmethod
-    def of(cls, program: nn.Module, rows: Rows, num_samples: int, seed: int) -> "Judgement":
+    def of(
+        cls,
+        program: nn.Module,
+        rows: Rows,
+        num_samples: int,
+        seed: int,
+        *,
+        refine: bool = True,
+        has_checks: bool = False,
+    ) -> "Judgement":
         """Evaluates a program.
 
         Arguments:
@@ -47,6 +63,8 @@ class Judgement:
             rows: Rows that were not used for training.
             num_samples: The number of draws per row.
             seed: The seed of the draws.
+            refine: Whether rows far from their guide get proposals of their own.
+            has_checks: Whether to find the gaps, and to calibrate the guide.
         """
         rows = read(rows, program, check=False, move=True)
         with evaluating(program):
@@ -54,13 +72,22 @@ class Judgement:
         evidence = None
         if has_density:
             shown = Console().is_terminal
-            evidence = log_evidence(program, rows, num_samples, seed=seed, progress=shown)
+            options: dict[str, Any] = {"seed": seed, "progress": shown}
+            kind = "auto" if refine else False
+            evidence = log_evidence(program, rows, num_samples, refine=kind, **options)
         baselines, advice = {}, ""
         if isinstance(program, VAE) and program.is_initialized:
             scores = program.baselines(rows).items()
             baselines = {str(k).replace("_", " "): v.to_numpy() for k, v in scores}
             advice = program.advice()
-        return cls(evidence, active_units(program, rows, seed=seed), baselines, advice)
+        units = active_units(program, rows, seed=seed)
+        found, calibration = None, None
+        if has_checks and evidence is not None:
+            with suppress(ValueError):  # of latents or data that cannot be checked
+                found = gaps(program, rows[:MOST_GAPS], **options)
+            with suppress(ValueError):
+                calibration = calibrate(program, **options)
+        return cls(evidence, units, baselines, advice, found, calibration)
 
     def frame(self) -> pd.DataFrame:
         """Returns the evidence, one line per row.
@@ -105,6 +132,8 @@ class Judgement:
             over, missing = means["pareto_k_over"], means["pareto_k_missing"]
             rows = self.evidence.sizes["datum"]
             meaning = f"{round(over * rows)} of {rows} rows; fewer is better"
+            before = means["pareto_k_guide_over"]
+            meaning += f" ({before:.1%} under the guide alone)" if before != over else ""
             table.add_row(f"Pareto k over {limit:.2f}", f"{over:.1%}", "", meaning)
             if missing:
                 meaning = f"{round(missing * rows)} of {rows} rows; it needs more than 20 draws"
@@ -116,6 +145,28 @@ class Judgement:
         table.add_row("active units", used, "", "dims that depend on the data")
         console.print(table)
         console.print(advice, highlight=False)
+        for line in self.checks():
+            console.print(line, highlight=False)
+
+    def checks(self) -> list[str]:
+        """Says in one line each what the gaps and the calibration found."""
+        lines = []
+        if self.gaps is not None:
+            numbers = self.gaps.summary()[["mean", "se"]].to_numpy()
+            family, encoder = (f"{mean:.2f} +- {error:.2f}" for mean, error in numbers)
+            lines.append(
+                f"Gaps: of log p(x) - ELBO, {family} nats per row come from the family of the "
+                f"posterior and {encoder} from the encoder. {self.gaps.advice()}"
+            )
+        if self.calibration is not None:
+            table = self.calibration.table
+            covered = table["coverage"].mean()
+            verdict = "not the posterior" if table["flagged"].any() else "like the posterior"
+            lines.append(
+                f"Calibration: on rows simulated from the model, the guide is {verdict}: its 90% "
+                f"intervals hold {covered:.0%} of the true latents."
+            )
+        return lines
 
 
 def _advice(over: float, missing: float) -> str:

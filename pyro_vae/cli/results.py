@@ -26,6 +26,7 @@ from .commands import (
     Index,
     Key,
     Label,
+    Refine,
     Run,
     Samples,
     Seed,
@@ -124,13 +125,16 @@ def _compare(
     num_samples: Samples = 1000,
     seed: Seed = 0,
     device: Device = "auto",
+    *,
+    refine: Refine = True,
 ) -> None:
     """Ranks runs by log p(x) of the same rows of DATA, held out from all runs fitted to DATA."""
     reading = {name: value for name, value in locals().items() if name in LOADING}
     picture = None if plot is None else new_picture(plot, plot)
     programs, rows = _held_out(folders, data, reading, seed, device)
-    shown = Console().is_terminal
-    ranking = compare(programs, rows, num_samples, seed=seed, progress=shown)
+    options: dict[str, Any] = {"seed": seed, "progress": Console().is_terminal}
+    kind = "auto" if refine else False
+    ranking = compare(programs, rows, num_samples, refine=kind, **options)
     show_ranking(ranking, f"{len(rows)} rows of {data}")
     if out is not None:
         _write(ranking, out)
@@ -178,7 +182,10 @@ def show_ranking(ranking: Ranking, title: str) -> None:
         column.justify, column.no_wrap = "right", True
     numbers = ["difference", "difference_se", "log_evidence", "se"]
     for name, line in ranking.iterrows():
-        note = "below a simple model" if line["below"] else line["note"]
+        is_equal = line["within_error"] and name != ranking.index[0]
+        notes = [line["note"], "equals the best within error" if is_equal else ""]
+        notes.append("below a simple model" if line["below"] else "")
+        note = "; ".join(note for note in notes if note)
         table.add_row(str(name), *(f"{line[number]:.2f}" for number in numbers), note)
     best = ranking["log_evidence"].iloc[0]
     for name, (mean, error) in ranking.attrs["baselines"].items():

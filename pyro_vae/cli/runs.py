@@ -94,6 +94,7 @@ class Settings:
     max_steps: int = 10_000
     max_epochs: int | None = None
     num_samples: int = 1000
+    refine: bool = True
     seed: int = 0
     device: str = "auto"
     engine: str = "auto"
@@ -368,7 +369,8 @@ def run(settings: Settings, out: Path, *, resume: bool, overwrite: bool, command
         rows, every_row = (
             seen(part, settings.transform, settings.seed) for part in (data.test, data.rows)
         )
-        judgement = Judgement.of(program, rows, settings.num_samples, settings.seed)
+        draws = settings.num_samples, settings.seed
+        judgement = Judgement.of(program, rows, *draws, refine=settings.refine, has_checks=True)
         run = Run(settings, program, history, rows, every_row, data.labels, judgement, command)
         with new_folder(out, overwrite=resume or overwrite) as folder:
             run.write(folder, checkpoint)

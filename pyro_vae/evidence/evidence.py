@@ -98,12 +98,13 @@ class Evidence(xr.Dataset):
         Returns:
             Indexed by quantity: `log_evidence`, `elbo`, `log_evidence_quarter` and `gap`
             (log_evidence - elbo), in nats per row; `pareto_k_over`, the share of rows whose
-            Pareto k is over `good_k`, and `pareto_k_missing`, the share of rows whose k is NaN, as
-            with 20 draws or fewer. The columns are the `mean`, its standard error `se` over the
-            rows (which includes the Monte Carlo error), the Monte Carlo error alone, `mcse` (NaN
-            if it is not estimated), and a `note`: in how many rows the error of log p(x) is
-            unknown, because k is over `good_k`, or k is not known. The note is empty if there are
-            none.
+            Pareto k is over `good_k`, `pareto_k_missing`, the share of rows whose k is NaN, as
+            with 20 draws or fewer, and `pareto_k_guide_over`, the share of rows whose k was over
+            `good_k` under the guide, before they were refined. The columns are the `mean`, its
+            standard error `se` over the rows (which includes the Monte Carlo error), the Monte
+            Carlo error alone, `mcse` (NaN if it is not estimated), and a `note`: in how many rows
+            the error of log p(x) is unknown, because k is over `good_k`, or k is not known. The
+            note is empty if there are none.
         """
         error_of = {
             "log_evidence": "mcse",
@@ -116,6 +117,8 @@ class Evidence(xr.Dataset):
         means["gap"] = means["log_evidence"] - means["elbo"]
         means["pareto_k_over"] = self.is_over().astype(np.float64)
         means["pareto_k_missing"] = np.isnan(self["pareto_k"].to_numpy()).astype(np.float64)
+        before = self.get("pareto_k_guide", self["pareto_k"]).to_numpy()
+        means["pareto_k_guide_over"] = (before > self.attrs["good_k"]).astype(np.float64)
         note = self.note()
         noted = dict.fromkeys(("log_evidence", "log_evidence_quarter", "gap"), note)
         columns = {
