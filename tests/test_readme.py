@@ -15,7 +15,7 @@ from pyro_vae.cli import app
 
 ROOT = Path(__file__).parents[1]
 PROMISED = ["log_evidence", "elbo", "log_evidence_quarter", "gap"]
-PROMISED += ["pareto_k_over", "pareto_k_missing"]
+PROMISED += ["pareto_k_over", "pareto_k_missing", "pareto_k_guide_over"]
 README = (ROOT / "README.md").read_text()
 
 
