@@ -1,4 +1,4 @@
-"""Annealing against closed forms, and Hamiltonian Monte Carlo against NUTS of Pyro."""
+"""Annealing against closed forms, and Hamiltonian Monte Carlo against NUTS and other draws."""
 
 import argparse
 import sys
