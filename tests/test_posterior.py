@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from annealed_cases import GUIDES, GammaPoisson, TwoModes, shifted
+from own_programs import Mixture, SharedLevel
 from programs import Grid
 
 import pyro_vae as pv
@@ -99,6 +100,55 @@ def test_rows_in_pieces_are_drawn_as_well(monkeypatch: pytest.MonkeyPatch) -> No
     assert_moments(tree["posterior"].z.to_numpy(), ess, mean, sd)
 
 
+@pytest.mark.parametrize("guide", GUIDES)
+def test_resampled_draws_of_a_normal_posterior(guide: str) -> None:
+    program, x, _ = shifted(3, guide, rows=20)
+    tree = pv.posterior(program, x, "importance", 1000, **FEW)
+    stats = tree["vi_stats"]
+    assert (stats.pareto_k <= stats.attrs["good_k"]).all()
+    assert (stats.note == "ok").all()
+    assert stats.attrs["num_samples"] == 4000
+    exact = program.log_evidence(x)
+    assert (abs(stats.log_evidence - exact) < 4 * stats.mcse + 1e-6).all()
+    mean, covariance = (part.detach().numpy() for part in program.posterior(x))
+    sd = np.broadcast_to(np.sqrt(covariance.diagonal()), mean.shape)
+    draws = tree["posterior"].z.to_numpy()
+    assert draws.shape == (1, 1000, 20, 3)
+    # systematic resampling of 4000 weighted draws: at worst the error of 1000 of them
+    assert_moments(draws, stats.ess.to_numpy().clip(max=1000) / 2, mean, sd)
+    found = np.stack([np.cov(draws[0, :, row].T) for row in range(20)]).mean(0)
+    np.testing.assert_allclose(found, covariance, atol=0.03 * covariance.max())
+
+
+def test_resampled_draws_of_positive_latents() -> None:
+    tree = pv.posterior(GammaPoisson(), COUNTS, "importance", 2000, **FEW)
+    shape = (COUNTS[:, 0] + 1.5).numpy()
+    stats = tree["vi_stats"]
+    draws = tree["posterior"].z.to_numpy()
+    assert (draws > 0).all()
+    ess = stats.ess.to_numpy().clip(max=2000) / 2
+    assert_moments(draws, ess, shape / 2, np.sqrt(shape) / 2)
+    assert (abs(stats.log_evidence - GammaPoisson().exact(COUNTS).numpy()) < 4 * stats.mcse).all()
+
+
+def test_resampled_draws_agree_with_those_of_hmc() -> None:
+    vae = pv.VAE(6, 2, pv.likelihoods.Bernoulli(), seed=0)
+    bits = (torch.rand(300, 6, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    pv.fit(vae, bits, max_epochs=5, seed=0, device="cpu", progress=False)
+    found, chains = (pv.posterior(vae, bits[:8], m, 1000, **FEW) for m in ("importance", "hmc"))
+    one, other = (tree["posterior"].z.stack(s=("chain", "draw")) for tree in (found, chains))
+    sd = other.std("s")
+    assert (abs(one.mean("s") - other.mean("s")) < 0.25 * sd).all()
+    assert (abs(one.std("s") / sd - 1) < 0.2).all()
+
+
+@pytest.mark.parametrize("name", ["k", "m"])
+def test_what_has_no_proposals_is_refused(name: str) -> None:
+    program = Mixture() if name == "k" else SharedLevel()
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        pv.posterior(program, torch.zeros(3), "importance", 20, **FEW)
+
+
 def test_draws_of_the_guide_are_those_of_to_arviz() -> None:
     program, x, _ = shifted(2, "shifted", rows=4)
     one, other = (f(program, x, num_samples=20, seed=0) for f in (pv.posterior, pv.to_arviz))
@@ -106,13 +156,14 @@ def test_draws_of_the_guide_are_those_of_to_arviz() -> None:
         assert one[group].equals(other[group])
 
 
-def test_a_seed_gives_the_same_draws_and_nothing_else_changes() -> None:
+@pytest.mark.parametrize("method", ["importance", "hmc"])
+def test_a_seed_gives_the_same_draws_and_nothing_else_changes(method: str) -> None:
     vae = pv.VAE(3, 2, pv.likelihoods.Normal(), seed=0).initialize(torch.eye(3))
     vae.train()
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     generator = torch.get_rng_state()
     options = {"chains": 1, **FEW}
-    one, other = (pv.posterior(vae, torch.eye(3), "hmc", 10, **options) for _ in range(2))
+    one, other = (pv.posterior(vae, torch.eye(3), method, 10, **options) for _ in range(2))
     assert one["posterior"].equals(other["posterior"])
     assert one["posterior"].sizes["chain"] == 1
     assert torch.equal(torch.get_rng_state(), generator)

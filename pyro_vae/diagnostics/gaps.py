@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gaps", "gaps"]
 
-STAGES = Stage(300, 16, 0.1), Stage(300, 64, 0.02)
+STAGES = *[Stage(100, 16, 0.1)] * 3, Stage(300, 64, 0.02)  # Adam starts anew: far rows converge
 SMALL = 0.1  # nats per row
 
 LONG_NAMES = {
@@ -185,8 +185,9 @@ def gaps(
             evidence = scorer.run(refine="auto")
             part = later(scorer.seed, 20), scorer.max_elements
             normal = refined(space, rows, keys, STAGES[0], *part, is_diagonal=is_diagonal)
-            part = later(scorer.seed, 22), scorer.max_elements
-            normal = refined(space, rows, keys, STAGES[1], *part, normal)
+            for number, stage in enumerate(STAGES[1:], start=11):
+                part = later(scorer.seed, 2 * number), scorer.max_elements
+                normal = refined(space, rows, keys, stage, *part, normal)
             own = Refined(space, normal, num_samples, degrees=None)
             every = np.arange(len(rows))
             best = scorer.scores(rows, every, own, num_samples, later(scorer.seed, 30))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..data.rows import Rows
 from ..elbos.chunks import MAX_ELEMENTS, Plan
+from ..engine.running import check_gradients
 from .evidence import estimates
 from .refined import Refined, weighted_draws
 from .scorer import Scorer, later
@@ -52,8 +53,10 @@ def resampled(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If some latents are not continuous.
+        ValueError: If some latents are not continuous, or there are no gradients.
     """
+    with torch.enable_grad():
+        check_gradients(program.parameters())
     count = PER_DRAW * num_samples
     scorer = Scorer(program, rows, count, MAX_ELEMENTS, seed, progress=progress)
     if scorer.space.left or not scorer.space.shapes:

@@ -54,9 +54,9 @@ class Space:
 
     .. math:: p(u) = p(z) \, |\det \partial z / \partial u|, \qquad u \in \mathbb{R}^D
 
-    T is `torch.distributions.biject_to` of the support of the site under the model, which may
-    depend on other sites if none is left to the guide. Discrete sites, and directions and angles,
-    which have no such T, are left to the guide: it draws them given the others.
+    T is `torch.distributions.biject_to` of the support of the site under the model. Discrete
+    sites, and directions and angles, which have no such T, are left to the guide: it draws them
+    given the others. Sites whose support varies by row then are left to it too.
 
     Arguments:
         program: A module with the Pyro programs `model(x)` and `guide(x)`.
@@ -85,6 +85,8 @@ class Space:
             trace: Any = poutine.trace(programs_of(program)[0]).get_trace(few)
         sites = {name: trace.nodes[name] for name in known.latents}
         left = tuple(name for name, site in sites.items() if not _has_bijection(site))
+        if left:
+            left = tuple(n for n, s in sites.items() if n in left or _varies(s["fn"].support))
         shapes = {}
         for name, site in sites.items():
             if name not in left:
@@ -245,6 +247,12 @@ def _has_bijection(site: Site) -> bool:
         core = core.base_dist
     is_angle = isinstance(core, VonMises) and isinstance(base_of(support), type(constraints.real))
     return not base_of(support).is_discrete and not is_angle
+
+
+def _varies(support: Any) -> bool:
+    """Whether a bound is a tensor of several numbers, so that it may depend on other sites."""
+    bounds = vars(base_of(support)).values()
+    return any(bound.numel() > 1 for bound in bounds if isinstance(bound, Tensor))
 
 
 def _inner_dims(site: Site, known: Structure, particles: int = 0) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import xarray as xr
 
 from .canvas import new_axes
@@ -32,9 +31,8 @@ def gaps(found: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
         raise ValueError(f"Expected the variables {names}; got {list(found)}.")
     figure, ax = new_axes(ax, (6.4, 4.0))
     for name in names:
-        values = np.sort(found[name].to_numpy())
-        share = np.arange(1, len(values) + 1) / len(values)
-        ax.step(values, share, where="post", label=f"{name}: mean {values.mean():.2f}")
+        values = found[name].to_numpy()
+        ax.ecdf(values, label=f"{name}: mean {values.mean():.2f}")
     ax.axvline(0.0, color="0.6", linewidth=1.0, zorder=0)
     ax.set_xlabel("gap, nats")
     ax.set_ylabel("share of the rows with a smaller gap")

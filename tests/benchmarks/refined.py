@@ -170,7 +170,7 @@ def integral(vae: pv.VAE, x: Tensor, size: int = 301) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def one_integral(job: tuple[str, int]) -> pd.DataFrame:
+def one_integral(job: tuple[str, int], max_steps: int = 1000) -> pd.DataFrame:
     torch.set_num_threads(1)
     name, seeds = job
     prior, likelihood = PRIORS[name]
@@ -185,7 +185,7 @@ def one_integral(job: tuple[str, int]) -> pd.DataFrame:
         "Normal": lambda: predictor + 0.5 * noise,
     }[likelihood]()
     vae = pv.VAE(5, prior, getattr(pv.likelihoods, likelihood)(), seed=0)
-    pv.fit(vae, x[:300], seed=0, max_steps=1000, device="cpu", progress=False)
+    pv.fit(vae, x[:300], seed=0, max_steps=max_steps, device="cpu", progress=False)
     exact = integral(vae, x[300:])
     parts = [errors(vae, x[300:], exact, seed) for seed in range(seeds)]
     return pd.concat(parts).assign(model=f"{likelihood}, {name}")
