@@ -211,6 +211,8 @@ def main() -> int:
         print(json.dumps(score(name, Path(folder), asked.rows)))
         return 0
     names = [n for n in SYSTEMS if not (n.startswith("pythae") and missing(("pythae",)))]
+    if len(names) < len(SYSTEMS):
+        print("pythae is not installed, so it is not compared")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
