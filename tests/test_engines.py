@@ -887,6 +887,58 @@ def test_compiled_evidence_is_the_same_but_for_rounding(monkeypatch: pytest.Monk
         )
 
 
+def test_compiled_erfinv_is_right_to_rounding_over_its_whole_range() -> None:
+    steps = torch.arange(2.0**12)
+    near = (
+        torch.tensor(-(2.0**-24)) * steps + 1.0,
+        torch.linspace(-1.0, 1.0, 2**16),
+        1e-9 * steps,
+    )
+    x = torch.cat([*near, -near[0], torch.tensor([0.0, 1.5, -1.5, torch.nan])])
+    expected = torch.erfinv(x.double())
+    torch.testing.assert_close(
+        engines._erfinv(x).double(), expected, rtol=4e-7, atol=0.0, equal_nan=True
+    )
+    assert engines._FUSIBLE[torch.ops.aten.erfinv.default](x.double()) is NotImplemented
+
+
+def test_fast_products_are_no_coarser_than_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(300, 300, generator=generator) for _ in range(2))
+    exact = one.double() @ other.double()
+    with engines.at_precision(engines.fast_precision(torch.device("cpu"))):
+        error = (one @ other).double() - exact
+    assert float(error.abs().max() / exact.abs().max()) < 2e-6  # 2e-3 in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC", "amx_tile": False}, "medium"),
+        ({"cpu_name": "AMD EPYC", "amx_tile": True}, None),
+        ({"cpu_name": "Intel(R) Xeon(R)", "amx_tile": False}, None),
+        ({}, None),
+    ],
+)
+def test_evidence_has_fast_products_where_they_are_exact(
+    features: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    used: set[str] = set()
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            used.add(torch.get_float32_matmul_precision())
+            return super().forward(x)
+
+    assert engines.fast_precision(torch.device("cuda")) is None
+    before = torch.get_float32_matmul_precision()
+    program = small(encoder=nn.Sequential(Watched(X.shape[1], 5)))
+    pv.log_evidence(program, X, 40, seed=0, refine=False, progress=False)
+    assert used >= {before if expected is None else expected}
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_evidence_without_a_compiler_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any, tensors: Any) -> None:
         raise UntraceableError("Inductor refuses its graph: no compiler")

@@ -1,8 +1,10 @@
 """Importance sampling and its Pareto k, against ArviZ and closed forms."""
 
+import importlib
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import arviz as az
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import pyro_vae as pv
 from pyro_vae.data.read import read
 from pyro_vae.elbos.chunks import point_masses
+from pyro_vae.engine.running import kept_generators
 from pyro_vae.evidence import Evidence, good_k, log_evidence, pareto_k
 from pyro_vae.evidence.log_evidence import estimates
 
@@ -486,3 +489,22 @@ class Noted(LinearGaussian):
 
 def test_an_observed_point_is_no_point_mass() -> None:
     assert point_masses(Noted(PROGRAM.weight), read(X)) == []
+
+
+def test_the_systems_of_the_speed_benchmark_estimate_one_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).with_name("benchmarks")))
+    benchmark = importlib.import_module("evidence_speed")
+    monkeypatch.setattr(benchmark, "SAMPLES", 1000)
+    x = torch.empty(3, 784).bernoulli_(0.3, generator=torch.Generator().manual_seed(0))
+    vae = benchmark.our_vae().state_dict()
+    for name in ("posterior.heads.loc.linear.weight", "posterior.heads.scale.linear.weight"):
+        vae[name] *= 0.3
+    vae["posterior.heads.scale.linear.bias"].fill_(0.54)  # a guide near the prior, which is near
+    vae["decoder.layers.1.weight"] *= 0.3  # the posterior: the estimates are precise
+    with kept_generators():
+        torch.manual_seed(0)
+        found = benchmark.ours(vae)(x)
+        for at_once in (250, 1000):
+            assert benchmark.renyi(vae, at_once)(x) == pytest.approx(found, abs=0.2)

@@ -11,9 +11,10 @@ from torch import nn
 from ..data.cells import CellError
 from ..data.checks import checked_choice, checked_draws
 from ..data.read import check_rows, read, transformed
-from ..data.rows import Rows
+from ..data.rows import Rows, floating_like
 from ..elbos.chunks import MAX_ELEMENTS
 from ..elbos.log_densities import programs_of
+from ..engine.replay import at_precision, fast_precision
 from ..engine.running import evaluating, public, seeded
 from .annealed import annealed
 from .evidence import ATTRIBUTES, IMPOSSIBLE, Evidence, estimates, labelled, standard_error
@@ -159,7 +160,8 @@ def log_evidence(
     is_refined = np.zeros(len(rows), dtype=bool)
     scored = rows if len(index) == len(rows) else rows[torch.from_numpy(index).to(rows.device)]
     attributes: dict[str, Any] = {"method": method}
-    with seeded(seed), evaluating(program):
+    precision = fast_precision(floating_like(program).device)
+    with seeded(seed), evaluating(program), at_precision(precision):
         if method == "ais":
             found = estimates(
                 annealed(program, scored, num_samples, progress=progress).log_weights

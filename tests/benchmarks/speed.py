@@ -59,7 +59,7 @@ from pyro_vae.elbos.drawing import WORTH_COMPILING, WORTH_TRACING, Drawing
 from pyro_vae.elbos.log_densities import log_densities
 from pyro_vae.engine.replay import at_precision
 from pyro_vae.engine.running import evaluating, kept_generators
-from pyro_vae.evidence.log_evidence import IN_CACHE
+from pyro_vae.evidence.scoring import IN_CACHE
 
 BLOCK = 0.12
 WARM_UP = 3
