@@ -188,7 +188,8 @@ def _row_stats(
         return _chain_stats(posterior, drawn, labels), HMC_NOTE
     found = labelled(drawn.scores, labels, drawn.num_weighted, seed)
     found.coords["note"] = ("datum", notes(drawn.scores["pareto_k"], found.attrs["good_k"]))
-    return found, IMPORTANCE_NOTE
+    of_guide = ["elbo", "elbo_mcse", "pareto_k_guide"] if drawn.u.numel() else []
+    return found.drop_vars(of_guide), IMPORTANCE_NOTE
 
 
 def _chain_stats(posterior: xr.Dataset, drawn: Draws, labels: np.ndarray) -> xr.Dataset:

@@ -45,7 +45,7 @@ WIDE, WIDE_SHARE = 3.0, 0.15  # a part of the draws from a wider t, for skewed p
 MOST_FULL = 100  # latents; beyond, a covariance of low rank plus a diagonal
 RANK = 10
 FIRST_DRAWS = 256, 16  # of the guide: at least, and for each latent
-DECAYS = 0.9, 0.99  # of the two averages of Adam
+DECAYS = 0.9, 0.95  # of the two averages of Adam
 
 
 @dataclass(frozen=True)
