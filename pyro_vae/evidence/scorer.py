@@ -102,6 +102,7 @@ class Scorer:
         kept for the small weights that they happened to draw would be too low.
         """
         keys, rows = self.keys[index], self.part(index)
+        self.bar.set_description(f"evidence, refining {len(index)} rows")
         seed = later(self.seed, 2)
         normal = refined(self.space, rows, keys, STAGES[0], seed, self.max_elements)
         waiting, better = np.arange(len(index)), normal
@@ -115,6 +116,7 @@ class Scorer:
                 break
             chosen = torch.from_numpy(is_over)
             waiting, better = waiting[is_over], rows_of(better, chosen)
+            self.bar.set_description(f"evidence, refining {len(waiting)} rows")
             keys, rows = self.keys[index[waiting]], self.part(index[waiting])
             if stage is None:
                 better = matched(better, u[:, chosen], log_weights[:, chosen])
@@ -122,6 +124,7 @@ class Scorer:
                 more = later(self.seed, 2 * number + 2), self.max_elements
                 better = refined(self.space, rows, keys, stage, *more, better)
             normal = replaced(normal, torch.from_numpy(waiting), better)
+        self.bar.set_description("evidence")
         return normal
 
     def by_own(self, index: np.ndarray, found: dict[str, np.ndarray]) -> None:
