@@ -44,12 +44,13 @@ def pareto_k(evidence: xr.Dataset, *, ax: Axes | None = None) -> Canvas:
     limit = evidence.attrs.get("good_k", 0.7)
     is_over, is_finite = values > limit, np.isfinite(values)
     labels = evidence[evidence["pareto_k"].dims[0]].to_numpy()
+    is_new = ax is None
     figure, ax = new_axes(ax, (7.0, 5.0 if labels.dtype.kind in "OTU" else 4.0))
     places = places_of(ax, labels, "row")
     before = evidence.get("pareto_k_guide", evidence["pareto_k"]).to_numpy()
     changed = before != values
     is_moved = bool((changed & ~np.isnan(before)).any())
-    ncols = 1 if ax is not None else 2 if is_moved else 3
+    ncols = (2 if is_moved else 3) if is_new else 1
     if is_moved:
         share = (before > limit).mean()
         drawn = changed & np.isfinite(before)
