@@ -23,6 +23,11 @@ from .pareto_k import notes
 from .scorer import Scorer
 
 DRAWS = {"importance": 1000, "ais": 64, "exact": 4}  # by method; of ais the chains
+BOUNDS = ("log_evidence", "log_evidence_quarter")
+WORDS = {
+    "ais": {"long_name": "estimate of log p(x) by annealed importance sampling"},
+    "exact": {"long_name": "log p(x) in closed form", "direction": "exact"},
+}
 OF_GUIDE = ("elbo", "elbo_mcse", "pareto_k_guide")
 
 __all__ = ["Evidence", "estimates", "labelled", "log_evidence", "standard_error"]
@@ -79,9 +84,9 @@ def log_evidence(
     `mcse`. `elbo` is that of the guide alone.
 
     **Other methods.** `method="ais"` is annealed importance sampling, by Hamiltonian Monte Carlo
-    from the guide to the posterior: slower, and also a lower bound in expectation. It finds modes
-    that a normal q leaves out. `method="exact"` is the closed form of programs that are linear and
-    Gaussian in z.
+    from a normal distribution to the posterior: also a lower bound in expectation. Its chains can
+    reach modes that the proposal of a row leaves out. `method="exact"` is the closed form of
+    programs that are linear and Gaussian in z.
 
     The program runs in evaluation mode. Rows and draws are processed in chunks, so the memory
     does not grow with their number. The draws of a row follow from the seed and from the values
@@ -183,6 +188,8 @@ def log_evidence(
     for name in ATTRIBUTES:
         values[name][index] = found[name]
     data = labelled(values, rows.labels, num_samples, seed)
+    for name in BOUNDS:
+        data[name].attrs |= WORDS.get(method, {})
     data.coords["note"] = ("datum", notes(values["pareto_k"], data.attrs["good_k"]))
     data.coords["refined"] = ("datum", is_refined)
     return Evidence(data.data_vars, data.coords, data.attrs | attributes)
