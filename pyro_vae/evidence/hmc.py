@@ -342,7 +342,8 @@ def warmed_up(
         done: What is called after each trajectory.
         ends: Where the phases end, as shares of the trajectories.
     """
-    moments = Scales.of(chains.space.from_guide(row, MOMENT_DRAWS))
+    parts = [chains.space.from_guide(row, len(u)) for _ in range(-(-MOMENT_DRAWS // len(u)))]
+    moments = Scales.of(torch.cat(parts))  # in parts, which fit into memory as the chains do
     one = torch.ones((), dtype=torch.float64, device=u.device)
     step = torch.full((u.shape[1],), 0.5, dtype=torch.float64, device=u.device).log()
     starts = [0, *(int(num_warmup * share) for share in ends)]

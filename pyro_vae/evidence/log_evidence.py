@@ -22,7 +22,7 @@ from .exact import exact
 from .pareto_k import notes
 from .scorer import Scorer
 
-DRAWS = {"importance": 1000, "ais": 64, "exact": 4}  # by method; of ais the chains
+DRAWS = {"importance": 1000, "ais": 256, "exact": 4}  # of ais the chains: k needs so many
 BOUNDS = ("log_evidence", "log_evidence_quarter")
 WORDS = {
     "ais": {"long_name": "estimate of log p(x) by annealed importance sampling"},
@@ -108,7 +108,7 @@ def log_evidence(
         program: A module with methods `model(x)` and `guide(x)`.
         x: The data, shape (rows, *event), or a dict of such.
         num_samples: The number of draws S of each row, 4 or more; 1000 by default. Of `"ais"` the
-            number of chains, 64 by default.
+            number of chains, 256 by default.
         method: `"importance"`, `"ais"` or `"exact"`.
         context: Covariates of the rows, shape (rows, *context): `row["context"]` of the program.
         weights: The weight of each row, shape (rows,): `row["weight"]` of the program.
@@ -168,16 +168,9 @@ def log_evidence(
     precision = fast_precision(floating_like(program).device)
     with seeded(seed), evaluating(program), at_precision(precision):
         if method == "ais":
-            found = estimates(
-                annealed(program, scored, num_samples, progress=progress).log_weights
-            )
-            found |= {name: np.full(len(scored), math.nan) for name in OF_GUIDE}
+            found = _annealed(program, scored, num_samples, progress=progress)
         elif method == "exact":
-            found = {name: np.full(len(scored), math.nan) for name in ATTRIBUTES}
-            exact_values = exact(program, scored)
-            found |= {"log_evidence": exact_values, "log_evidence_quarter": exact_values}
-            zero, no_tail = np.zeros(len(scored)), np.full(len(scored), -math.inf)
-            found |= {"mcse": zero, "log_evidence_quarter_mcse": zero, "pareto_k": no_tail}
+            found = _exact(program, scored)
         else:
             scorer = Scorer(program, scored, num_samples, max_elements, seed, progress=progress)
             with scorer.bar:
@@ -193,6 +186,20 @@ def log_evidence(
     data.coords["note"] = ("datum", notes(values["pareto_k"], data.attrs["good_k"]))
     data.coords["refined"] = ("datum", is_refined)
     return Evidence(data.data_vars, data.coords, data.attrs | attributes)
+
+
+def _annealed(
+    program: nn.Module, rows: Rows, num_chains: int, *, progress: bool
+) -> dict[str, np.ndarray]:
+    found = estimates(annealed(program, rows, num_chains, progress=progress).log_weights)
+    return found | {name: np.full(len(rows), math.nan) for name in OF_GUIDE}
+
+
+def _exact(program: nn.Module, rows: Rows) -> dict[str, np.ndarray]:
+    values, zero = exact(program, rows), np.zeros(len(rows))
+    unknown = {name: np.full(len(rows), math.nan) for name in ATTRIBUTES}
+    known = {name: values for name in BOUNDS} | {f"{BOUNDS[1]}_mcse": zero, "mcse": zero}
+    return unknown | known | {"pareto_k": zero - math.inf}
 
 
 def _possible(program: nn.Module, rows: Rows) -> np.ndarray:

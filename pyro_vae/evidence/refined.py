@@ -15,12 +15,14 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
 )
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils._pytree import tree_leaves
 
 from ..data.rows import Rows
 from ..data.source import Row
 from ..elbos.chunks import Plan
 from ..engine.row_noise import Noise, RowNoise, standard_normal
+from .hmc import Scales
 from .proposal import PRIOR_SHARE, spread_out
 from .scoring import Stratum
 from .unconstrained import Space
@@ -165,18 +167,13 @@ def start(points: Tensor, *, is_diagonal: bool = False) -> PerRow:
         points: The draws in unconstrained space, shape (draws, rows, D).
         is_diagonal: Whether the latents are to be independent.
     """
-    count, _, size = points.shape
-    loc = points.mean(0)
+    size, scales = points.shape[-1], Scales.of(points)
+    if not is_diagonal and size <= MOST_FULL:
+        return FullNormal(scales.loc, scales.factor)
     scale = points.std(0).clamp_min(1e-6)
-    if is_diagonal or size > MOST_FULL:
-        generator = torch.Generator().manual_seed(0)
-        factor = torch.randn(size, 0 if is_diagonal else RANK, generator=generator).to(scale)
-        return LowRankNormal(loc, scale, 0.1 * scale[..., None] * factor)
-    unit = (points - loc) / scale
-    correlation = torch.einsum("sri,srj->rij", unit, unit) / (count - 1)
-    share = count / (count + size)
-    correlation = share * correlation + (1.0 - share) * torch.eye(size).to(scale)
-    return FullNormal(loc, scale[..., None] * torch.linalg.cholesky(correlation))
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(size, 0 if is_diagonal else RANK, generator=generator).to(scale)
+    return LowRankNormal(scales.loc, scale, 0.1 * scale[..., None] * factor)
 
 
 def log_density(normal: PerRow, u: Tensor, degrees: int | None, factor: float = 1.0) -> Tensor:
@@ -333,20 +330,21 @@ def _improved(
         space(row, few)
     noise = Noise([size, *left.sizes], stage.steps * stage.draws, seed)
     table, shifts = noise.table.to(few.device), noise.shifts(keys).to(few.device)
-    averages: list[tuple[Tensor, Tensor]] = []
+    adam: torch.optim.Adam | None = None
     for step in range(stage.steps):
         part = table[step * stage.draws : (step + 1) * stage.draws]
         numbers = standard_normal(part[:, None, :size] + shifts[:, :size], few.dtype)
         slopes = _slopes(space, row, normal, normal.points(numbers), (part, shifts, size))
         gradients = normal.gradients(numbers, slopes)
-        averages = averages or [(torch.zeros_like(g), torch.zeros_like(g)) for g in gradients]
-        lr = stage.lr * (1.0 + math.cos(math.pi * step / stage.steps)) / 2.0
-        moves = []
-        for gradient, (mean, square) in zip(gradients, averages, strict=True):
-            mean.lerp_(gradient, 1.0 - DECAYS[0])
-            square.lerp_(gradient.square(), 1.0 - DECAYS[1])
-            bias = [1.0 - decay ** (step + 1) for decay in DECAYS]
-            moves.append(lr * mean / bias[0] / ((square / bias[1]).sqrt() + 1e-8))
+        if adam is None:
+            moves = [torch.zeros_like(gradient) for gradient in gradients]
+            adam = torch.optim.Adam(moves, stage.lr, DECAYS, maximize=True)
+            rates = CosineAnnealingLR(adam, stage.steps)
+        for move, gradient in zip(moves, gradients, strict=True):
+            move.grad = gradient
+            move.zero_()  # each step starts where q is standard normal
+        adam.step()
+        rates.step()
         normal = normal.moved(*moves)
     return normal
 
